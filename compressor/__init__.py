@@ -1,0 +1,15 @@
+"""compressor: shrink a trained causal language model without retraining it, and prove what that cost.
+
+The package imports nothing heavy by itself: `compress`, `plan`, `calibrate`, `evaluate` and `load` are resolved on first use.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+__all__ = ["calibrate", "compress", "evaluate", "load", "plan"]
+
+
+def __getattr__(name: str):
+    if name in __all__:
+        return getattr(import_module("compressor.pipeline"), name)
+    raise AttributeError(f"module 'compressor' has no attribute {name!r}")

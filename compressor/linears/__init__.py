@@ -1,0 +1,21 @@
+"""Storage kinds: what can stand in for the weight of a linear."""
+
+from typing import Any
+
+import torch
+
+from compressor.errors import CheckpointError, did_you_mean
+from compressor.linears.base import CompressedLinear, Dense
+from compressor.linears.low_rank import LowRank
+
+KINDS: dict[str, type[CompressedLinear]] = {kind.kind: kind for kind in (LowRank,)}
+
+__all__ = ["KINDS", "CompressedLinear", "Dense", "LowRank", "build_empty"]
+
+
+def build_empty(spec: dict[str, Any], dtype: torch.dtype, device: torch.device | str = "meta") -> CompressedLinear:
+    """Allocate the module that `spec` describes. Raises CheckpointError for a kind this version does not know."""
+    kind = spec.get("kind")
+    if kind not in KINDS:
+        raise CheckpointError(f"storage kind '{kind}' is unknown; {did_you_mean(str(kind), KINDS)}")
+    return KINDS[kind].empty(spec, dtype, device)

@@ -1,0 +1,67 @@
+"""What can be chosen for each linear, and what was chosen: plain data that survives JSON.
+
+Sizes are bits as stored on disk, bias included. `parameters` counts stored real numbers only (no indices, masks or pivots).
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+DENSE = "dense"  # the method name of a linear that keeps its weight
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to store one linear."""
+
+    method: str  # engine name, or DENSE
+    setting: dict[str, Any]  # what `Method.compress` needs, JSON values only, e.g. {"rank": 48}
+    bits: int
+    parameters: int
+    error: float  # closed-form error of the method's own metric, relative to the energy (0 = exact, 1 = all lost)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Candidates of one linear from one method, in order of growing size; "keep dense" is not among them."""
+
+    linear: str
+    method: str
+    candidates: tuple[Candidate, ...]
+    dense_bits: int
+    dense_parameters: int
+    energy: float  # what an error of 1 means, in the metric of the method (for the Gram metric tr(W G Wᵀ), per token)
+    spectrum: tuple[float, ...] = ()  # squared singular values ÷ energy, descending; low-rank methods only
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The candidate installed in one linear, with the predicted and the measured error."""
+
+    method: str
+    setting: dict[str, Any]
+    bits: int
+    parameters: int
+    dense_bits: int
+    dense_parameters: int
+    predicted: float  # curve error, in the method's metric
+    error: float | None = None  # tr(D G Dᵀ) / tr(W G Wᵀ) of the installed module, D = W − Ŵ; None until measured or without a Gram
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Linear name → choice. Editable as JSON and run again with `compress --plan`."""
+
+    linears: dict[str, Choice]
+    price: float | None = None  # marginal price of the budget, nats per MiB; None where the allocation does not measure nats
+    recipe: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> "Plan":
+        return Plan(
+            linears={name: Choice(**choice) for name, choice in data["linears"].items()},
+            price=data.get("price"),
+            recipe=data.get("recipe", {}),
+        )

@@ -1,0 +1,52 @@
+"""Calibration statistics of one linear layer: additive sums over tokens, so that shards (batches, processes) add."""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from compressor.errors import DataError
+
+
+@dataclass(frozen=True)
+class LinearStats:
+    """Sums over calibration tokens at the input x (in,) and the output gradient g (out,) of one linear. Absent is None.
+
+    Every field is a sum, never a mean. Output gradients may be clipped or trimmed, so their sums carry `grad_tokens` of their own.
+    g is the gradient of the summed next-token cross-entropy in nats.
+    """
+
+    tokens: int = 0
+    gram: Tensor | None = None  # (in, in) float64: sum of x xᵀ
+    sum: Tensor | None = None  # (in,) float64: sum of x
+    abs_sum: Tensor | None = None  # (in,) float64: sum of |x|
+    fisher: Tensor | None = None  # (in,) float64: sum of ‖g‖² x², the squared weight gradient of each token summed over outputs
+    grad_tokens: int = 0  # tokens behind `fisher` and `grad_gram`
+    grad_gram: Tensor | None = None  # (out, out) float64: sum of g gᵀ
+
+    def __add__(self, other: "LinearStats") -> "LinearStats":
+        """Add the sums of two shards that collected the same fields."""
+        merged = {}
+        for field in fields(self):
+            mine, theirs = getattr(self, field.name), getattr(other, field.name)
+            if (mine is None) != (theirs is None):
+                raise DataError(f"statistics shards cannot be added: only one of them has '{field.name}'")
+            merged[field.name] = None if mine is None else mine + theirs
+        return LinearStats(**merged)
+
+    def require(self, linear: str, needs: frozenset[str]) -> None:
+        """Raise DataError naming the linear and the missing fields unless all of `needs` were collected."""
+        missing = sorted(name for name in needs if getattr(self, name) is None)
+        if missing:
+            raise DataError(
+                f"{linear}: the statistics lack {', '.join(missing)}; collect them with `compressor calibrate MODEL STATS --config RECIPE`"
+            )
+
+
+def mean_gram(stats: LinearStats, centred: bool = False) -> Tensor:
+    """Second moment of the input, (in, in) float64, per token; with `centred` the covariance, mean μ = sum / tokens removed."""
+    gram = stats.gram.double() / stats.tokens
+    if centred:
+        mean = stats.sum.double() / stats.tokens
+        gram = gram - torch.outer(mean, mean)
+    return gram
