@@ -31,6 +31,7 @@ class Curve:
     dense_parameters: int
     energy: float  # what an error of 1 means, in the metric of the method (for the Gram metric tr(W G Wᵀ), per token)
     spectrum: tuple[float, ...] = ()  # squared singular values ÷ energy, descending; low-rank methods only
+    thresholds: tuple[float, ...] = ()  # one for each candidate, descending: the global threshold above which it is too large
 
 
 @dataclass(frozen=True)

@@ -38,3 +38,7 @@ class Method(ABC, Generic[State]):
     @abstractmethod
     def compress(self, state: State, setting: dict[str, Any]) -> CompressedLinear:
         """Build the module of one candidate, floating tensors already in `dense.dtype`."""
+
+    @abstractmethod
+    def measure(self, state: State, module: CompressedLinear) -> float:
+        """Relative error of a built module in the method's own metric: what `candidates` predicted, measured after the cast."""

@@ -1,0 +1,133 @@
+"""The linear algebra behind the methods: metrics, eigenbases, the one weighted error, pivot columns. Pure functions of tensors.
+
+References: the eigenvector form of weighted truncation is LoRD's (arXiv 2309.14021) and SVD-LLM's optimum (arXiv 2403.07378, theorem 3.2)
+without its Cholesky factor; the two-sided metric is KFAC-SVD's; pivoted storage is PIFA's (arXiv 2501.19090).
+
+Glossary
+    weight W (out, in)   metric M (in, in), or its diagonal (in,)   grad_gram H (out, out)
+    error = tr(H D M Dᵀ) with D = W − Ŵ; H is the identity unless the metric is two-sided
+"""
+
+import scipy.linalg
+import torch
+from torch import Tensor
+
+from compressor.errors import NumericalError
+
+
+def require_finite(matrix: Tensor, what: str) -> None:
+    """Raise NumericalError naming `what` if any entry of `matrix` is NaN or infinite."""
+    if not torch.isfinite(matrix).all():
+        raise NumericalError(f"{what} holds NaN or infinity; check the weights and the calibration text")
+
+
+def eigh_descending(matrix: Tensor, what: str) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (n,), descending, and eigenvectors (n, n) of a symmetric matrix, in float64.
+
+    Each eigenvector's largest entry is positive, so that equal inputs give equal factors. LAPACK's divide and conquer is tried
+    first and its QR iteration second; both compute the same decomposition. Raises NumericalError naming `what`.
+    """
+    matrix = matrix.double()
+    require_finite(matrix, what)
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:
+        try:
+            values, vectors = (torch.from_numpy(part).to(matrix.device) for part in scipy.linalg.eigh(matrix.cpu().numpy(), driver="ev"))
+        except scipy.linalg.LinAlgError as error:
+            raise NumericalError(f"{what}: the eigendecomposition does not converge ({error})") from None
+    values, vectors = values.flip(0), vectors.flip(1)
+    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    return values, vectors * torch.where(largest < 0, -1.0, 1.0)
+
+
+def shrink(moment: Tensor, fraction: float) -> Tensor:
+    """(1 − a) M + a · mean(diag M) · I: shrinkage towards the scaled identity (low-rank card 1.4), a in [0, 1]."""
+    if fraction == 0:
+        return moment
+    mean = moment.diagonal().mean()
+    return torch.diagonal_scatter((1 - fraction) * moment, (1 - fraction) * moment.diagonal() + fraction * mean)
+
+
+def weigh(weight: Tensor, metric: Tensor | None) -> Tensor:
+    """W M: (out, in). `metric` is a matrix, a diagonal, or None for the identity."""
+    if metric is None:
+        return weight
+    return weight @ metric if metric.ndim == 2 else weight * metric
+
+
+def energy(weight: Tensor, metric: Tensor | None, grad_gram: Tensor | None = None) -> float:
+    """tr(H W M Wᵀ) in float64; 0-dimensional sums of products, no root is formed."""
+    weight = weight.double()
+    weighted = weigh(weight, metric)
+    return ((weighted if grad_gram is None else grad_gram @ weighted) * weight).sum().item()
+
+
+def relative_error(weight: Tensor, approximation: Tensor, metric: Tensor | None, grad_gram: Tensor | None = None) -> float:
+    """tr(H D M Dᵀ) / tr(H W M Wᵀ) with D = W − Ŵ: the error that plans and reports speak of. 0 when both vanish."""
+    lost = energy(weight.double() - approximation.double(), metric, grad_gram)
+    whole = energy(weight, metric, grad_gram)
+    return lost / whole if whole > 0 else 0.0
+
+
+def principal_outputs(weight: Tensor, metric: Tensor | None, what: str) -> tuple[Tensor, Tensor]:
+    """Leading output directions of a weighted weight: eigenpairs of W M Wᵀ.
+
+    The best rank-r Ŵ under tr(D M Dᵀ) is U_r U_rᵀ W, and its error is the sum of the discarded eigenvalues: no inverse, no
+    Cholesky, no damping, whatever the rank of M. The eigenproblem has the smaller side of W: a tall W = Q R is reduced by one
+    QR to the core R M Rᵀ, whose eigenvectors Q carries back.
+
+    weight: (out, in); metric: (in, in), (in,) or None. Returns values (k,), descending, and U (out, k), k = min(out, in), float64.
+    Raises NumericalError naming `what`.
+    """
+    weight = weight.double()
+    require_finite(weight, what)
+    tall = weight.shape[0] > weight.shape[1]
+    frame, core = torch.linalg.qr(weight) if tall else (None, weight)
+    values, vectors = eigh_descending(weigh(core, metric) @ core.T, what)
+    return values, frame @ vectors if tall else vectors
+
+
+def cholesky(moment: Tensor, what: str, option: str) -> Tensor:
+    """Lower L (n, n) with L Lᵀ = moment, float64. Raises NumericalError that names the damping `option` to raise."""
+    factor, failed = torch.linalg.cholesky_ex(moment.double())
+    if failed or not torch.isfinite(factor).all():
+        raise NumericalError(f"{what} is not positive definite; raise the option '{option}'")
+    return factor
+
+
+def pivot_columns(down: Tensor, bound: float = 2.0) -> tuple[Tensor, Tensor]:
+    """Choose r columns that span a factor B (r, in) and express the others in them: B = B[:, p] · [I Q̃] up to column order.
+
+    QR with column pivoting on an orthonormal basis of the row space, then swaps (Gu and Eisenstat's strong rank-revealing rule)
+    until no entry of Q̃ exceeds `bound`; each swap multiplies the volume of the pivots by that entry, so it ends.
+
+    Returns mask (in,), True at pivots, and Q̃ (r, in − r) float64, rows and columns in ascending column order.
+    Raises NumericalError if B has not full row rank.
+    """
+    rank, width = down.shape
+    basis = torch.linalg.qr(down.double().T)[0].T  # (r, in), orthonormal rows
+    order = scipy.linalg.qr(basis.cpu().numpy(), mode="r", pivoting=True)[1]
+    order = torch.from_numpy(order.copy()).to(down.device, torch.int64)
+    pivots, others = order[:rank].clone(), order[rank:].clone()
+    coefficients = torch.linalg.solve(basis[:, pivots], basis[:, others])  # (r, in − r)
+    while coefficients.abs().max() > bound:
+        row, column = divmod(int(coefficients.abs().argmax()), width - rank)
+        pivots[row], others[column] = others[column].clone(), pivots[row].clone()
+        coefficients = exchange(coefficients, row, column)
+    pivots, others = pivots.sort().values, others.sort().values
+    coefficients = torch.linalg.solve(basis[:, pivots], basis[:, others])  # once more: without the rounding of the exchanges
+    require_finite(coefficients, "pivoted factor")
+    mask = torch.zeros(width, dtype=torch.bool, device=down.device)
+    mask[pivots] = True
+    return mask, coefficients
+
+
+def exchange(coefficients: Tensor, row: int, column: int) -> Tensor:
+    """Coefficients (r, in − r) after pivot `row` and non-pivot `column` trade places: the simplex exchange step, O(r · in)."""
+    pivot = coefficients[row, column].clone()
+    updated = coefficients - torch.outer(coefficients[:, column], coefficients[row]) / pivot
+    updated[row] = coefficients[row] / pivot
+    updated[:, column] = -coefficients[:, column] / pivot
+    updated[row, column] = 1 / pivot
+    return updated

@@ -1,0 +1,162 @@
+"""Low rank in a metric: the SVD family as one eigenproblem, Ŵ = argmin tr(H (W − Ŵ) M (W − Ŵ)ᵀ) over rank-r matrices.
+
+References (metric → paper)
+    identity       truncated SVD (Eckart and Young 1936)
+    fisher         FWSVD, arXiv 2207.00112
+    mean_abs       ASVD, arXiv 2312.05821
+    gram_diagonal  AWSVD of LoRAP, arXiv 2404.09695
+    gram           SVD-LLM, arXiv 2403.07378; LoRD, arXiv 2309.14021
+    centred_gram   AFM, arXiv 2405.18146
+    two_sided      KFAC-SVD and LEMS (ICML 2026); IO-SVD, arXiv 2605.15626
+
+Glossary
+    metric M      second moment of the inputs or a diagonal stand-in     Gram, E|x|^α, Fisher row weight
+    grad_gram H   second moment of the output gradients, H = L Lᵀ         L_H (KFAC-SVD)
+    up A          (out, r) = L⁻ᵀ U_r;  A = U_r for one-sided metrics       U_r Σ^½
+    down B        (r, in) = U_rᵀ Lᵀ W                                     Σ^½ V_rᵀ S⁻¹
+    σ²            eigenvalues of Lᵀ W M Wᵀ L; the error at rank r is Σ_{i>r} σᵢ²
+
+Differs from the papers: nothing is inverted or whitened on the input side, so singular Grams need no damping and the factors at rank r
+are the leading slice of the factors at full rank. FWSVD's Fisher is per token (the papers square batch means). The two-sided form multiplies
+by Lᵀ; the authors' code multiplies by L, which weighs by LᵀL instead of H.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from compressor import linalg
+from compressor.linears import Dense, LowRank
+from compressor.linears.low_rank import pack_mask
+from compressor.methods import register
+from compressor.methods.base import Method
+from compressor.plan import Candidate, Curve
+from compressor.stats import LinearStats, mean_gram
+
+NEEDS = {
+    "identity": (),
+    "fisher": ("fisher",),
+    "mean_abs": ("abs_sum",),
+    "gram_diagonal": ("gram",),
+    "gram": ("gram",),
+    "centred_gram": ("gram", "sum"),
+    "two_sided": ("gram", "grad_gram"),
+}
+Metric = Literal["identity", "fisher", "mean_abs", "gram_diagonal", "gram", "centred_gram", "two_sided"]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Decomposition of one linear at full rank k = min(out, in); every smaller rank is its leading slice."""
+
+    linear: str
+    dense: Dense
+    metric: Tensor | None  # M: (in, in), (in,) or None
+    grad_gram: Tensor | None  # H: (out, out), shrunk
+    values: Tensor  # (k,) σ², descending
+    up: Tensor  # (out, k)
+    down: Tensor  # (k, in)
+    mean: Tensor | None  # (in,) mean input, for the bias of the centred metric
+
+
+def spans_less(dense: Dense, rank: int, pivoted: bool, biased: bool) -> tuple[int, int] | None:
+    """(bits, parameters) of a rank-r pair, or None where it would not be smaller than the dense linear.
+
+    Pair: r (in + out) numbers; pivoted: r (in + out − r) numbers and one bit for each input, in whole bytes (card 2.20).
+    """
+    height, width = dense.weight.shape
+    parameters = rank * (height + width - (rank if pivoted else 0)) + (height if biased else 0)
+    bits = parameters * dense.dtype.itemsize * 8 + (8 * ((width + 7) // 8) if pivoted else 0)
+    return (bits, parameters) if bits < dense.bits and parameters < dense.parameters else None
+
+
+def low_rank_curve(method: str, state: Factors, pivoted: bool, step: int | None) -> Curve:
+    """Every rank that saves bits, with its closed-form error Σ_{i>r} σᵢ² ÷ Σ σᵢ²."""
+    values = state.values.clamp(min=0)  # eigenvalues of a positive semi-definite matrix: negative only by rounding
+    energy = values.sum().item()
+    spectrum = (values / energy if energy > 0 else torch.zeros_like(values)).tolist()
+    tails = torch.cumsum(torch.tensor(spectrum, dtype=torch.float64).flip(0), 0).flip(0).tolist() + [0.0]
+    biased = state.dense.bias is not None or state.mean is not None
+    step = step or max(1, len(spectrum) // 256)
+    sizes = {rank: spans_less(state.dense, rank, pivoted, biased) for rank in range(step, len(spectrum), step)}
+    candidates = [Candidate(method, {"rank": rank}, *size, error=tails[rank]) for rank, size in sizes.items() if size]
+    singular = values.sqrt()
+    span = (singular[0] - singular[-1]).clamp(min=torch.finfo(torch.float64).tiny)
+    normalised = ((singular - singular[-1]) / span).tolist()  # WeLore's min–max scale (card 2.10)
+    thresholds = tuple(normalised[candidate.setting["rank"] - 1] for candidate in candidates)
+    dense = state.dense
+    return Curve(state.linear, method, tuple(candidates), dense.bits, dense.parameters, energy, tuple(spectrum), thresholds)
+
+
+def store(up: Tensor, down: Tensor, bias: Tensor | None, dtype: torch.dtype, pivoted: bool) -> LowRank:
+    """Module of Ŵ = up · down, pivoted or not, cast to the stored dtype. up: (out, r); down: (r, in); bias: (out,) or None."""
+    pivots = None
+    if pivoted:
+        mask, coefficients = linalg.pivot_columns(down)
+        up, down, pivots = up @ down[:, mask], coefficients, pack_mask(mask)
+    up, down = (factor.to(dtype, memory_format=torch.contiguous_format, copy=True) for factor in (up, down))
+    return LowRank(down, up, None if bias is None else bias.to(dtype, copy=True), pivots)
+
+
+@register
+@dataclass(frozen=True)
+class LowRankMethod(Method[Factors]):
+    """Best rank-r weight in a chosen metric, stored as a factor pair or pivoted."""
+
+    name: ClassVar[str] = "low_rank"
+    paper: ClassVar[str] = "SVD-LLM, arXiv 2403.07378; LoRD, arXiv 2309.14021; KFAC-SVD / LEMS, ICML 2026"
+
+    metric: Metric = "two_sided"
+    alpha: Annotated[float, Field(ge=0)] = 0.5  # exponent of E|x|, `mean_abs` only
+    storage: Literal["factors", "pivoted"] = "pivoted"
+    shrink_gram: Fraction = 0.01  # `two_sided` only: shrinkage of the input Gram
+    shrink_grad_gram: Fraction = 0.1  # `two_sided` only: shrinkage of the output-gradient moment
+    rank_step: Annotated[int, Field(ge=1)] | None = None  # ranks offered; by default at most 256 of them, evenly spaced
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset(NEEDS[self.metric])
+
+    def input_metric(self, stats: LinearStats) -> Tensor | None:
+        """M of the chosen metric: per token, float64; (in, in), (in,) or None for the identity."""
+        if self.metric == "identity":
+            return None
+        if self.metric == "fisher":
+            return stats.fisher.double() / stats.grad_tokens
+        if self.metric == "mean_abs":
+            return (stats.abs_sum.double() / stats.tokens) ** (2 * self.alpha)
+        if self.metric == "gram_diagonal":
+            return stats.gram.diagonal().double() / stats.tokens
+        gram = mean_gram(stats, centred=self.metric == "centred_gram")
+        return linalg.shrink(gram, self.shrink_gram) if self.metric == "two_sided" else gram
+
+    def prepare(self, linear: str, dense: Dense, stats: LinearStats) -> Factors:
+        stats.require(linear, self.needs)
+        metric, weight = self.input_metric(stats), dense.weight.double()
+        if self.metric != "two_sided":
+            values, up = linalg.principal_outputs(weight, metric, linear)
+            mean = stats.sum.double() / stats.tokens if self.metric == "centred_gram" else None
+            return Factors(linear, dense, metric, None, values, up, up.T @ weight, mean)
+        grad_gram = linalg.shrink(stats.grad_gram.double() / stats.grad_tokens, self.shrink_grad_gram)
+        root = linalg.cholesky(grad_gram, f"{linear}: the output-gradient moment", "shrink_grad_gram")
+        sensitive = root.T @ weight  # Lᵀ W
+        values, vectors = linalg.principal_outputs(sensitive, metric, linear)
+        up = torch.linalg.solve_triangular(root.T, vectors, upper=True)
+        return Factors(linear, dense, metric, grad_gram, values, up, vectors.T @ sensitive, None)
+
+    def candidates(self, state: Factors) -> Curve:
+        return low_rank_curve(self.name, state, self.storage == "pivoted", self.rank_step)
+
+    def compress(self, state: Factors, setting: dict[str, Any]) -> LowRank:
+        up, down, bias = state.up[:, : setting["rank"]], state.down[: setting["rank"]], state.dense.bias
+        if state.mean is not None:  # AFM: what the discarded directions contribute on average, (W − A B) μ, moves to the bias
+            lost = (state.dense.weight.double() - up @ down) @ state.mean
+            bias = lost if bias is None else bias.double() + lost
+        return store(up, down, bias, state.dense.dtype, self.storage == "pivoted")
+
+    def measure(self, state: Factors, module: LowRank) -> float:
+        return linalg.relative_error(state.dense.weight, module.to_dense(), state.metric, state.grad_gram)
