@@ -31,7 +31,7 @@ class Curve:
     dense_parameters: int
     energy: float  # what an error of 1 means, in the metric of the method (for the Gram metric tr(W G Wᵀ), per token)
     spectrum: tuple[float, ...] = ()  # squared singular values ÷ energy, descending; low-rank methods only
-    thresholds: tuple[float, ...] = ()  # one for each candidate, descending: the global threshold above which it is too large
+    thresholds: tuple[float, ...] = ()  # of every candidate and of dense, descending: too large under a global threshold above it
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,10 @@ class Choice:
     parameters: int
     dense_bits: int
     dense_parameters: int
-    predicted: float  # curve error, in the method's metric
-    error: float | None = None  # tr(D G Dᵀ) / tr(W G Wᵀ) of the installed module, D = W − Ŵ; None until measured or without a Gram
+    predicted: float = 0.0  # curve error, in the method's metric
+    measured: float | None = None  # the same, of the module as it is stored; None until it is built
+    error: float | None = None  # tr(D G Dᵀ) / tr(W G Wᵀ) of the module as it is stored, D = W − Ŵ, G the Gram of the dense model
+    kl: float | None = None  # damage the allocation counted with, nats per token; None where it is not measured in nats
 
 
 @dataclass(frozen=True)

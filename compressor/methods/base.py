@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
 from compressor.linears.base import CompressedLinear, Dense
-from compressor.plan import Curve
+from compressor.plan import Candidate, Curve
 from compressor.stats import LinearStats
 
 State = TypeVar("State")
@@ -26,6 +26,10 @@ class Method(ABC, Generic[State]):
     @abstractmethod
     def needs(self) -> frozenset[str]:
         """Fields of `LinearStats` that `prepare` reads."""
+
+    @abstractmethod
+    def sizes(self, dense: Dense) -> list[Candidate]:
+        """Every size offered for a linear of this shape, in growing order, errors NaN; looks at shapes only, so meta tensors do."""
 
     @abstractmethod
     def prepare(self, linear: str, dense: Dense, stats: LinearStats) -> State:

@@ -21,7 +21,8 @@ are the leading slice of the factors at full rank. FWSVD's Fisher is per token (
 by Lᵀ; the authors' code multiplies by L, which weighs by LᵀL instead of H.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -51,45 +52,38 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 @dataclass(frozen=True)
 class Factors:
-    """Decomposition of one linear at full rank k = min(out, in); every smaller rank is its leading slice."""
+    """Decomposition of one linear at full rank k = min(out, in); the factors of every smaller rank are leading slices."""
 
     linear: str
     dense: Dense
     metric: Tensor | None  # M: (in, in), (in,) or None
     grad_gram: Tensor | None  # H: (out, out), shrunk
+    root: Tensor | None  # L: (out, out) lower triangular, L Lᵀ = H
     values: Tensor  # (k,) σ², descending
-    up: Tensor  # (out, k)
-    down: Tensor  # (k, in)
+    vectors: Tensor  # (out, k) U
     mean: Tensor | None  # (in,) mean input, for the bias of the centred metric
 
+    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
+        """A (out, r) and B (r, in), float64."""
+        weight, leading = self.dense.weight.double(), self.vectors[:, :rank]
+        if self.root is None:
+            return leading, leading.T @ weight
+        return torch.linalg.solve_triangular(self.root.T, leading, upper=True), (self.root @ leading).T @ weight
 
-def spans_less(dense: Dense, rank: int, pivoted: bool, biased: bool) -> tuple[int, int] | None:
-    """(bits, parameters) of a rank-r pair, or None where it would not be smaller than the dense linear.
+
+def pair_size(dense: Dense, rank: int, pivoted: bool, biased: bool) -> tuple[int, int]:
+    """(bits, parameters) of a rank-r pair.
 
     Pair: r (in + out) numbers; pivoted: r (in + out − r) numbers and one bit for each input, in whole bytes (card 2.20).
     """
     height, width = dense.weight.shape
     parameters = rank * (height + width - (rank if pivoted else 0)) + (height if biased else 0)
-    bits = parameters * dense.dtype.itemsize * 8 + (8 * ((width + 7) // 8) if pivoted else 0)
-    return (bits, parameters) if bits < dense.bits and parameters < dense.parameters else None
+    return parameters * dense.dtype.itemsize * 8 + (8 * ((width + 7) // 8) if pivoted else 0), parameters
 
 
-def low_rank_curve(method: str, state: Factors, pivoted: bool, step: int | None) -> Curve:
-    """Every rank that saves bits, with its closed-form error Σ_{i>r} σᵢ² ÷ Σ σᵢ²."""
-    values = state.values.clamp(min=0)  # eigenvalues of a positive semi-definite matrix: negative only by rounding
-    energy = values.sum().item()
-    spectrum = (values / energy if energy > 0 else torch.zeros_like(values)).tolist()
-    tails = torch.cumsum(torch.tensor(spectrum, dtype=torch.float64).flip(0), 0).flip(0).tolist() + [0.0]
-    biased = state.dense.bias is not None or state.mean is not None
-    step = step or max(1, len(spectrum) // 256)
-    sizes = {rank: spans_less(state.dense, rank, pivoted, biased) for rank in range(step, len(spectrum), step)}
-    candidates = [Candidate(method, {"rank": rank}, *size, error=tails[rank]) for rank, size in sizes.items() if size]
-    singular = values.sqrt()
-    span = (singular[0] - singular[-1]).clamp(min=torch.finfo(torch.float64).tiny)
-    normalised = ((singular - singular[-1]) / span).tolist()  # WeLore's min–max scale (card 2.10)
-    thresholds = tuple(normalised[candidate.setting["rank"] - 1] for candidate in candidates)
-    dense = state.dense
-    return Curve(state.linear, method, tuple(candidates), dense.bits, dense.parameters, energy, tuple(spectrum), thresholds)
+def saves(dense: Dense, size: tuple[int, int]) -> bool:
+    """Whether (bits, parameters) are both below the dense linear's: above that the weight stays dense."""
+    return size[0] < dense.bits and size[1] < dense.parameters
 
 
 def store(up: Tensor, down: Tensor, bias: Tensor | None, dtype: torch.dtype, pivoted: bool) -> LowRank:
@@ -134,25 +128,43 @@ class LowRankMethod(Method[Factors]):
         gram = mean_gram(stats, centred=self.metric == "centred_gram")
         return linalg.shrink(gram, self.shrink_gram) if self.metric == "two_sided" else gram
 
+    def sizes(self, dense: Dense) -> list[Candidate]:
+        full, pivoted = min(dense.weight.shape), self.storage == "pivoted"
+        step = self.rank_step or max(1, full // 256)
+        biased = dense.bias is not None or self.metric == "centred_gram"
+        sizes = {rank: pair_size(dense, rank, pivoted, biased) for rank in range(step, full, step)}
+        return [Candidate(self.name, {"rank": rank}, *size, error=math.nan) for rank, size in sizes.items() if saves(dense, size)]
+
     def prepare(self, linear: str, dense: Dense, stats: LinearStats) -> Factors:
         stats.require(linear, self.needs)
         metric, weight = self.input_metric(stats), dense.weight.double()
         if self.metric != "two_sided":
-            values, up = linalg.principal_outputs(weight, metric, linear)
+            values, vectors = linalg.principal_outputs(weight, metric, linear)
             mean = stats.sum.double() / stats.tokens if self.metric == "centred_gram" else None
-            return Factors(linear, dense, metric, None, values, up, up.T @ weight, mean)
+            return Factors(linear, dense, metric, None, None, values, vectors, mean)
         grad_gram = linalg.shrink(stats.grad_gram.double() / stats.grad_tokens, self.shrink_grad_gram)
         root = linalg.cholesky(grad_gram, f"{linear}: the output-gradient moment", "shrink_grad_gram")
-        sensitive = root.T @ weight  # Lᵀ W
-        values, vectors = linalg.principal_outputs(sensitive, metric, linear)
-        up = torch.linalg.solve_triangular(root.T, vectors, upper=True)
-        return Factors(linear, dense, metric, grad_gram, values, up, vectors.T @ sensitive, None)
+        values, vectors = linalg.principal_outputs(root.T @ weight, metric, linear)
+        return Factors(linear, dense, metric, grad_gram, root, values, vectors, None)
 
     def candidates(self, state: Factors) -> Curve:
-        return low_rank_curve(self.name, state, self.storage == "pivoted", self.rank_step)
+        """Every rank that saves bits, with its closed-form error Σ_{i>r} σᵢ² ÷ Σ σᵢ²."""
+        values = state.values.clamp(min=0)  # eigenvalues of a positive semi-definite matrix: negative only by rounding
+        energy = values.sum().item()
+        spectrum = values / energy if energy > 0 else torch.zeros_like(values)
+        tails = spectrum.flip(0).cumsum(0).flip(0).tolist() + [0.0]
+        candidates = tuple(replace(size, error=tails[size.setting["rank"]]) for size in self.sizes(state.dense))
+        singular = values.sqrt()
+        span = (singular[0] - singular[-1]).clamp(min=torch.finfo(torch.float64).tiny)
+        normalised = ((singular - singular[-1]) / span).tolist()  # WeLore's min–max scale (card 2.10)
+        ranks = [size.setting["rank"] for size in candidates]
+        thresholds = tuple(normalised[rank - 1] for rank in ranks) + (normalised[ranks[-1] if ranks else 0],)
+        bits, parameters = state.dense.bits, state.dense.parameters
+        return Curve(state.linear, self.name, candidates, bits, parameters, energy, tuple(spectrum.tolist()), thresholds)
 
     def compress(self, state: Factors, setting: dict[str, Any]) -> LowRank:
-        up, down, bias = state.up[:, : setting["rank"]], state.down[: setting["rank"]], state.dense.bias
+        up, down = state.factors(setting["rank"])
+        bias = state.dense.bias
         if state.mean is not None:  # AFM: what the discarded directions contribute on average, (W − A B) μ, moves to the bias
             lost = (state.dense.weight.double() - up @ down) @ state.mean
             bias = lost if bias is None else bias.double() + lost

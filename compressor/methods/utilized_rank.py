@@ -12,6 +12,7 @@ Differs from the paper: the share p is not fixed but is the one knob that the bu
 follows. The one-sided optimum (`low_rank`, metric `gram`) dominates it at equal rank; it serves as a diagnostic and a baseline.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -22,7 +23,7 @@ from compressor import linalg
 from compressor.linears import Dense, LowRank
 from compressor.methods import register
 from compressor.methods.base import Method
-from compressor.methods.low_rank import spans_less, store
+from compressor.methods.low_rank import pair_size, saves, store
 from compressor.plan import Candidate, Curve
 from compressor.stats import LinearStats, mean_gram
 
@@ -54,6 +55,11 @@ class UtilizedRank(Method[Subspaces]):
     def needs(self) -> frozenset[str]:
         return frozenset({"gram"})
 
+    def sizes(self, dense: Dense) -> list[Candidate]:
+        pivoted = self.storage == "pivoted"
+        sizes = {rank: pair_size(dense, rank, pivoted, dense.bias is not None) for rank in range(1, min(dense.weight.shape))}
+        return [Candidate(self.name, {"rank": rank}, *size, error=math.nan) for rank, size in sizes.items() if saves(dense, size)]
+
     def prepare(self, linear: str, dense: Dense, stats: LinearStats) -> Subspaces:
         stats.require(linear, self.needs)
         gram = mean_gram(stats)
@@ -67,11 +73,12 @@ class UtilizedRank(Method[Subspaces]):
         energy, pivoted = kept[-1, -1].item(), self.storage == "pivoted"
         candidates, thresholds = [], []
         for share, outputs, inputs in zip(*self.corners(state), strict=True):
-            if size := spans_less(dense, min(inputs, outputs), pivoted, dense.bias is not None):
+            size = pair_size(dense, min(inputs, outputs), pivoted, dense.bias is not None)
+            if saves(dense, size):
                 error = max(0.0, 1 - kept[outputs - 1, inputs - 1].item() / energy) if energy > 0 else 0.0
                 candidates.append(Candidate(self.name, {"inputs": inputs, "outputs": outputs}, *size, error=error))
                 thresholds.append(1 - share)
-        return Curve(state.linear, self.name, tuple(candidates), dense.bits, dense.parameters, energy, thresholds=tuple(thresholds))
+        return Curve(state.linear, self.name, tuple(candidates), dense.bits, dense.parameters, energy, thresholds=(*thresholds, 0.0))
 
     def corners(self, state: Subspaces) -> tuple[list[float], list[int], list[int]]:
         """Shares p at which k_in or k_out steps, with k_out(p) and k_in(p); one corner for each rank, the largest share it reaches."""

@@ -1,0 +1,84 @@
+"""What truncating one linear does to the model's output: KL(original‖probed) on held-out windows, one linear at a time.
+
+Reference: LEMS (ICML 2026; low-rank card, rule R10). One measured divergence gives the scale of a linear's damage, its error curve the
+shape: damage(size) = KL(probe) · error(size) / error(probe).
+
+Differs from the authors' code: the original's block outputs are cached once, so that a probe costs only the blocks behind its linear.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from compressor.decompose import Decomposition
+from compressor.errors import NumericalError
+from compressor.evaluate import kl_sum
+from compressor.model import installed
+from compressor.plan import Candidate, Curve
+from compressor.restart import Restart
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """The candidate that was installed, its measured error in the method's metric, and the divergence it caused."""
+
+    setting: dict
+    error: float
+    kl: float  # nats per token
+
+
+def probe_candidate(curve: Curve, fraction: float) -> Candidate:
+    """The candidate whose size is nearest to a fraction of the dense size.
+
+    For a factor pair that is the rank at `fraction` of the break-even rank, where the pair is as large as the weight.
+    """
+    return min(curve.candidates, key=lambda candidate: abs(candidate.parameters - fraction * curve.dense_parameters))
+
+
+class Prober:
+    """Divergence from the model as it is now, on fixed windows, caused by replacing single linears."""
+
+    def __init__(self, model: PreTrainedModel, tokens: Tensor, batch_size: int, temperature: float = 1.0, skip: int = 0):
+        """Run the model once on tokens (n, window), int64, and keep its block outputs and logits.
+
+        temperature: of both distributions; skip: leading positions of each window that do not count.
+        """
+        device = "cpu" if model.device.type == "meta" else model.device
+        self.model, self.temperature, self.skip = model, temperature, skip
+        self.restart = Restart(model, [batch.to(device) for batch in tokens.split(batch_size)])
+        self.positions = tokens.shape[0] * (tokens.shape[1] - skip)
+        heads = range(len(self.restart.batches))
+        self.log_p = [torch.log_softmax(self.restart.logits(index, self._end()).float() / temperature, -1) for index in heads]
+
+    def _end(self) -> int:
+        return len(self.restart.outputs[0])
+
+    @torch.no_grad()
+    def kl(self, modules: dict[str, nn.Module], block: int) -> float:
+        """KL(original‖modified) with `modules` (name → module) installed, nats per token; `block` is the first block they touch.
+
+        Raises NumericalError naming the modules if the divergence is not finite.
+        """
+        divergence = 0.0
+        with installed(self.model, modules):
+            for index, log_p in enumerate(self.log_p):
+                logits = self.restart.logits(index, block).float() / self.temperature
+                divergence += kl_sum(log_p, logits, skip=self.skip, dtype=torch.float32).item()
+        if not divergence < float("inf"):
+            raise NumericalError(f"{', '.join(modules)}: the model's output is not finite when this linear alone is compressed")
+        return divergence / self.positions
+
+
+def probe(prober: Prober, decomposition: Decomposition, block: int, fraction: float) -> ProbeResult:
+    """Install one candidate of a decomposition, as it would be stored, and measure the divergence that it alone causes."""
+    candidate = probe_candidate(decomposition.curve, fraction)
+    module, error = decomposition.build(candidate)
+    return ProbeResult(candidate.setting, error, prober.kl({decomposition.curve.linear: module}, block))
+
+
+def damage(curve: Curve, result: ProbeResult, weight: float = 1.0) -> list[float]:
+    """Predicted divergence of every candidate of a curve, nats per token, times a depth weight."""
+    scale = weight * result.kl / result.error if result.error > 0 else 0.0
+    return [scale * candidate.error for candidate in curve.candidates]
