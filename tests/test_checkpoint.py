@@ -1,0 +1,382 @@
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import read_json, save_tiny, tiny_tokenizer
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
+from compressor import manifest
+from compressor.checkpoint import compare_reload, verify, write_model
+from compressor.errors import CheckpointError
+from compressor.folder import read, refuse_quantised
+from compressor.linears import CompressedLinear, LowRank
+from compressor.linears.low_rank import pack_mask
+from compressor.model import dense_of, linears, load, replace
+from compressor.staging import Staging
+from compressor.weights import stored_tensors, tied_names, write_weights
+
+WHOLE = 10**9  # a shard size that takes everything
+TOKENS = torch.arange(3, 40)[None]
+RANK = 5
+
+
+def compress(model, every: int = 2, names: tuple[str, ...] = ()):
+    """Put random low-rank modules, plain and pivoted in turn, in place of every second linear and of `names`."""
+    generator = torch.Generator().manual_seed(0)
+    chosen = list(linears(model).items())[::every] + list(linears(model, names).items() if names else ())
+    for number, (name, info) in enumerate(chosen):
+        pivoted = number % 2
+        mask = torch.arange(info.in_features) < RANK if pivoted else None
+        weight = torch.randn(RANK, info.in_features - RANK * pivoted, generator=generator) / info.in_features
+        up = torch.randn(info.out_features, RANK, generator=generator)
+        bias = dense_of(info, model.dtype).bias
+        replace(model, name, LowRank(weight.to(model.dtype), up.to(model.dtype), bias, pack_mask(mask) if pivoted else None))
+    return model
+
+
+def store(output: Path, model, source: Path | None, shard_size: int = WHOLE, tokenizer=None) -> Path:
+    with Staging(output) as stage:
+        write_model(stage.folder, model, tokenizer, source, shard_size)
+        compare_reload(stage.folder, model)
+        return stage.commit()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model(TOKENS).logits
+
+
+@pytest.fixture(scope="module")
+def written(tiny_llama, tmp_path_factory) -> Path:
+    """A compressed tiny Llama in several shards. Read only."""
+    return store(tmp_path_factory.mktemp("written") / "out", compress(load(tiny_llama)[0]), tiny_llama, 20_000)
+
+
+@pytest.fixture
+def damaged(written, tmp_path) -> Path:
+    """A copy of it that a test may damage."""
+    return Path(shutil.copytree(written, tmp_path / "damaged"))
+
+
+@pytest.fixture
+def without_plugin(monkeypatch):
+    """transformers as it is when compressor.hf was never imported."""
+    monkeypatch.delitem(AUTO_QUANTIZATION_CONFIG_MAPPING, "compressor")
+    monkeypatch.delitem(AUTO_QUANTIZER_MAPPING, "compressor")
+
+
+def edit_tensors(folder: Path, name: str, edit) -> None:
+    """Change the shard that holds `name`, and give index and manifest what they then should say."""
+    info = read(folder).tensors[name]
+    tensors = load_file(folder / info.file)
+    edit(tensors)
+    save_file(tensors, folder / info.file, metadata={"format": "pt"})
+    weight_map = {}
+    for path in folder.glob("*.safetensors"):
+        weight_map |= dict.fromkeys(load_file(path), path.name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "manifest.json").write_text(manifest.build(folder))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_reload_is_bit_equal(tmp_path, kind, dtype):
+    source = save_tiny(tmp_path / kind, kind, dtype=dtype)
+    model = compress(load(source)[0])
+    output = store(tmp_path / "out", model, source)
+    reloaded = AutoModelForCausalLM.from_pretrained(output)
+    assert torch.equal(logits(reloaded), logits(model))
+    assert verify(output) == []
+    assert read_json(output / "config.json")["dtype"] == dtype
+    stored = {info.dtype for name, info in read(output).tensors.items() if not name.endswith("pivots")}
+    assert stored == {{"float32": "F32", "bfloat16": "BF16"}[dtype]}
+
+
+def test_files_written(written, tiny_llama):
+    names = contents(written).keys()
+    shards = {name for name in names if name.endswith(".safetensors")}
+    assert len(shards) == 4
+    assert names - shards == {
+        "config.json",
+        "generation_config.json",
+        "manifest.json",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (written / name).read_bytes() == (tiny_llama / name).read_bytes()
+
+
+def test_shards_stay_within_their_size_and_hold_what_the_index_says(tiny_llama, tmp_path):
+    model, _ = load(tiny_llama)
+    for size in (20_000, 30_000, 100_000):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        write_weights(folder, model, size)
+        files = sorted(folder.glob("*.safetensors"))
+        assert all(file.stat().st_size <= size for file in files)
+        assert (folder / "model.safetensors.index.json").exists() == (len(files) > 1)
+        found = {}
+        for file in files:
+            found |= load_file(file)
+        assert found.keys() == stored_tensors(model).keys()
+        assert all(torch.equal(tensor, found[name]) for name, tensor in stored_tensors(model).items())
+    lone = tmp_path / "lone"
+    lone.mkdir()
+    write_weights(lone, model, 1)  # nothing fits: one tensor a file
+    assert len(list(lone.glob("*.safetensors"))) == len(stored_tensors(model))
+
+
+def test_tensors_of_every_dtype_and_shape_are_read_by_safetensors(tmp_path, tiny_llama):
+    dtypes = (torch.float64, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.int8, torch.uint8, torch.bool)
+    tensors = {f"t{number}": torch.arange(7).to(dtype) for number, dtype in enumerate(dtypes)}
+    tensors |= {"scalar": torch.tensor(3.0), "empty": torch.zeros(0, 4), "transposed": torch.arange(6.0).view(2, 3).T}
+    write_weights(tmp_path, load(tiny_llama)[0], WHOLE, tensors)
+    found = load_file(tmp_path / "model.safetensors")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert found[name].shape == tensor.shape
+        assert torch.equal(found[name].double(), tensor.double())
+    with pytest.raises(CheckpointError, match="complex64 cannot be stored"):
+        write_weights(tmp_path, load(tiny_llama)[0], WHOLE, {"c": torch.zeros(1, dtype=torch.complex64)})
+
+
+def test_same_inputs_give_the_same_bytes(written, tiny_llama, tmp_path):
+    again = store(tmp_path / "again", compress(load(tiny_llama)[0]), tiny_llama, 20_000)
+    assert contents(again) == contents(written)
+
+
+def test_saving_a_loaded_checkpoint_again_gives_the_same_bytes(written, tmp_path):
+    again = store(tmp_path / "again", load(written)[0], written, 20_000)
+    assert contents(again) == contents(written)
+
+
+def test_offloaded_model_gives_the_same_bytes(tiny_llama, tmp_path):
+    model = compress(load(tiny_llama)[0])
+    plain = store(tmp_path / "plain", model, tiny_llama)
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "disk", "lm_head": "cpu"}
+    places |= {"model.rotary_emb": "cpu"}
+    offloaded = AutoModelForCausalLM.from_pretrained(plain, device_map=places, offload_folder=tmp_path / "offload")
+    assert any(tensor.is_meta for tensor in stored_tensors(offloaded).values())
+    assert contents(store(tmp_path / "out", offloaded, tiny_llama)) == contents(plain)
+
+
+def test_permissions_follow_the_umask(tiny_llama, tmp_path):
+    former = os.umask(0o027)
+    try:
+        output = store(tmp_path / "out", load(tiny_llama)[0], tiny_llama, 20_000)
+    finally:
+        os.umask(former)
+    assert {oct(path.stat().st_mode & 0o777) for path in output.iterdir()} == {oct(0o640)}
+
+
+def test_without_source_the_objects_are_saved(tiny_llama, tmp_path):
+    output = store(tmp_path / "out", load(tiny_llama)[0], None, tokenizer=tiny_tokenizer())
+    assert AutoTokenizer.from_pretrained(output).encode("w5 w6") == [5, 6]
+    assert (output / "generation_config.json").exists()
+
+
+def test_companions_are_copied_but_no_code_and_nothing_from_outside(tiny_llama, tmp_path):
+    source = Path(shutil.copytree(tiny_llama, tmp_path / "source"))
+    (source / "additional_chat_templates").mkdir()
+    wanted = {"chat_template.jinja": "{{ a }}", "additional_chat_templates/tool.jinja": "{{ b }}", "LICENSE.txt": "free"}
+    refused = {"tokenizer_code.py": "boom", "pytorch_model.bin": "boom", "model.safetensors.index.json.bak": "old", "README.md": "theirs"}
+    for name, text in (wanted | refused).items():
+        (source / name).write_text(text)
+    output = store(tmp_path / "out", load(tiny_llama)[0], source)
+    assert {name: (output / name).read_text() for name in wanted} == wanted
+    assert not any((output / name).exists() for name in refused)
+    (tmp_path / "secret").write_text("secret")
+    (source / "vocab.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match="leads out"):
+        store(tmp_path / "out2", load(tiny_llama)[0], source)
+
+
+def test_model_and_its_config_are_not_changed(tiny_llama, tmp_path):
+    model = compress(load(tiny_llama)[0])
+    before, tensors = model.config.to_dict(), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    store(tmp_path / "out", model, tiny_llama)
+    assert model.config.to_dict() == before
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())
+
+
+def test_compare_reload_sees_one_bit(damaged):
+    model, _ = load(damaged)
+    compare_reload(damaged, model)
+    with torch.no_grad():
+        model.model.norm.weight[3] = -0.0
+    edit_tensors(damaged, "model.norm.weight", lambda tensors: tensors["model.norm.weight"].__setitem__(3, 0.0))
+    with pytest.raises(CheckpointError, match=r"differs from what was written in model\.norm\.weight$"):
+        compare_reload(damaged, model)
+
+
+def test_f13_bit_flip_in_a_shard(damaged):
+    shard = max(damaged.glob("model-*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    assert verify(damaged) == [f"{shard}: its bytes differ from the sha256 in manifest.json"]
+    with pytest.raises(CheckpointError, match=f"{shard.name}: its bytes differ"):
+        read(damaged)
+
+
+def test_f13_missing_shortened_and_extra_files(damaged):
+    (damaged / "tokenizer.json").unlink()
+    (damaged / "generation_config.json").write_text("{}")
+    (damaged / "notes.txt").touch()
+    (damaged / "timings.json").touch()  # outside the manifest
+    found = verify(damaged)
+    named = [Path(problem.split(": ")[0]).name for problem in found]
+    assert named == ["generation_config.json", "tokenizer.json", "notes.txt"]
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: the file is missing"):
+        read(damaged)
+
+
+def test_an_edited_document_is_reported_but_does_not_stop_reading(damaged):
+    (damaged / "README.md").write_text("written")
+    (damaged / "manifest.json").write_text(manifest.build(damaged))
+    (damaged / "README.md").write_text("edited!")
+    assert verify(damaged) == [f"{damaged / 'README.md'}: its bytes differ from the sha256 in manifest.json"]
+    assert read(damaged).tensors
+
+
+@pytest.mark.parametrize("text", ["{", '{"format": "compressor manifest", "files": {"a": 1}}', '{"format": "compressor manifest"}'])
+def test_damaged_manifest(damaged, text):
+    (damaged / "manifest.json").write_text(text)
+    assert "manifest.json" in verify(damaged)[0]
+    with pytest.raises(CheckpointError, match=r"manifest\.json"):
+        read(damaged)
+
+
+def test_missing_manifest_is_a_problem_and_a_foreign_one_is_not_ours(damaged):
+    (damaged / "manifest.json").write_text('{"name": "a web page"}')
+    assert "cannot be compared" in verify(damaged)[0]
+    assert read(damaged).tensors
+
+
+UP = "model.layers.0.self_attn.q_proj.up"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda tensors: tensors.pop(UP), f"{UP} is missing"),
+        (lambda tensors: tensors.update(extra=torch.zeros(1)), "extra belongs to nothing"),
+        (lambda tensors: tensors.update({UP: torch.zeros(RANK, 32)}), rf"{UP} is F32 \[5, 32\], expected F32 \[32, 5\]"),
+        (lambda tensors: tensors.update({UP: torch.zeros(32, RANK).half()}), rf"{UP} is F16 \[32, 5\], expected F32"),
+    ],
+)
+def test_f14_tensors_that_do_not_fit_the_specs(damaged, edit, message):
+    edit_tensors(damaged, UP, edit)
+    (problem,) = verify(damaged)
+    assert re.search(message, problem)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda tensors: tensors.pop("model.norm.weight"), "missing model.norm.weight"),
+        (lambda tensors: tensors.update(extra=torch.zeros(1)), "unexpected extra"),
+        (lambda tensors: tensors.update({"model.norm.weight": torch.zeros(31)}), r"model.norm.weight is \[31\], not \[32\]"),
+    ],
+)
+def test_f14_tensors_that_do_not_fit_a_dense_model(tiny_llama, tmp_path, edit, message):
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "llama"))
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=message):
+        load(read(folder).path)
+
+
+def test_f20_non_finite_tensor_is_named(damaged):
+    edit_tensors(damaged, UP, lambda tensors: tensors[UP].__setitem__((0, 0), float("nan")))
+    assert verify(damaged) == [f"{damaged}: {UP} holds NaN or infinity"]
+
+
+def test_f28_tied_embeddings_are_stored_once_and_stay_tied(tmp_path):
+    source = save_tiny(tmp_path / "tied", "llama", tie_word_embeddings=True)
+    model = compress(load(source)[0])
+    output = store(tmp_path / "out", model, source)
+    assert "lm_head.weight" not in read(output).tensors
+    reloaded, _ = load(output)
+    assert reloaded.lm_head.weight is reloaded.model.embed_tokens.weight
+    assert torch.equal(logits(reloaded), logits(model))
+    assert verify(output) == []
+
+
+def test_f28_compressed_head_of_tied_embeddings_is_untied(tmp_path):
+    source = save_tiny(tmp_path / "tied", "llama", tie_word_embeddings=True)
+    model = compress(load(source)[0], names=("lm_head",))
+    output = store(tmp_path / "out", model, source)
+    assert tied_names(model) == {}
+    assert read_json(output / "config.json")["tie_word_embeddings"] is False
+    reloaded, _ = load(output)
+    assert isinstance(reloaded.lm_head, LowRank)
+    assert torch.equal(logits(reloaded), logits(model))
+    assert verify(output) == []
+
+
+def test_f28_head_untied_by_hand_is_stored(tmp_path):
+    model, _ = load(save_tiny(tmp_path / "tied", "llama", tie_word_embeddings=True))
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach() + 1)
+    output = store(tmp_path / "out", model, None)
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= read(output).tensors.keys()
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("qwen2", {}),
+        ("llama", {"num_hidden_layers": 1, "attention_bias": True, "mlp_bias": True}),
+        ("llama", {"intermediate_size": 37, "vocab_size": 41, "hidden_size": 36, "head_dim": 9}),
+        ("gpt2", {"n_layer": 1}),
+    ],
+)
+def test_f28_biases_one_layer_odd_widths(tmp_path, kind, changes):
+    if "head_dim" in changes:
+        changes = changes | {"head_dim": 10}  # rotary embedding needs an even one
+    source = save_tiny(tmp_path / kind, kind, **changes)
+    model = compress(load(source)[0])
+    output = store(tmp_path / "out", model, source)
+    assert torch.equal(logits(load(output)[0]), logits(model))
+    assert verify(output) == []
+
+
+def test_f35_plain_transformers_stops_loudly(written, without_plugin):
+    with pytest.raises(RuntimeError, match=r"mismatch|size"):
+        AutoModelForCausalLM.from_pretrained(written)
+
+
+def test_compressed_checkpoint_is_refused_as_an_input(written):
+    with pytest.raises(CheckpointError, match=r"already quantised or compressed \(compressor\)"):
+        refuse_quantised(read(written))
+
+
+def test_specs_describe_the_compressed_linears_and_nothing_else(written):
+    model, _ = load(written)
+    specs = {name: module.spec() for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
+    quantization = read_json(written / "config.json")["quantization_config"]
+    assert quantization == {"quant_method": "compressor", "format_version": 1, "linears": specs}
+    assert len(specs) == 7
+
+
+def test_dense_model_is_written_without_quantization_config(tiny_gpt2, tmp_path, without_plugin):
+    output = store(tmp_path / "out", load(tiny_gpt2)[0], tiny_gpt2)
+    assert "quantization_config" not in read_json(output / "config.json")
+    assert isinstance(AutoModelForCausalLM.from_pretrained(output).transformer.h[0].mlp.c_fc, Conv1D)
+    assert verify(output) == []

@@ -1,0 +1,337 @@
+import logging
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import read_json, tiny_model
+
+from compressor import manifest, staging
+from compressor.errors import CheckpointError, ConfigError
+from compressor.staging import Staging, amend, leftovers, preflight
+
+KB = 1024
+
+
+def write(folder: Path, version: str) -> None:
+    """Something like a model, in two files that must not be mixed."""
+    (folder / "config.json").write_text(f'"{version}"')
+    (folder / "model.safetensors").write_bytes(version.encode() * 100)
+
+
+def produce(output: Path, version: str, overwrite: bool = False) -> None:
+    with Staging(output, overwrite) as stage:
+        write(stage.folder, version)
+        stage.commit()
+
+
+def version_of(output: Path) -> str | None:
+    """Which version a folder is, checked to be whole; None if it is not there."""
+    if not output.exists():
+        return None
+    version = (output / "config.json").read_text().strip('"')
+    assert (output / "model.safetensors").read_bytes() == version.encode() * 100
+    assert manifest.problems(output, manifest.read(output)) == []
+    assert sorted(path.name for path in output.iterdir()) == ["config.json", "manifest.json", "model.safetensors"]
+    return version
+
+
+@pytest.fixture
+def output(tmp_path) -> Path:
+    return tmp_path / "out"
+
+
+def test_f6_output_exists(output):
+    preflight(output, None, False, 0)
+    produce(output, "old")
+    for attempt in (lambda: preflight(output, None, False, 0), lambda: produce(output, "new")):
+        with pytest.raises(ConfigError, match="--overwrite"):
+            attempt()
+    assert version_of(output) == "old"
+    preflight(output, None, True, 0)
+    produce(output, "new", overwrite=True)
+    assert version_of(output) == "new"
+    assert list(output.parent.iterdir()) == [output]
+
+
+def test_overwrite_spares_folders_that_hold_no_model(output):
+    output.mkdir()
+    preflight(output, None, True, 0)  # an empty folder is nobody's loss
+    (output / "thesis.tex").touch()
+    with pytest.raises(ConfigError, match="holds no model"):
+        preflight(output, None, True, 0)
+    with pytest.raises(ConfigError, match="holds no model"):
+        produce(output, "new", overwrite=True)
+    assert (output / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "dangling link", "device", "fifo"])
+def test_f8_output_is_no_folder(output, tmp_path, kind):
+    if kind == "file":
+        output.write_text("keep")
+    elif kind == "fifo":
+        os.mkfifo(output)
+    elif kind == "device":
+        output = Path("/dev/null")
+    else:
+        target = tmp_path / "target"
+        if kind == "link":
+            produce(target, "old")
+        output.symlink_to(target)
+    for attempt in (lambda: preflight(output, None, True, 0), lambda: produce(output, "new", overwrite=True)):
+        with pytest.raises(ConfigError, match=r"not a folder|symbolic link"):
+            attempt()
+
+
+def test_f8_output_overlaps_the_input(tmp_path):
+    source = tmp_path / "a" / "model"
+    source.mkdir(parents=True)
+    write(source, "source")
+    (tmp_path / "link").symlink_to(source)
+    (tmp_path / "a" / "config.json").touch()
+    for output in (source / "out", source, source / "x" / "y", tmp_path / "link" / "out", tmp_path / "a", source / ".." / "model" / "out"):
+        with pytest.raises(ConfigError, match="overlap"):
+            preflight(output, source, True, 0)
+    preflight(tmp_path / "a" / "model2", source, False, 0)
+
+
+@pytest.mark.parametrize("place", ["/proc/out", "/dev/null/out", "file/out"])
+def test_f10_output_not_writable(tmp_path, place):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot write in"):
+        preflight(tmp_path / place, None, False, 0)
+
+
+def test_preflight_leaves_nothing_and_makes_no_folder(tmp_path):
+    preflight(tmp_path / "deep" / "down" / "out", None, False, 0)
+    assert list(tmp_path.iterdir()) == []
+    produce(tmp_path / "deep" / "down" / "out", "new")
+    assert version_of(tmp_path / "deep" / "down" / "out") == "new"
+
+
+def test_preflight_wants_enough_room(output):
+    free = shutil.disk_usage(output.parent).free
+    preflight(output, None, False, free // 2)
+    with pytest.raises(CheckpointError, match=r"needs about .* bytes, .* are free"):
+        preflight(output, None, False, free * 2)
+
+
+class Fuse:
+    """Raises, or kills the process, before or after the n-th call of what it wraps; counts the calls."""
+
+    def __init__(self, monkeypatch, blow, at: int, after: bool):
+        self.blow, self.at, self.after, self.calls = blow, at, after, 0
+        for module, name in ((os, "rename"), (os, "fsync"), (shutil, "rmtree"), (manifest, "build"), (manifest, "digest"), (os, "mkdir")):
+            monkeypatch.setattr(module, name, self.wrap(getattr(module, name)))
+
+    def wrap(self, function):
+        def call(*args, **kwargs):
+            self.calls += 1
+            mine = self.calls
+            if mine == self.at and not self.after:
+                self.blow()
+            result = function(*args, **kwargs)
+            if mine == self.at and self.after:
+                self.blow()
+            return result
+
+        return call
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def fail():
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("blow", [interrupt, fail])
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("before", ["old", None])
+def test_f2_f7_interrupted_at_any_step_is_old_or_new(tmp_path, monkeypatch, blow, after, before):
+    seen = set()
+    for at in range(1, 100):
+        output = tmp_path / str(at) / "out"
+        output.parent.mkdir()
+        if before:
+            produce(output, before)
+        with monkeypatch.context() as patch:
+            fuse = Fuse(patch, blow, at, after)
+            try:
+                produce(output, "new", overwrite=True)
+                stopped = False
+            except (KeyboardInterrupt, CheckpointError):
+                stopped = True
+        assert version_of(output) in {before, "new"}
+        seen.add(version_of(output))
+        if version_of(output) == before:
+            left = [path.name for path in output.parent.iterdir() if path != output]
+            assert [name for name in left if ".old-" in name or ".lock" in name] == []
+        if fuse.calls < at:
+            assert not stopped
+            break
+    assert at > 10
+    assert seen == {before, "new"}
+
+
+KILLED = """
+import os, shutil, signal, sys
+from pathlib import Path
+from compressor.staging import Staging
+
+def kill(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+point, rename = sys.argv[2], os.rename
+with Staging(Path(sys.argv[1]), overwrite=True) as stage:
+    (stage.folder / "config.json").write_text('"new"')
+    if point == "writing":
+        kill()
+    (stage.folder / "model.safetensors").write_bytes(b"new" * 100)
+    if point == "before the renames":
+        os.rename = kill
+    if point == "between the renames":
+        os.rename = lambda *names: rename(*names) or setattr(os, "rename", kill)
+    if point == "after the renames":
+        shutil.rmtree = kill
+    stage.commit()
+"""
+
+
+@pytest.mark.parametrize(
+    ("point", "found", "aside"),
+    [
+        ("writing", "old", None),
+        ("before the renames", "old", None),
+        ("between the renames", None, "old"),
+        ("after the renames", "new", "old"),
+    ],
+)
+def test_f2_f7_killed(output, caplog, point, found, aside):
+    produce(output, "old")
+    environment = os.environ | {"PYTHONPATH": str(Path(staging.__file__).parents[1])}
+    result = subprocess.run([sys.executable, "-c", KILLED, output, point], env=environment, capture_output=True, timeout=60)
+    assert result.returncode == -signal.SIGKILL
+    assert version_of(output) == found
+    old = [path for path in leftovers(output) if ".old-" in path.name]
+    assert [version_of(path) for path in old] == ([aside] if aside else [])
+    preflight(output, None, True, 0)  # what is left is reported, not touched, and does not stop the next run
+    assert all(str(path) in caplog.text for path in leftovers(output))
+    produce(output, "newer", overwrite=True)
+    assert version_of(output) == "newer"
+
+
+def test_f9_second_writer_of_one_output_is_refused(output):
+    with Staging(output) as first:
+        with pytest.raises(ConfigError, match=f"another process is writing it .*{first.folder.name}"):
+            produce(output, "second")
+        write(first.folder, "first")
+        first.commit()
+    assert version_of(output) == "first"
+    assert list(output.parent.iterdir()) == [output]
+
+
+def test_output_that_appears_meanwhile_is_kept(output):
+    with pytest.raises(ConfigError, match="exists already"), Staging(output) as stage:
+        write(stage.folder, "new")
+        output.mkdir()
+        write(output, "theirs")
+        stage.commit()
+    assert (output / "config.json").read_text() == '"theirs"'
+    assert list(output.parent.iterdir()) == [output]
+
+
+def test_error_while_writing_removes_the_staging_folder(output):
+    with pytest.raises(ZeroDivisionError), Staging(output) as stage:
+        write(stage.folder, "new")
+        raise ZeroDivisionError
+    assert list(output.parent.iterdir()) == []
+
+
+def test_old_folder_that_cannot_be_removed_is_reported(output, monkeypatch, caplog):
+    produce(output, "old")
+    monkeypatch.setattr(shutil, "rmtree", lambda path: fail())
+    with caplog.at_level(logging.WARNING):
+        produce(output, "new", overwrite=True)
+    assert version_of(output) == "new"
+    assert "could not be removed" in caplog.text
+
+
+@pytest.fixture
+def disk_of_20_kb():
+    """Let no file grow beyond 20 KB, as on a full disk, for this process and test."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20 * KB, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(("shard_size", "file"), [(10**9, "model.safetensors"), (30 * KB, "model-00001-of-0000")])
+def test_f5_disk_full_in_a_shard(output, disk_of_20_kb, shard_size, file):
+    from compressor.weights import write_weights
+
+    produce(output, "old")
+    with (
+        pytest.raises(CheckpointError, match=rf"{file}.* could not be written \(File too large\)"),
+        Staging(output, overwrite=True) as stage,
+    ):
+        write_weights(stage.folder, tiny_model("llama"), shard_size)
+    assert version_of(output) == "old"
+    assert list(output.parent.iterdir()) == [output]
+
+
+def test_f5_disk_full_in_a_document(output, disk_of_20_kb):
+    produce(output, "old")
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    with pytest.raises(CheckpointError, match=r"report\.json: could not be written"):
+        amend(output, {"report.json": "x" * 30 * KB})
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+
+
+def test_amend_replaces_documents_and_their_entries_only(output):
+    produce(output, "new")
+    entry = manifest.read(output)["model.safetensors"]
+    amend(output, {"report.json": "{}", "README.md": "# new"})
+    assert manifest.read(output).keys() == {"config.json", "model.safetensors", "report.json", "README.md"}
+    assert manifest.read(output)["model.safetensors"] == entry
+    assert manifest.problems(output, manifest.read(output)) == []
+    with pytest.raises(CheckpointError, match="only README"):
+        amend(output, {"config.json": "{}"})
+    (output / "report.json").unlink()
+    (output / "report.json").symlink_to(output.parent / "elsewhere")
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        amend(output, {"report.json": "{}"})
+
+
+def test_manifest_covers_all_but_itself_and_timings(output):
+    with Staging(output) as stage:
+        write(stage.folder, "new")
+        (stage.folder / "timings.json").write_text("{}")
+        (stage.folder / "templates").mkdir()
+        (stage.folder / "templates" / "tool.jinja").write_text("{{ x }}")
+        stage.commit()
+    assert read_json(output / "manifest.json")["files"].keys() == {"config.json", "model.safetensors", "templates/tool.jinja"}
+
+
+def test_manifest_entries_outside_the_folder_are_not_read(output):
+    produce(output, "new")
+    (output.parent / "secret").write_text("x")
+    files = {"../secret": manifest.digest(output.parent / "secret")}
+    assert "leads out" in manifest.problems(output, files)[0]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_permissions_follow_the_umask(output, mask):
+    former = os.umask(mask)
+    try:
+        produce(output, "new")
+        amend(output, {"report.json": "{}"})
+    finally:
+        os.umask(former)
+    assert {path.stat().st_mode & 0o777 for path in output.iterdir()} == {0o666 & ~mask}
+    assert output.stat().st_mode & 0o777 == 0o777 & ~mask
