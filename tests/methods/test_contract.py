@@ -1,0 +1,95 @@
+"""What every registered method promises, on every case and for every metric or option that changes its mathematics."""
+
+import math
+
+import cases
+import pytest
+import torch
+
+from compressor.linears import build_empty
+from compressor.methods import METHODS, build
+from compressor.methods.low_rank import NEEDS
+
+STORED = 2e-5  # relative error of float32 factors against the float64 closed form, in units of the energy
+OUTPUT = 1e-4  # float32 forward against float64 products
+
+VARIANTS = [("low_rank", {"metric": metric, "storage": storage}) for metric in NEEDS for storage in ("factors", "pivoted")]
+VARIANTS += [("utilized_rank", {"storage": storage}) for storage in ("factors", "pivoted")]
+
+
+def test_every_method_is_in_this_suite():
+    assert {name for name, _ in VARIANTS} == set(METHODS)
+
+
+def some(candidates, count=4):
+    return candidates[:: max(1, len(candidates) // count)]
+
+
+@pytest.fixture(params=VARIANTS, ids=lambda variant: "-".join([variant[0], *map(str, variant[1].values())]))
+def method(request):
+    return build(*request.param)
+
+
+@pytest.mark.parametrize("kind", cases.KINDS)
+def test_contract(method, kind):
+    case = cases.make(kind)
+    before = [case.dense.weight.clone(), case.stats.gram.clone(), case.stats.grad_gram.clone()]
+    state = method.prepare("linear", case.dense, case.stats)
+    curve = method.candidates(state)
+    assert curve.dense_bits == case.dense.bits and len(curve.candidates) > 3
+    assert all(one.bits < two.bits for one, two in zip(curve.candidates, curve.candidates[1:], strict=False))
+    assert curve.candidates[-1].bits < curve.dense_bits
+    assert not curve.thresholds or len(curve.thresholds) == len(curve.candidates) + 1
+    assert list(curve.thresholds) == sorted(curve.thresholds, reverse=True)
+    for candidate in some(curve.candidates):
+        module = method.compress(state, candidate.setting)
+        stored = {name: tensor for name, tensor in module.state_dict().items()}
+        assert candidate.bits == module.bits() == 8 * sum(tensor.nbytes for tensor in stored.values())
+        assert candidate.parameters == module.stored_parameters()
+        assert method.measure(state, module) == pytest.approx(candidate.error, abs=STORED, rel=1e-3)
+        again = method.compress(method.prepare("linear", case.dense, case.stats), candidate.setting)
+        assert all(torch.equal(stored[name], tensor) for name, tensor in again.state_dict().items())
+        rebuilt = build_empty(module.spec(), torch.float32, "cpu")
+        rebuilt.load_state_dict(stored)
+        x = case.x[:5].float()
+        expected = x.double() @ module.to_dense().double().T + (0 if module.bias is None else module.bias.double())
+        torch.testing.assert_close(rebuilt(x).double(), expected, rtol=OUTPUT, atol=OUTPUT * max(1.0, expected.abs().max().item()))
+    for tensor, copy in zip([case.dense.weight, case.stats.gram, case.stats.grad_gram], before, strict=True):
+        assert torch.equal(tensor, copy)
+
+
+def test_sizes_from_shapes_alone_are_the_sizes_of_the_curve(method):
+    case = cases.make("wide")
+    curve = method.candidates(method.prepare("linear", case.dense, case.stats))
+    meta = cases.Dense(case.dense.weight.to("meta"), None, torch.float32)
+    offered = {(size.bits, size.parameters) for size in method.sizes(meta)}
+    assert {(candidate.bits, candidate.parameters) for candidate in curve.candidates} <= offered
+    assert all(math.isnan(size.error) for size in method.sizes(meta))
+
+
+def test_error_never_grows_with_size_on_isotropic_statistics(method):
+    case = cases.make("wide")
+    x = torch.linalg.qr(torch.randn(400, 44, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))[0]
+    g = torch.linalg.qr(torch.randn(400, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(2)))[0]
+    curve = method.candidates(method.prepare("linear", case.dense, cases.sums(x, g)))
+    errors = [candidate.error for candidate in curve.candidates]
+    assert all(later <= earlier + 1e-12 for earlier, later in zip(errors, errors[1:], strict=False))
+
+
+def test_bfloat16_storage_halves_the_bits(method):
+    case = cases.make("square", dtype=torch.bfloat16)
+    state = method.prepare("linear", case.dense, case.stats)
+    for candidate in some(method.candidates(state).candidates):
+        module = method.compress(state, candidate.setting)
+        assert module.weight.dtype == torch.bfloat16
+        assert module.bits() == candidate.bits
+        assert method.measure(state, module) == pytest.approx(candidate.error, abs=2e-3)
+
+
+def test_missing_statistics_name_the_linear_and_the_command(method):
+    from compressor.errors import DataError
+    from compressor.stats import LinearStats
+
+    if method.needs:
+        with pytest.raises(DataError, match=r"model\.q_proj: the statistics lack .*`compressor calibrate"):
+            method.prepare("model.q_proj", cases.make("square").dense, LinearStats(tokens=1))
