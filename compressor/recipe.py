@@ -1,0 +1,235 @@
+"""What a recipe says: frozen sections in stage order. Sizes are fractions kept, from above 0 to 1."""
+
+import re
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, Strict, model_validator
+
+DEFAULT_KEEP = 0.8
+_UNITS = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+T = TypeVar("T")
+Many = Annotated[tuple[T, ...], Strict(False)]  # a YAML list
+
+
+def size_in_bytes(size: str | int) -> int:
+    """Turn `3.2GiB`, `500 MB` or a number of bytes into bytes. Raises ValueError saying which units exist."""
+    match = re.fullmatch(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([A-Za-z]*)", str(size).strip())
+    if type(size) not in (str, int) or match is None or match[2] not in _UNITS:
+        raise ValueError(f"must be a number with a unit ({', '.join(filter(None, _UNITS))}) such as 3.2GiB, not {size!r}")
+    if (count := int(float(match[1]) * _UNITS[match[2]])) < 1:
+        raise ValueError(f"must be at least one byte, not {size!r}")
+    return count
+
+
+def _size(value: Any) -> Any:
+    size_in_bytes(value)
+    return value
+
+
+def _keep(value: Any) -> Any:
+    fractions = value.values() if isinstance(value, dict) else [value]
+    if value is not None and (not fractions or not all(type(x) in (int, float) and 0 < x <= 1 for x in fractions)):
+        raise ValueError("must be a fraction kept, greater than 0 and at most 1, or a map from target pattern to such fractions")
+    return value
+
+
+def _pattern(value: str) -> str:
+    if value.startswith("re:"):
+        try:
+            re.compile(value[3:])
+        except re.error as error:
+            raise ValueError(f"is not a regular expression: {error}") from None
+    return value
+
+
+def _ascending(value: tuple[float, float]) -> tuple[float, float]:
+    if not 0 <= value[0] < value[1]:
+        raise ValueError("must be two numbers [low, high] with 0 <= low < high")
+    return value
+
+
+Size = Annotated[str | int, BeforeValidator(_size)]
+Pattern = Annotated[str, AfterValidator(_pattern)]
+Count = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class Model(Section):
+    """Which model is compressed, and where it runs."""
+
+    name: str = "reference"
+    """Folder, hub identifier, or `reference` for the model bundled with this package."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model; null for its default branch."""
+    device: str = "auto"
+    """Device of the forward passes and decompositions: `auto`, `cpu`, `cuda`, `cuda:1`, …"""
+    device_map: str | None = None
+    """Placement by accelerate for models larger than one device, e.g. `auto`; null to use `device` alone."""
+
+
+class Gradients(Section):
+    """How output gradients are collected, for the methods that need them."""
+
+    labels: Literal["data", "sampled"] = "data"
+    """Next tokens from the text, or sampled from the model's own distribution."""
+    clip: Annotated[tuple[float, float], Strict(False), AfterValidator(_ascending)] | None = None
+    """Bounds [low, high] on each token's gradient norm, as multiples of the mean norm; null for none."""
+    trim: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Fraction of the positions of a window that is dropped at either end."""
+
+
+class Calibration(Section):
+    """Text that the statistics are collected on."""
+
+    source: str | None = None
+    """File, folder, `org/name:config:split[:column]`, `file.safetensors:key` or `self`; null for the bundled text."""
+    column: str | None = None
+    """Column or key that holds the text; null for `text`."""
+    chat_template: bool = False
+    """Whether each record is a conversation to be laid out by the tokenizer's chat template."""
+    windows: Annotated[int, Field(ge=2)] = 128
+    """Number of windows, the held-out ones included."""
+    length: Annotated[int, Field(ge=2)] = 512
+    """Tokens in a window."""
+    batch_size: Count = 8
+    """Windows in one forward pass."""
+    heldout: Annotated[int, Field(ge=0)] | None = None
+    """Last windows kept out of the statistics, for the probe and for choices; null for an eighth of them, 16 at most."""
+    memory: Size = "4GiB"
+    """Memory for the second moments collected in one pass; more passes are made when they do not fit."""
+    gradients: Gradients = Gradients()
+
+    @property
+    def heldout_windows(self) -> int:
+        return min(16, self.windows // 8) if self.heldout is None else self.heldout
+
+    @model_validator(mode="after")
+    def _leaves_windows(self) -> "Calibration":
+        if self.heldout_windows >= self.windows:
+            raise ValueError(f"holds out {self.heldout_windows} of {self.windows} windows, which leaves none to collect statistics on")
+        return self
+
+
+class Engine(Section):
+    """One decomposition with its options."""
+
+    name: str = "low_rank"
+    """Engine, as listed by `compressor methods`."""
+    options: dict[str, JsonValue] = {}
+    """Options of the engine; those left out have its defaults."""
+
+
+class Target(Section):
+    """Some linears and the decompositions that compete for them."""
+
+    targets: Pattern = "*"
+    """Module names, as a glob or as `re:` and a regular expression; a linear belongs to the first entry that matches."""
+    candidates: Annotated[Many[Engine], Field(min_length=1)] = (Engine(),)
+    """Decompositions; the allocation chooses among their settings."""
+    dense: bool = True
+    """Whether keeping the weight as it is competes too."""
+
+
+class Probe(Section):
+    """The measurement behind `damage: kl_probe`: each linear alone is truncated and the divergence of the model's output measured."""
+
+    rank: Annotated[float, Field(gt=0, le=1)] = 0.3
+    """Rank of the truncated linear, as a fraction of the rank at which two factors are as large as the weight."""
+    windows: Count | None = None
+    """Held-out windows used; null for all of them."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Temperature of both output distributions."""
+    skip: Annotated[int, Field(ge=0)] = 0
+    """Leading positions of each window that do not count."""
+
+
+class Allocation(Section):
+    """How the size is shared out among the linears."""
+
+    kind: Literal["knapsack", "uniform", "threshold", "by_role", "svd_llm_v2", "d_rank", "fixed"] = "knapsack"
+    """Rule; each one adjusts its own knob to meet the size, `fixed` alone takes the settings as they are."""
+    keep: Annotated[float | dict[str, float] | None, BeforeValidator(_keep)] = None
+    """Fraction of the size of the targets that is kept, or a map from target pattern to fraction; 0.8 if no size is given."""
+    target_size: Size | None = None
+    """Size of the whole checkpoint, e.g. `3.2GiB`; takes the place of `keep`."""
+    count: Literal["bits", "parameters"] = "bits"
+    """Stored bits, indices and masks included, or stored real numbers only, as papers count."""
+    damage: Literal["kl_probe", "two_sided", "relative_error"] = "kl_probe"
+    """What the knapsack minimises: measured divergence in nats, the method's error as it is, or the error over the energy."""
+    depth_bias: NonNegative = 0.0
+    """Weight γ of the factor 1 + γh by which damage in early blocks counts more (kl_probe)."""
+    tie: Many[Literal["qkv", "gate_up"]] = ()
+    """Linears that must share one setting."""
+    roles: dict[str, Annotated[float, Field(gt=0)]] = {"q": 1.0, "k": 1.0, "v": 3.0, "o": 3.0}
+    """Relative rank of each role (by_role); roles not named have weight 1."""
+    shift: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    """Fraction β of the rank of q and k that is moved to v (d_rank)."""
+    probe: Probe = Probe()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_size(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        given = [name for name in ("keep", "target_size") if data.get(name) is not None]
+        if data.get("kind") == "fixed" and given:
+            raise ValueError(f"of kind 'fixed' takes the settings as they are and no size; set {given[0]} to null")
+        if len(given) == 2:
+            raise ValueError("takes keep or target_size, not both")
+        return data if given or data.get("kind") == "fixed" else data | {"keep": DEFAULT_KEEP}
+
+
+class Evaluation(Section):
+    """The comparison with the original that ends a run."""
+
+    enabled: bool = True
+    """Whether to evaluate at all."""
+    source: str | None = None
+    """Text, as for calibration; null for the bundled evaluation text."""
+    column: str | None = None
+    """Column or key that holds the text; null for `text`."""
+    window: Annotated[int, Field(ge=2)] | None = None
+    """Tokens in a window; null for the length of the calibration windows."""
+    windows: Count | None = None
+    """Number of windows; null for the whole text."""
+    batch_size: Count = 8
+    """Windows in one forward pass."""
+    tasks: Many[str] = ()
+    """lm-eval tasks, by name or as a task file."""
+    limit: Count | None = None
+    """Examples of each task; null for all."""
+
+
+class Output(Section):
+    """What is written."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the stored numbers; `auto` for that of the input."""
+    shard_size: Size = "5GB"
+    """Largest file of weights."""
+    overwrite: bool = False
+    """Whether an existing output folder is replaced."""
+
+
+class Recipe(Section):
+    """A compression run."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of everything random."""
+    model: Model = Model()
+    calibration: Calibration = Calibration()
+    method: Annotated[Many[Target], Field(min_length=1)] = (Target(),)
+    """Which decompositions apply to which linears."""
+    allocation: Allocation = Allocation()
+    evaluation: Evaluation = Evaluation()
+    output: Output = Output()
+
+    @property
+    def evaluation_window(self) -> int:
+        return self.evaluation.window or self.calibration.length
