@@ -105,14 +105,10 @@ class Calibration(Section):
     """Memory for the second moments collected in one pass; more passes are made when they do not fit."""
     gradients: Gradients = Gradients()
 
-    @property
-    def heldout_windows(self) -> int:
-        return min(16, self.windows // 8) if self.heldout is None else self.heldout
-
     @model_validator(mode="after")
     def _leaves_windows(self) -> "Calibration":
-        if self.heldout_windows >= self.windows:
-            raise ValueError(f"holds out {self.heldout_windows} of {self.windows} windows, which leaves none to collect statistics on")
+        if self.heldout is not None and self.heldout >= self.windows:
+            raise ValueError(f"holds out {self.heldout} of {self.windows} windows, which leaves none to collect statistics on")
         return self
 
 

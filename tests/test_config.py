@@ -6,7 +6,7 @@ import pytest
 from compressor.config import Recipe, dump_yaml, find_recipe, load_recipe, parse_size, presets, schema
 from compressor.errors import ConfigError
 
-PRESETS = "afm asvd awsvd default fwsvd kfac_svd lems lord svd svd_llm utilized_rank welore".split()
+PRESETS = ["afm", "asvd", "awsvd", "default", "fwsvd", "kfac_svd", "lems", "lord", "svd", "svd_llm", "utilized_rank", "welore"]
 MAX_PRESET_LINES = 30
 
 
@@ -156,13 +156,9 @@ def test_number_written_without_a_point_is_a_number(recipe_file):
     assert load_recipe(recipe_file("allocation: {depth_bias: 1e-3}\n")).allocation.depth_bias == 0.001
 
 
-def test_heldout_windows_and_evaluation_window_follow_calibration(recipe_file):
-    assert Recipe().calibration.heldout_windows == 16
-    assert load_recipe(None, ["calibration.windows=400"]).calibration.heldout_windows == 16
-    recipe = load_recipe(recipe_file("calibration: {windows: 40, length: 99}\n"))
-    assert recipe.calibration.heldout_windows == 5
-    assert recipe.evaluation_window == 99
-    assert load_recipe(None, ["evaluation.window=7", "calibration.heldout=3"]).evaluation_window == 7
+def test_evaluation_window_follows_calibration(recipe_file):
+    assert load_recipe(recipe_file("calibration: {length: 99}\n")).evaluation_window == 99
+    assert load_recipe(None, ["evaluation.window=7"]).evaluation_window == 7
 
 
 def test_presets_are_the_published_recipes():
