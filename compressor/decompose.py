@@ -13,7 +13,7 @@ from compressor.methods.base import Method
 from compressor.model import LinearInfo, dense_of, linears, selects
 from compressor.plan import Candidate, Curve
 from compressor.recipe import Recipe
-from compressor.stats import LinearStats, mean_gram
+from compressor.stats import LinearStats
 
 ALWAYS = frozenset({"gram"})  # what the reported error of every linear is measured with
 
@@ -80,4 +80,4 @@ def decompose_one(name: str, assignment: Assignment, stats: LinearStats) -> list
 
 def gram_error(assignment: Assignment, module: CompressedLinear, stats: LinearStats) -> float:
     """tr(D G Dᵀ) / tr(W G Wᵀ) of a module as it is stored: the `error` of reports, one yardstick for every method."""
-    return linalg.relative_error(dense_weight(assignment).weight, module.to_dense(), mean_gram(stats))
+    return linalg.relative_error(dense_weight(assignment).weight, module.to_dense(), linalg.Metric(stats.gram, 1 / stats.tokens))

@@ -4,9 +4,11 @@ References: the eigenvector form of weighted truncation is LoRD's (arXiv 2309.14
 without its Cholesky factor; the two-sided metric is KFAC-SVD's; pivoted storage is PIFA's (arXiv 2501.19090).
 
 Glossary
-    weight W (out, in)   metric M (in, in), or its diagonal (in,)   grad_gram H (out, out)
+    weight W (out, in)   metric M (in, in)   grad_gram H = L Lᵀ (out, out)
     error = tr(H D M Dᵀ) with D = W − Ŵ; H is the identity unless the metric is two-sided
 """
+
+from dataclasses import dataclass
 
 import scipy.linalg
 import torch
@@ -41,50 +43,75 @@ def eigh_descending(matrix: Tensor, what: str) -> tuple[Tensor, Tensor]:
     return values, vectors * torch.where(largest < 0, -1.0, 1.0)
 
 
+@dataclass(frozen=True)
+class Metric:
+    """M = scale · moment − mean meanᵀ + shift · I, a positive semi-definite (in, in) matrix that is never formed.
+
+    The moment is shared by every linear that reads the same inputs, so scaling, centring and shrinking must not copy it.
+    moment: (in, in), its diagonal (in,), or None for the identity; mean: (in,) or None.
+    """
+
+    moment: Tensor | None = None
+    scale: float = 1.0
+    mean: Tensor | None = None
+    shift: float = 0.0
+
+    def shrunk(self, fraction: float) -> "Metric":
+        """(1 − a) M + a · mean(diag M) · I: shrinkage towards the scaled identity (low-rank card 1.4), a in [0, 1]."""
+        level = self.scale * self.moment.diagonal().double().mean().item()
+        return Metric(self.moment, (1 - fraction) * self.scale, shift=fraction * level)
+
+    def weigh(self, weight: Tensor) -> Tensor:
+        """W M: (out, in), float64."""
+        weight = weight.double()
+        if self.moment is None:
+            weighted = self.scale * weight
+        else:
+            moment = self.moment.double()
+            weighted = self.scale * (weight @ moment if moment.ndim == 2 else weight * moment)
+        if self.mean is not None:
+            weighted = weighted - torch.outer(weight @ self.mean, self.mean)
+        return weighted + self.shift * weight if self.shift else weighted
+
+    def energy(self, weight: Tensor) -> float:
+        """tr(W M Wᵀ), summed in float64."""
+        return (self.weigh(weight) * weight).sum(dtype=torch.float64).item()
+
+
+def relative_error(weight: Tensor, approximation: Tensor, metric: Metric, root: Tensor | None = None, whole: float | None = None) -> float:
+    """tr(H D M Dᵀ) / tr(H W M Wᵀ) with D = W − Ŵ: the error that plans and reports speak of. 0 when the weight has no energy.
+
+    root: L (out, out) with L Lᵀ = H, or None for H = I; whole: the denominator, where it is known.
+    """
+    weight = weight.double()
+    lost = weight - approximation.double()
+    if whole is None:
+        whole = metric.energy(weight if root is None else root.T @ weight)
+    return metric.energy(lost if root is None else root.T @ lost) / whole if whole > 0 else 0.0
+
+
 def shrink(moment: Tensor, fraction: float) -> Tensor:
-    """(1 − a) M + a · mean(diag M) · I: shrinkage towards the scaled identity (low-rank card 1.4), a in [0, 1]."""
+    """Shrinkage as in `Metric.shrunk`, for a matrix that is to be factorised: (n, n), a new tensor unless a = 0."""
     if fraction == 0:
         return moment
     mean = moment.diagonal().mean()
     return torch.diagonal_scatter((1 - fraction) * moment, (1 - fraction) * moment.diagonal() + fraction * mean)
 
 
-def weigh(weight: Tensor, metric: Tensor | None) -> Tensor:
-    """W M: (out, in). `metric` is a matrix, a diagonal, or None for the identity."""
-    if metric is None:
-        return weight
-    return weight @ metric if metric.ndim == 2 else weight * metric
-
-
-def energy(weight: Tensor, metric: Tensor | None, grad_gram: Tensor | None = None) -> float:
-    """tr(H W M Wᵀ) in float64; 0-dimensional sums of products, no root is formed."""
-    weight = weight.double()
-    weighted = weigh(weight, metric)
-    return ((weighted if grad_gram is None else grad_gram @ weighted) * weight).sum().item()
-
-
-def relative_error(weight: Tensor, approximation: Tensor, metric: Tensor | None, grad_gram: Tensor | None = None) -> float:
-    """tr(H D M Dᵀ) / tr(H W M Wᵀ) with D = W − Ŵ: the error that plans and reports speak of. 0 when both vanish."""
-    lost = energy(weight.double() - approximation.double(), metric, grad_gram)
-    whole = energy(weight, metric, grad_gram)
-    return lost / whole if whole > 0 else 0.0
-
-
-def principal_outputs(weight: Tensor, metric: Tensor | None, what: str) -> tuple[Tensor, Tensor]:
+def principal_outputs(weight: Tensor, metric: Metric, what: str) -> tuple[Tensor, Tensor]:
     """Leading output directions of a weighted weight: eigenpairs of W M Wᵀ.
 
     The best rank-r Ŵ under tr(D M Dᵀ) is U_r U_rᵀ W, and its error is the sum of the discarded eigenvalues: no inverse, no
     Cholesky, no damping, whatever the rank of M. The eigenproblem has the smaller side of W: a tall W = Q R is reduced by one
     QR to the core R M Rᵀ, whose eigenvectors Q carries back.
 
-    weight: (out, in); metric: (in, in), (in,) or None. Returns values (k,), descending, and U (out, k), k = min(out, in), float64.
-    Raises NumericalError naming `what`.
+    weight: (out, in). Returns values (k,), descending, and U (out, k), k = min(out, in), float64. Raises NumericalError naming `what`.
     """
     weight = weight.double()
     require_finite(weight, what)
     tall = weight.shape[0] > weight.shape[1]
     frame, core = torch.linalg.qr(weight) if tall else (None, weight)
-    values, vectors = eigh_descending(weigh(core, metric) @ core.T, what)
+    values, vectors = eigh_descending(metric.weigh(core) @ core.T, what)
     return values, frame @ vectors if tall else vectors
 
 

@@ -41,12 +41,3 @@ class LinearStats:
             raise DataError(
                 f"{linear}: the statistics lack {', '.join(missing)}; collect them with `compressor calibrate MODEL STATS --config RECIPE`"
             )
-
-
-def mean_gram(stats: LinearStats, centred: bool = False) -> Tensor:
-    """Second moment of the input, (in, in) float64, per token; with `centred` the covariance, mean μ = sum / tokens removed."""
-    gram = stats.gram.double() / stats.tokens
-    if centred:
-        mean = stats.sum.double() / stats.tokens
-        gram = gram - torch.outer(mean, mean)
-    return gram

@@ -8,6 +8,7 @@ import torch
 
 from compressor import linalg
 from compressor.errors import NumericalError
+from compressor.linalg import Metric
 
 
 def test_eigh_is_descending_reconstructs_and_fixes_signs():
@@ -45,13 +46,27 @@ def test_relative_error_is_the_trace_formula_and_the_mean_over_tokens():
     case = cases.make("wide")
     weight, close = case.dense.weight.double(), 0.9 * case.dense.weight.double()
     close[0] += 1
-    lost, gram, moment = weight - close, case.stats.gram, case.stats.grad_gram
+    lost, gram, moment = weight - close, case.stats.gram, case.stats.grad_gram + torch.eye(20, dtype=torch.float64)
     direct = torch.trace(moment @ lost @ gram @ lost.T) / torch.trace(moment @ weight @ gram @ weight.T)
-    assert linalg.relative_error(weight, close, gram, moment) == pytest.approx(direct.item(), rel=1e-10)
+    root = torch.linalg.cholesky(moment)
+    assert linalg.relative_error(weight, close, Metric(gram), root) == pytest.approx(direct.item(), rel=1e-10)
     by_tokens = (case.x @ lost.T).square().sum() / (case.x @ weight.T).square().sum()
-    assert linalg.relative_error(weight, close, gram) == pytest.approx(by_tokens.item(), rel=1e-10)
-    assert linalg.relative_error(weight, weight, gram) == 0
-    assert linalg.relative_error(torch.zeros_like(weight), torch.zeros_like(weight), gram) == 0
+    assert linalg.relative_error(weight, close, Metric(gram, 0.1)) == pytest.approx(by_tokens.item(), rel=1e-10)
+    assert linalg.relative_error(weight, weight, Metric(gram)) == 0
+    assert linalg.relative_error(torch.zeros_like(weight), torch.zeros_like(weight), Metric(gram)) == 0
+
+
+@pytest.mark.parametrize("kind", ["matrix", "diagonal", "identity"])
+def test_metric_is_the_matrix_it_stands_for(kind):
+    case, mean = cases.make("wide"), torch.linspace(0, 0.1, 44, dtype=torch.float64)
+    moment = {"matrix": case.stats.gram, "diagonal": case.stats.gram.diagonal(), "identity": None}[kind]
+    full = {"matrix": moment, "diagonal": torch.diag(case.stats.gram.diagonal()), "identity": torch.eye(44, dtype=torch.float64)}[kind]
+    metric = Metric(moment, 0.25, mean=mean, shift=2.0)
+    expected = 0.25 * full - torch.outer(mean, mean) + 2.0 * torch.eye(44, dtype=torch.float64)
+    torch.testing.assert_close(metric.weigh(case.dense.weight), case.dense.weight.double() @ expected)
+    if kind == "matrix":
+        shrunk = Metric(moment, 0.25).shrunk(0.3)
+        torch.testing.assert_close(shrunk.weigh(torch.eye(44)), linalg.shrink(0.25 * moment, 0.3))
 
 
 def test_shrinkage_keeps_the_trace_and_ends_at_the_scaled_identity():

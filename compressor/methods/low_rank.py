@@ -30,12 +30,13 @@ from pydantic import Field
 from torch import Tensor
 
 from compressor import linalg
+from compressor.linalg import Metric
 from compressor.linears import Dense, LowRank
 from compressor.linears.low_rank import pack_mask
 from compressor.methods import register
 from compressor.methods.base import Method
 from compressor.plan import Candidate, Curve
-from compressor.stats import LinearStats, mean_gram
+from compressor.stats import LinearStats
 
 NEEDS = {
     "identity": (),
@@ -46,7 +47,6 @@ NEEDS = {
     "centred_gram": ("gram", "sum"),
     "two_sided": ("gram", "grad_gram"),
 }
-Metric = Literal["identity", "fisher", "mean_abs", "gram_diagonal", "gram", "centred_gram", "two_sided"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -56,12 +56,10 @@ class Factors:
 
     linear: str
     dense: Dense
-    metric: Tensor | None  # M: (in, in), (in,) or None
-    grad_gram: Tensor | None  # H: (out, out), shrunk
-    root: Tensor | None  # L: (out, out) lower triangular, L Lᵀ = H
+    metric: Metric  # M, per token
+    root: Tensor | None  # L: (out, out) lower triangular, L Lᵀ = H shrunk, per token; None for one-sided metrics
     values: Tensor  # (k,) σ², descending
     vectors: Tensor  # (out, k) U
-    mean: Tensor | None  # (in,) mean input, for the bias of the centred metric
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
         """A (out, r) and B (r, in), float64."""
@@ -104,48 +102,50 @@ class LowRankMethod(Method[Factors]):
     name: ClassVar[str] = "low_rank"
     paper: ClassVar[str] = "SVD-LLM, arXiv 2403.07378; LoRD, arXiv 2309.14021; KFAC-SVD / LEMS, ICML 2026"
 
-    metric: Metric = "two_sided"
+    metric: Literal["identity", "fisher", "mean_abs", "gram_diagonal", "gram", "centred_gram", "two_sided"] = "two_sided"
     alpha: Annotated[float, Field(ge=0)] = 0.5  # exponent of E|x|, `mean_abs` only
     storage: Literal["factors", "pivoted"] = "pivoted"
     shrink_gram: Fraction = 0.01  # `two_sided` only: shrinkage of the input Gram
     shrink_grad_gram: Fraction = 0.1  # `two_sided` only: shrinkage of the output-gradient moment
     rank_step: Annotated[int, Field(ge=1)] | None = None  # ranks offered; by default at most 256 of them, evenly spaced
+    max_rank: Annotated[float, Field(gt=0, le=1)] = 1.0  # largest rank offered, as a fraction of full rank (WeLore's dense rule: 0.5)
 
     @property
     def needs(self) -> frozenset[str]:
         return frozenset(NEEDS[self.metric])
 
-    def input_metric(self, stats: LinearStats) -> Tensor | None:
-        """M of the chosen metric: per token, float64; (in, in), (in,) or None for the identity."""
-        if self.metric == "identity":
-            return None
-        if self.metric == "fisher":
-            return stats.fisher.double() / stats.grad_tokens
-        if self.metric == "mean_abs":
-            return (stats.abs_sum.double() / stats.tokens) ** (2 * self.alpha)
-        if self.metric == "gram_diagonal":
-            return stats.gram.diagonal().double() / stats.tokens
-        gram = mean_gram(stats, centred=self.metric == "centred_gram")
-        return linalg.shrink(gram, self.shrink_gram) if self.metric == "two_sided" else gram
+    def input_metric(self, stats: LinearStats) -> Metric:
+        """M of the chosen metric, per token."""
+        match self.metric:
+            case "identity":
+                return Metric()
+            case "fisher":
+                return Metric(stats.fisher, 1 / stats.grad_tokens)
+            case "mean_abs":
+                return Metric((stats.abs_sum.double() / stats.tokens) ** (2 * self.alpha))
+            case "gram_diagonal":
+                return Metric(stats.gram.diagonal(), 1 / stats.tokens)
+            case "centred_gram":
+                return Metric(stats.gram, 1 / stats.tokens, mean=stats.sum.double() / stats.tokens)
+            case "two_sided":
+                return Metric(stats.gram, 1 / stats.tokens).shrunk(self.shrink_gram)
+        return Metric(stats.gram, 1 / stats.tokens)
 
     def sizes(self, dense: Dense) -> list[Candidate]:
         full, pivoted = min(dense.weight.shape), self.storage == "pivoted"
-        step = self.rank_step or max(1, full // 256)
+        step, largest = self.rank_step or max(1, full // 256), min(full - 1, int(self.max_rank * full))
         biased = dense.bias is not None or self.metric == "centred_gram"
-        sizes = {rank: pair_size(dense, rank, pivoted, biased) for rank in range(step, full, step)}
+        sizes = {rank: pair_size(dense, rank, pivoted, biased) for rank in range(step, largest + 1, step)}
         return [Candidate(self.name, {"rank": rank}, *size, error=math.nan) for rank, size in sizes.items() if saves(dense, size)]
 
     def prepare(self, linear: str, dense: Dense, stats: LinearStats) -> Factors:
         stats.require(linear, self.needs)
-        metric, weight = self.input_metric(stats), dense.weight.double()
-        if self.metric != "two_sided":
-            values, vectors = linalg.principal_outputs(weight, metric, linear)
-            mean = stats.sum.double() / stats.tokens if self.metric == "centred_gram" else None
-            return Factors(linear, dense, metric, None, None, values, vectors, mean)
-        grad_gram = linalg.shrink(stats.grad_gram.double() / stats.grad_tokens, self.shrink_grad_gram)
-        root = linalg.cholesky(grad_gram, f"{linear}: the output-gradient moment", "shrink_grad_gram")
-        values, vectors = linalg.principal_outputs(root.T @ weight, metric, linear)
-        return Factors(linear, dense, metric, grad_gram, root, values, vectors, None)
+        metric, weight, root = self.input_metric(stats), dense.weight.double(), None
+        if self.metric == "two_sided":
+            moment = linalg.shrink(stats.grad_gram.double() / stats.grad_tokens, self.shrink_grad_gram)
+            root = linalg.cholesky(moment, f"{linear}: the output-gradient moment", "shrink_grad_gram")
+            weight = root.T @ weight
+        return Factors(linear, dense, metric, root, *linalg.principal_outputs(weight, metric, linear))
 
     def candidates(self, state: Factors) -> Curve:
         """Every rank that saves bits, with its closed-form error Σ_{i>r} σᵢ² ÷ Σ σᵢ²."""
@@ -165,10 +165,11 @@ class LowRankMethod(Method[Factors]):
     def compress(self, state: Factors, setting: dict[str, Any]) -> LowRank:
         up, down = state.factors(setting["rank"])
         bias = state.dense.bias
-        if state.mean is not None:  # AFM: what the discarded directions contribute on average, (W − A B) μ, moves to the bias
-            lost = (state.dense.weight.double() - up @ down) @ state.mean
+        if state.metric.mean is not None:  # AFM: what the discarded directions contribute on average, (W − A B) μ, moves to the bias
+            lost = (state.dense.weight.double() - up @ down) @ state.metric.mean
             bias = lost if bias is None else bias.double() + lost
         return store(up, down, bias, state.dense.dtype, self.storage == "pivoted")
 
     def measure(self, state: Factors, module: LowRank) -> float:
-        return linalg.relative_error(state.dense.weight, module.to_dense(), state.metric, state.grad_gram)
+        whole = state.values.clamp(min=0).sum().item()
+        return linalg.relative_error(state.dense.weight, module.to_dense(), state.metric, state.root, whole)

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from compressor import linalg
+from compressor.linalg import Metric
 from compressor.linears import Dense, LowRank
 from compressor.methods import register
 from compressor.methods.base import Method
 from compressor.methods.low_rank import pair_size, saves, store
 from compressor.plan import Candidate, Curve
-from compressor.stats import LinearStats, mean_gram
+from compressor.stats import LinearStats
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Subspaces:
 
     linear: str
     dense: Dense
-    gram: Tensor  # (in, in), per token
+    metric: Metric  # G, per token
     input_energy: Tensor  # (in,) λ, descending
     inputs: Tensor  # (in, in) V
     output_energy: Tensor  # (k,) σ², descending, k = min(out, in)
@@ -62,10 +63,10 @@ class UtilizedRank(Method[Subspaces]):
 
     def prepare(self, linear: str, dense: Dense, stats: LinearStats) -> Subspaces:
         stats.require(linear, self.needs)
-        gram = mean_gram(stats)
-        input_energy, inputs = linalg.eigh_descending(gram, f"{linear}: the Gram")
-        output_energy, outputs = linalg.principal_outputs(dense.weight, gram, linear)
-        return Subspaces(linear, dense, gram, input_energy.clamp(min=0), inputs, output_energy.clamp(min=0), outputs)
+        metric = Metric(stats.gram, 1 / stats.tokens)
+        input_energy, inputs = linalg.eigh_descending(stats.gram, f"{linear}: the Gram")
+        output_energy, outputs = linalg.principal_outputs(dense.weight, metric, linear)
+        return Subspaces(linear, dense, metric, input_energy.clamp(min=0) / stats.tokens, inputs, output_energy.clamp(min=0), outputs)
 
     def candidates(self, state: Subspaces) -> Curve:
         dense, core = state.dense, state.outputs.T @ state.dense.weight.double() @ state.inputs  # (k, in)
@@ -99,4 +100,4 @@ class UtilizedRank(Method[Subspaces]):
         return store(up, down, state.dense.bias, state.dense.dtype, self.storage == "pivoted")
 
     def measure(self, state: Subspaces, module: LowRank) -> float:
-        return linalg.relative_error(state.dense.weight, module.to_dense(), state.gram)
+        return linalg.relative_error(state.dense.weight, module.to_dense(), state.metric)
