@@ -68,7 +68,8 @@ def write_companions(folder: Path, model: PreTrainedModel, tokenizer: PreTrained
     if not copy_files(source_folder, folder, GENERATION) and model.can_generate():
         with naming(folder / GENERATION[0]):
             model.generation_config.save_pretrained(folder)
-    if not copy_files(source_folder, folder, TOKENIZER) and tokenizer is not None:
+    vocabulary = () if tokenizer is None else tuple(tokenizer.vocab_files_names.values())
+    if not copy_files(source_folder, folder, TOKENIZER + vocabulary) and tokenizer is not None:
         with naming(folder / "tokenizer.json"):
             tokenizer.save_pretrained(folder)
     copy_files(source_folder, folder, LICENCE)

@@ -125,6 +125,8 @@ def read_headers(path: Path) -> ModelFolder:
     config = read_json(inside(path, "config.json"))
     check_type(path / "config.json", config)
     check_sizes(path / "config.json", config)
+    if not isinstance(config.get("quantization_config"), dict | None):
+        raise CheckpointError(f"{path / 'config.json'}: quantization_config is not a JSON object")
     if isinstance(config.get("text_config"), dict):
         check_sizes(path / "config.json", config["text_config"])
     folder = ModelFolder(path, config, read_tensors(path))

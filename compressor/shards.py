@@ -6,6 +6,7 @@ is the cache of huggingface_hub, whose snapshots are links to the blobs beside t
 
 import json
 import struct
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,10 +58,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises CheckpointError with file and position if it is cut short, or with a key given twice."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        if len(set(keys)) != len(keys):
-            twice = some({key for key in keys if keys.count(key) > 1})
-            raise CheckpointError(f"{path}: given twice: {twice}; keep one")
+        counts = Counter(key for key, _ in pairs)
+        if len(counts) != len(pairs):
+            raise CheckpointError(f"{path}: given twice: {some(key for key in counts if counts[key] > 1)}; keep one")
         return dict(pairs)
 
     try:

@@ -31,12 +31,13 @@ def preflight(output: Path, source: Path | None, overwrite: bool, needed_bytes: 
     Raises ConfigError if the output exists (without `overwrite`, or is no model folder), is a file, link or device, overlaps the
     source folder or lies in a place that is not writable; CheckpointError if fewer than `needed_bytes` are free there.
     """
+    output = located(output)
     check_place(output, overwrite)
     if source is not None:
         inner, outer = output.resolve(), source.resolve()
         if inner.is_relative_to(outer) or outer.is_relative_to(inner):
             raise ConfigError(f"{output}: the output and the model folder {source} overlap; choose a folder apart from it")
-    parent = next(folder for folder in output.absolute().parents if folder.exists())
+    parent = next(folder for folder in output.parents if folder.exists())
     try:
         os.rmdir(tempfile.mkdtemp(prefix=f"{output.name}.check-", dir=parent))  # os.access says nothing useful for root
     except OSError as error:
@@ -46,6 +47,11 @@ def preflight(output: Path, source: Path | None, overwrite: bool, needed_bytes: 
         raise CheckpointError(f"{output}: needs about {needed_bytes:,} bytes, {free:,} are free in {parent}; make room or write elsewhere")
     for leftover in leftovers(output):
         log.warning("%s is left from a run that was stopped; remove it when no other run is writing it", leftover)
+
+
+def located(output: Path) -> Path:
+    """Absolute path of an output, `.` and `..` resolved; a link at its very end is kept, to be refused."""
+    return output.resolve() if output.name in ("", "..") else output.parent.resolve() / output.name
 
 
 def check_place(output: Path, overwrite: bool) -> None:
@@ -118,7 +124,7 @@ class Staging:
     """Context manager: `folder` is where to write; `commit()` makes it the output; leaving without commit removes it."""
 
     def __init__(self, output: Path, overwrite: bool = False):
-        self.output, self.overwrite = output.absolute(), overwrite
+        self.output, self.overwrite = located(output), overwrite
         self.run = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         self.folder = self.output.with_name(f"{self.output.name}.partial-{self.run}")
         self.lock = FileLock(self.output.with_name(f".{self.output.name}.lock"))

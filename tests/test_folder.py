@@ -140,9 +140,10 @@ def test_f15_link_that_leads_out(sharded, name, monkeypatch):
     assert path not in opened
 
 
-def test_f15_special_file_is_not_opened(llama):
+def test_f15_special_file_is_not_opened(llama, monkeypatch):
     (llama / WEIGHTS).unlink()
-    os.mkfifo(llama / WEIGHTS)  # opening it would wait for ever
+    os.mkfifo(llama / WEIGHTS)
+    monkeypatch.setattr(shards, "read_header", lambda path: pytest.fail("opened, which would wait for ever"))
     with pytest.raises(CheckpointError, match="expected a regular file"):
         read(llama)
 
@@ -326,6 +327,9 @@ def test_quantised_models_are_refused_on_request(llama):
     edit_json(llama / "config.json", quantization_config={"quant_method": "gptq"})
     with pytest.raises(CheckpointError, match=r"already quantised or compressed \(gptq\)"):
         refuse_quantised(read(llama))
+    edit_json(llama / "config.json", quantization_config="gptq")
+    with pytest.raises(CheckpointError, match="quantization_config is not a JSON object"):
+        read(llama)
 
 
 def test_resolve_local_names(llama, monkeypatch):

@@ -113,6 +113,20 @@ def test_preflight_leaves_nothing_and_makes_no_folder(tmp_path):
     assert version_of(tmp_path / "deep" / "down" / "out") == "new"
 
 
+def test_output_written_with_dots(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "config.json").touch()
+    monkeypatch.chdir(tmp_path / "here")
+    for output in (Path("."), Path("../here"), Path("x/..")):
+        with pytest.raises(ConfigError, match="here: exists already"):
+            preflight(output, None, False, 0)
+    produce(Path("../other/../out"), "new")
+    assert version_of(tmp_path / "out") == "new"
+    preflight(Path(), None, True, 0)
+    produce(Path(), "new", overwrite=True)
+    assert version_of(tmp_path / "here") == "new"
+
+
 def test_preflight_wants_enough_room(output):
     free = shutil.disk_usage(output.parent).free
     preflight(output, None, False, free // 2)
