@@ -1,0 +1,350 @@
+"""The checkpoint format read by plain transformers: hand-made low-rank modules in tiny models, against everything that loads them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import VOCABULARY, read_json, tiny_model, tiny_tokenizer
+from factors import compress_in_place, low_rank_like
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.quantizers import AutoQuantizationConfig
+from transformers.quantizers.auto import AutoHfQuantizer
+
+import compressor.hf
+from compressor.errors import CheckpointError
+from compressor.linears import LowRank
+
+ROOT = Path(__file__).parent.parent
+TARGETS = {  # a plain and a pivoted pair in each block, dense linears beside them; ranks differ
+    "llama": {"model.layers.0.self_attn.q_proj": (5, False), "model.layers.1.mlp.down_proj": (7, True)},
+    "gpt2": {"transformer.h.0.attn.c_attn": (5, True), "transformer.h.0.mlp.c_proj": (6, False), "transformer.h.1.mlp.c_fc": (7, True)},
+}
+KINDS = list(TARGETS)
+
+
+def tokens(batch: int = 2, length: int = 12) -> torch.Tensor:
+    return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def compressed(kind: str, **changes):
+    model = tiny_model(kind, **changes)
+    compress_in_place(model, {name: low_rank_like(model.get_submodule(name), *how) for name, how in TARGETS[kind].items()})
+    return model
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model(input_ids=tokens(), use_cache=False).logits
+
+
+def loaded(folder: Path, **options):
+    """Load with transformers alone and insist on a perfect fit."""
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, trust_remote_code=False, **options)
+    assert not any(info.values()), info
+    return model
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> dict[str, tuple[Path, torch.Tensor]]:
+    """Per architecture: a compressed folder with tokenizer, and the logits of the model in memory. Read only."""
+    made = {}
+    for kind in KINDS:
+        folder = tmp_path_factory.mktemp("compressed") / kind
+        model = compressed(kind)
+        model.save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
+        made[kind] = (folder, logits(model))
+    return made
+
+
+FRESH = """
+import importlib, json, sys, torch
+from transformers import AutoModelForCausalLM
+from transformers.quantizers import AutoQuantizationConfig
+
+def attempt(action):
+    try:
+        action()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+folders, results = sys.argv[1:], {}
+for folder in folders:
+    spec = json.load(open(f"{folder}/config.json"))["quantization_config"]
+    load = lambda: AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+    results[folder] = [attempt(load), attempt(lambda: AutoQuantizationConfig.from_dict(spec))]
+import compressor.hf
+importlib.reload(compressor.hf)
+for folder in folders:
+    tokens = torch.load(f"{folder}/tokens.pt")
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)(input_ids=tokens, use_cache=False).logits
+    results[folder].append(torch.equal(logits, torch.load(f"{folder}/logits.pt")))
+print(json.dumps(results))
+"""
+
+
+def test_fresh_process_refuses_without_the_import_and_agrees_bit_for_bit_with_it(tmp_path):
+    folders = {}
+    for kind in KINDS:
+        for pivoted in (False, True):
+            model, folder = tiny_model(kind), tmp_path / f"{kind}-{pivoted}"
+            name = next(iter(TARGETS[kind]))
+            compress_in_place(model, {name: low_rank_like(model.get_submodule(name), 5, pivoted)})
+            model.save_pretrained(folder)
+            torch.save(tokens(), folder / "tokens.pt")
+            torch.save(logits(model), folder / "logits.pt")
+            folders[str(folder)] = name
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", FRESH, *folders]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr
+    for folder, (plain, lm_eval, equal) in json.loads(run.stdout).items():
+        assert plain.startswith("RuntimeError") and "ignore_mismatched_sizes" in plain
+        assert lm_eval.startswith("ValueError: Unknown quantization type, got compressor")
+        assert equal, folder
+        assert "MISMATCH" in run.stderr and "weight" in run.stderr
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_listed_modules_are_rebuilt_and_trainable(kind, checkpoints):
+    folder, expected = checkpoints[kind]
+    model = loaded(folder)
+    assert torch.equal(logits(model), expected)
+    kinds = {name: module.pivots is not None for name, module in model.named_modules() if isinstance(module, LowRank)}
+    assert kinds == {name: pivoted for name, (_, pivoted) in TARGETS[kind].items()}
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert model.hf_quantizer.is_serializable() and model.hf_quantizer.is_trainable
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dtype_override_casts_factors_and_keeps_pivots(kind, dtype, checkpoints):
+    folder, _ = checkpoints[kind]
+    reference, model = stored(folder), loaded(folder, dtype=dtype)
+    state = model.state_dict()
+    for name, tensor in reference.items():
+        assert torch.equal(state[name], tensor if name.endswith(".pivots") else tensor.to(dtype)), name
+    assert {tensor.dtype for name, tensor in state.items() if name.endswith(".pivots")} == {torch.uint8}
+    assert logits(model).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_device_map_auto(kind, checkpoints, tmp_path):
+    folder, expected = checkpoints[kind]
+    assert torch.equal(logits(loaded(folder, device_map="auto").cpu()), expected)
+    model = loaded(folder, device_map="auto", max_memory={"cpu": 60_000}, offload_folder=tmp_path)
+    assert set(model.hf_device_map.values()) == {"cpu", "disk"}
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("buffers", [False, True], ids=["parameters", "parameters and buffers"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_disk_offload(kind, buffers, checkpoints, tmp_path):
+    folder, expected = checkpoints[kind]
+    placement = {
+        "llama": {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers": "disk", "model.norm": "cpu", "lm_head": "cpu"},
+        "gpt2": {"transformer.wte": "cpu", "transformer.wpe": "cpu", "transformer.h": "disk", "transformer.ln_f": "cpu", "lm_head": "cpu"},
+    }[kind]
+    model = loaded(folder, device_map=placement, offload_folder=tmp_path, offload_buffers=buffers)
+    assert all(model.get_submodule(name).weight.is_meta for name in TARGETS[kind])
+    for _ in range(2):  # tensors come and go with every pass
+        assert torch.equal(logits(model), expected)
+    model.save_pretrained(tmp_path / "again")
+    assert stored(tmp_path / "again").keys() == stored(folder).keys()
+    assert all(torch.equal(tensor, stored(folder)[name]) for name, tensor in stored(tmp_path / "again").items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_shards(kind, tmp_path):
+    model = compressed(kind)
+    model.save_pretrained(tmp_path, max_shard_size="8KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    assert torch.equal(logits(loaded(tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saving_again_gives_identical_files(kind, checkpoints, tmp_path):
+    folder, _ = checkpoints[kind]
+    loaded(folder).save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert read_json(tmp_path / "config.json") == read_json(folder / "config.json")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tied_head_is_stored_once_and_stays_tied(kind, tmp_path):
+    model = compressed(kind, tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    assert "lm_head.weight" not in stored(tmp_path)
+    again = loaded(tmp_path)
+    again.tie_weights()
+    assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
+    assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("pivoted", [False, True])
+def test_compressed_head_of_an_untied_model(pivoted, tmp_path):
+    model = tiny_model("llama", tie_word_embeddings=False)
+    compress_in_place(model, {"lm_head": low_rank_like(model.lm_head, 9, pivoted)})
+    model.save_pretrained(tmp_path)
+    again = loaded(tmp_path)
+    again.tie_weights()  # lm-eval calls this on every model
+    assert isinstance(again.lm_head, LowRank)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_compressed_head_that_the_config_ties_is_refused(tmp_path):
+    model = tiny_model("llama", tie_word_embeddings=False)
+    compress_in_place(model, {"lm_head": low_rank_like(model.lm_head, 9, False)})
+    model.config.tie_word_embeddings = True
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"lm_head: .*tie_word_embeddings false"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_generate_with_cache_continues_as_in_memory(kind, checkpoints):
+    folder, _ = checkpoints[kind]
+    prompt, settings = tokens(1, 4), {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(loaded(folder).generate(prompt, **settings), compressed(kind).generate(prompt, **settings))
+
+
+def edited(config: dict, **changes) -> dict:
+    return config | {"quantization_config": config["quantization_config"] | changes}
+
+
+def damaged(config: dict, name: str | None = None, **changes) -> dict:
+    """Change the spec of the first compressed linear, or rename it."""
+    linears = dict(config["quantization_config"]["linears"])
+    first = next(iter(linears))
+    spec = linears.pop(first) | changes
+    return edited(config, linears={name or first: spec} | linears)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda config: edited(config, format_version=2), "format version 2, this package reads up to 1: upgrade compressor"),
+        (lambda config: edited(config, format_version="1"), "format_version must be an integer"),
+        (lambda config: edited(config, format_version=0), "format_version must be an integer"),
+        (lambda config: edited(config, linears=["lm_head"]), "linears must map module names to specs"),
+        (lambda config: edited(config, dequantise=True), "unknown fields: dequantise"),
+        (lambda config: damaged(config, kind="dictionary_of_dreams"), "storage kind 'dictionary_of_dreams' is unknown"),
+        (lambda config: damaged(config, name="model.layers.0.self_attn.x_proj"), "x_proj: .* no such module"),
+        (lambda config: damaged(config, name="model.embed_tokens"), "model.embed_tokens: .* Embedding, not a linear"),
+        (lambda config: damaged(config, in_features=31), r"q_proj: \(out, in\) of the spec"),
+        (lambda config: damaged(config, bias=True), "q_proj: bias of the spec"),
+        (lambda config: damaged(config, rank=-1), "q_proj: damaged spec"),
+        (lambda config: damaged(config, rank="5"), "q_proj: damaged spec"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_damaged_descriptions_are_refused(change, message, checkpoints):
+    folder, _ = checkpoints["llama"]
+    config = AutoConfig.from_pretrained(folder)
+    config.quantization_config = change(read_json(folder / "config.json"))["quantization_config"]
+    with pytest.raises(CheckpointError, match=message):
+        AutoModelForCausalLM.from_pretrained(folder, config=config)
+
+
+def test_a_spec_without_a_size_is_refused(checkpoints):
+    config = AutoConfig.from_pretrained(checkpoints["llama"][0])
+    del next(iter(config.quantization_config["linears"].values()))["rank"]
+    with pytest.raises(CheckpointError, match=r"damaged spec .*KeyError 'rank'"):
+        AutoModelForCausalLM.from_pretrained(checkpoints["llama"][0], config=config)
+
+
+def test_registering_twice_changes_nothing():
+    before = AutoHfQuantizer.from_config({"quant_method": "compressor", "format_version": 1, "linears": {}})
+    compressor.hf.register()
+    after = AutoHfQuantizer.from_config({"quant_method": "compressor", "format_version": 1, "linears": {}})
+    assert type(before) is type(after) and type(after).__name__ == "CompressorQuantizer"
+
+
+def test_dense_checkpoints_cannot_be_compressed_while_loading(tiny_llama):
+    config = compressor.hf.CompressorConfig(linears={}, format_version=1)
+    with pytest.raises(ValueError, match="pre-quantized"):
+        AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=config)
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+@pytest.mark.parametrize("kind", KINDS)
+def test_lm_eval_reads_the_folder_and_takes_the_model(kind, checkpoints):
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    folder, _ = checkpoints[kind]
+    spec = read_json(folder / "config.json")["quantization_config"]
+    assert AutoQuantizationConfig.from_dict(spec).to_dict() == spec
+    texts = [Instance("loglikelihood_rolling", {}, (text,), index) for index, text in enumerate(("w3 w4 w5 w6", "w90 w8 w7"))]
+    scores = []
+    for pretrained in (str(folder), loaded(folder)):
+        harness = HFLM(pretrained=pretrained, tokenizer=tiny_tokenizer(), device="cpu", dtype="float32", batch_size=2, max_length=64)
+        assert sum(isinstance(module, LowRank) for module in harness.model.modules()) == len(TARGETS[kind])
+        scores.append(harness.loglikelihood_rolling(texts, disable_tqdm=True))
+    assert scores[0] == scores[1]
+    assert all(score < 0 for score in scores[0])
+
+
+ADAPTED = {
+    "leaf names": {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_proj", "c_fc"]},
+    "full names": {kind: list(targets) for kind, targets in TARGETS.items()},
+    "all-linear": dict.fromkeys(KINDS, "all-linear"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+@pytest.mark.parametrize("targets", list(ADAPTED))
+@pytest.mark.parametrize("kind", KINDS)
+def test_lora_on_top_starts_equal_and_trains(kind, targets, checkpoints, tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    folder, expected = checkpoints[kind]
+    settings = LoraConfig(r=2, target_modules=ADAPTED[targets][kind], task_type="CAUSAL_LM")
+    model = get_peft_model(loaded(folder), settings)
+    adapted = {name for name, module in model.get_base_model().named_modules() if hasattr(module, "lora_A")}
+    assert adapted >= TARGETS[kind].keys()
+    assert torch.equal(logits(model), expected)  # B starts at zero
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(trainable, lr=0.01)
+    losses = []
+    for _ in range(3):
+        loss = model(input_ids=tokens(), labels=tokens()).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[2] < losses[0]
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(loaded(folder), tmp_path)
+    assert torch.equal(logits(again), logits(model.eval()))
+
+
+@pytest.mark.parametrize("safe", [False, True])
+@pytest.mark.parametrize("target", list(TARGETS["llama"]))
+def test_merging_lora_into_factors_is_refused(target, safe, checkpoints):
+    """A merged weight has no room for a higher rank: PEFT's in-place sum meets another shape, and nothing changes."""
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(loaded(checkpoints["llama"][0]), LoraConfig(r=2, target_modules=[target], init_lora_weights=False))
+    before = logits(model)
+    with pytest.raises(RuntimeError, match=r"size|shape"):
+        model.merge_and_unload(safe_merge=safe)
+    assert torch.equal(logits(model), before)
+
+
+def test_dora_on_factors_is_refused(checkpoints):
+    from peft import LoraConfig, get_peft_model
+
+    with pytest.raises(RuntimeError, match=r"size|shape"):
+        get_peft_model(loaded(checkpoints["llama"][0]), LoraConfig(r=2, target_modules=list(TARGETS["llama"]), use_dora=True))
