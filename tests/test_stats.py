@@ -1,0 +1,40 @@
+"""Statistics are sums: shards add, and what is missing is named."""
+
+import pytest
+import torch
+
+from compressor.errors import DataError
+from compressor.stats import LinearStats
+
+
+def shard(seed: int, tokens: int = 5) -> LinearStats:
+    x = torch.randn(tokens, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return LinearStats(tokens=tokens, gram=x.T @ x, sum=x.sum(0), grad_tokens=tokens - 1)
+
+
+def test_shards_add_field_by_field():
+    first, second = shard(0), shard(1, tokens=7)
+    both = first + second
+    assert (both.tokens, both.grad_tokens) == (12, 10)
+    assert torch.equal(both.gram, first.gram + second.gram)
+    assert torch.equal(both.sum, first.sum + second.sum)
+    assert both.abs_sum is None and both.grad_gram is None
+
+
+def test_adding_leaves_the_shards_alone():
+    first, second = shard(0), shard(1)
+    before = first.gram.clone()
+    first + second
+    assert torch.equal(first.gram, before)
+
+
+def test_shards_with_other_fields_do_not_add():
+    with pytest.raises(DataError, match="only one of them has 'gram'"):
+        shard(0) + LinearStats(tokens=5, sum=torch.zeros(3))
+
+
+def test_require_names_the_linear_the_missing_fields_and_the_command():
+    stats = shard(0)
+    stats.require("layers.0.q", frozenset({"gram", "sum"}))
+    with pytest.raises(DataError, match=r"layers\.0\.q: the statistics lack fisher, grad_gram; .*compressor calibrate"):
+        stats.require("layers.0.q", frozenset({"gram", "grad_gram", "fisher"}))
