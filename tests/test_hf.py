@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCABULARY, read_json, tiny_model, tiny_tokenizer
-from factors import compress_in_place, low_rank_like
+from conftest import read_json, tiny_model
+from handmade import TARGETS, compress_in_place, compressed, loaded, logits, low_rank_like, save_compressed, tokens
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.quantizers import AutoQuantizationConfig
 from transformers.quantizers.auto import AutoHfQuantizer
 
 import compressor.hf
@@ -20,33 +19,7 @@ from compressor.errors import CheckpointError
 from compressor.linears import LowRank
 
 ROOT = Path(__file__).parent.parent
-TARGETS = {  # a plain and a pivoted pair in each block, dense linears beside them; ranks differ
-    "llama": {"model.layers.0.self_attn.q_proj": (5, False), "model.layers.1.mlp.down_proj": (7, True)},
-    "gpt2": {"transformer.h.0.attn.c_attn": (5, True), "transformer.h.0.mlp.c_proj": (6, False), "transformer.h.1.mlp.c_fc": (7, True)},
-}
 KINDS = list(TARGETS)
-
-
-def tokens(batch: int = 2, length: int = 12) -> torch.Tensor:
-    return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(1))
-
-
-def compressed(kind: str, **changes):
-    model = tiny_model(kind, **changes)
-    compress_in_place(model, {name: low_rank_like(model.get_submodule(name), *how) for name, how in TARGETS[kind].items()})
-    return model
-
-
-@torch.no_grad()
-def logits(model) -> torch.Tensor:
-    return model(input_ids=tokens(), use_cache=False).logits
-
-
-def loaded(folder: Path, **options):
-    """Load with transformers alone and insist on a perfect fit."""
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, trust_remote_code=False, **options)
-    assert not any(info.values()), info
-    return model
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
@@ -58,11 +31,8 @@ def checkpoints(tmp_path_factory) -> dict[str, tuple[Path, torch.Tensor]]:
     """Per architecture: a compressed folder with tokenizer, and the logits of the model in memory. Read only."""
     made = {}
     for kind in KINDS:
-        folder = tmp_path_factory.mktemp("compressed") / kind
-        model = compressed(kind)
-        model.save_pretrained(folder)
-        tiny_tokenizer().save_pretrained(folder)
-        made[kind] = (folder, logits(model))
+        folder = save_compressed(tmp_path_factory.mktemp("compressed") / kind, kind)
+        made[kind] = (folder, logits(compressed(kind)))
     return made
 
 
@@ -215,7 +185,7 @@ def test_compressed_head_that_the_config_ties_is_refused(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_generate_with_cache_continues_as_in_memory(kind, checkpoints):
     folder, _ = checkpoints[kind]
-    prompt, settings = tokens(1, 4), {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    prompt, settings = tokens(1, 1, 4), {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(loaded(folder).generate(prompt, **settings), compressed(kind).generate(prompt, **settings))
 
 
@@ -275,76 +245,3 @@ def test_dense_checkpoints_cannot_be_compressed_while_loading(tiny_llama):
     config = compressor.hf.CompressorConfig(linears={}, format_version=1)
     with pytest.raises(ValueError, match="pre-quantized"):
         AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=config)
-
-
-@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
-@pytest.mark.parametrize("kind", KINDS)
-def test_lm_eval_reads_the_folder_and_takes_the_model(kind, checkpoints):
-    from lm_eval.api.instance import Instance
-    from lm_eval.models.huggingface import HFLM
-
-    folder, _ = checkpoints[kind]
-    spec = read_json(folder / "config.json")["quantization_config"]
-    assert AutoQuantizationConfig.from_dict(spec).to_dict() == spec
-    texts = [Instance("loglikelihood_rolling", {}, (text,), index) for index, text in enumerate(("w3 w4 w5 w6", "w90 w8 w7"))]
-    scores = []
-    for pretrained in (str(folder), loaded(folder)):
-        harness = HFLM(pretrained=pretrained, tokenizer=tiny_tokenizer(), device="cpu", dtype="float32", batch_size=2, max_length=64)
-        assert sum(isinstance(module, LowRank) for module in harness.model.modules()) == len(TARGETS[kind])
-        scores.append(harness.loglikelihood_rolling(texts, disable_tqdm=True))
-    assert scores[0] == scores[1]
-    assert all(score < 0 for score in scores[0])
-
-
-ADAPTED = {
-    "leaf names": {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_proj", "c_fc"]},
-    "full names": {kind: list(targets) for kind, targets in TARGETS.items()},
-    "all-linear": dict.fromkeys(KINDS, "all-linear"),
-}
-
-
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
-@pytest.mark.parametrize("targets", list(ADAPTED))
-@pytest.mark.parametrize("kind", KINDS)
-def test_lora_on_top_starts_equal_and_trains(kind, targets, checkpoints, tmp_path):
-    from peft import LoraConfig, PeftModel, get_peft_model
-
-    folder, expected = checkpoints[kind]
-    settings = LoraConfig(r=2, target_modules=ADAPTED[targets][kind], task_type="CAUSAL_LM")
-    model = get_peft_model(loaded(folder), settings)
-    adapted = {name for name, module in model.get_base_model().named_modules() if hasattr(module, "lora_A")}
-    assert adapted >= TARGETS[kind].keys()
-    assert torch.equal(logits(model), expected)  # B starts at zero
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(trainable, lr=0.01)
-    losses = []
-    for _ in range(3):
-        loss = model(input_ids=tokens(), labels=tokens()).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[2] < losses[0]
-    model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(loaded(folder), tmp_path)
-    assert torch.equal(logits(again), logits(model.eval()))
-
-
-@pytest.mark.parametrize("safe", [False, True])
-@pytest.mark.parametrize("target", list(TARGETS["llama"]))
-def test_merging_lora_into_factors_is_refused(target, safe, checkpoints):
-    """A merged weight has no room for a higher rank: PEFT's in-place sum meets another shape, and nothing changes."""
-    from peft import LoraConfig, get_peft_model
-
-    model = get_peft_model(loaded(checkpoints["llama"][0]), LoraConfig(r=2, target_modules=[target], init_lora_weights=False))
-    before = logits(model)
-    with pytest.raises(RuntimeError, match=r"size|shape"):
-        model.merge_and_unload(safe_merge=safe)
-    assert torch.equal(logits(model), before)
-
-
-def test_dora_on_factors_is_refused(checkpoints):
-    from peft import LoraConfig, get_peft_model
-
-    with pytest.raises(RuntimeError, match=r"size|shape"):
-        get_peft_model(loaded(checkpoints["llama"][0]), LoraConfig(r=2, target_modules=list(TARGETS["llama"]), use_dora=True))

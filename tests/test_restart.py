@@ -3,22 +3,13 @@
 import pytest
 import torch
 from conftest import VOCABULARY, tiny_model
-from factors import low_rank_like
+from handmade import logits, low_rank_like, tokens
 
 from compressor.errors import CompressorError
 from compressor.model import blocks, installed, linears, load
 from compressor.restart import Restart, block_outputs, forward_from
 
 ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "mixtral", "gpt2", "opt", "gpt_neox"]
-
-
-def tokens(seed: int = 1, batch: int = 2, length: int = 12) -> torch.Tensor:
-    return torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def logits(model, input_ids: torch.Tensor) -> torch.Tensor:
-    return model(input_ids=input_ids, use_cache=False).logits
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)

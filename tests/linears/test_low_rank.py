@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from factors import low_rank
+from handmade import low_rank
 
 from compressor.linears import KINDS, LowRank, build_empty
 from compressor.linears.masks import pack_mask, unpack_mask
