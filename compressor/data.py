@@ -81,10 +81,15 @@ def bundled(kind: str) -> Path:
     return resource_folder("calibration") / f"{kind}.txt"
 
 
+def heldout_count(total: int, heldout: int | None) -> int:
+    """Windows to hold out of `total`: as many as asked for, or (None) one in eight, at most 16."""
+    return min(16, total // 8) if heldout is None else heldout
+
+
 def split_heldout(windows: Windows, heldout: int | None = None) -> tuple[Windows, Windows]:
-    """Split off the last `heldout` windows (None: one in eight, at most 16). Raises DataError when none would be left."""
+    """Split off the last windows, `heldout_count` of them. Raises DataError when none would be left."""
     total = len(windows.tokens)
-    heldout = min(16, total // 8) if heldout is None else heldout
+    heldout = heldout_count(total, heldout)
     if not 0 <= heldout < total:
         raise DataError(f"{windows.source}: {heldout} of {total} windows cannot be held out; at least one must be left to calibrate on")
     kept = total - heldout

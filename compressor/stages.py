@@ -1,10 +1,14 @@
 """The stages of a run, each a function from what the stages before it made: source → job → statistics → curves → probes → plan → modules."""
 
+import hashlib
+import json
+from collections.abc import Container, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compressor import data, folder
@@ -101,6 +105,11 @@ def fingerprint(job: Job) -> dict[str, Any]:
     }
 
 
+def digest(data: dict[str, Any]) -> str:
+    """sha256 of JSON data."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
 def statistics(job: Job, progress: Progress = silent) -> dict[str, LinearStats]:
     """One calibration run for everything that the methods need."""
     section = job.recipe.calibration
@@ -144,13 +153,12 @@ def probes(job: Job, found: Found, progress: Progress = silent) -> dict[tuple[st
         }
 
 
-def other_bytes(job: Job) -> int:
-    """Bytes of the checkpoint besides the targets, in the output dtype, with room for every tensor's header entry."""
-    dtype = output_dtype(job.recipe)
+def other_bytes(tensors: Mapping[str, Tensor], targets: Container[str], dtype: torch.dtype | None) -> int:
+    """Bytes of a checkpoint besides its targets, stored in `dtype` (None: as they are), with room for every tensor's header entry."""
     total = 0
-    for name, tensor in stored_tensors(job.model).items():
+    for name, tensor in tensors.items():
         total += HEADER_BYTES + len(name)
-        if name.rpartition(".")[0] in job.assignments:
+        if name.rpartition(".")[0] in targets:
             total += 2 * (HEADER_BYTES + len(name))  # a target may be stored as several tensors
         else:
             total += tensor.numel() * (dtype if dtype and tensor.is_floating_point() else tensor.dtype).itemsize
@@ -166,7 +174,8 @@ def choose(job: Job, found: Found, probed: dict[tuple[str, int], ProbeResult]) -
     """Allocate and build what was chosen; where what is stored departs from its curve, enter what was measured and allocate once more."""
     damages = damages_of(job.recipe, job.assignments, found, probed, len(models.blocks(job.model)[1]))
     options = {name: linear_options(job.recipe, job.assignments[name], parts, damages[name]) for name, parts in found.items()}
-    size = other_bytes(job), job.calibration.tokens.numel()
+    others = other_bytes(stored_tensors(job.model), job.assignments, output_dtype(job.recipe))
+    size = others, job.calibration.tokens.numel()
     solution = solve(job.recipe, job.assignments, found, options, *size)
     modules, measured = build(solution)
     off = [name for name, error in measured.items() if departs(solution.options[name].candidate.error, error)]
@@ -192,7 +201,7 @@ def build(solution: Solution) -> tuple[dict[str, CompressedLinear], dict[str, fl
     return modules, measured
 
 
-def build_plan(plan: Plan, job: Job, found: Found) -> tuple[Plan, dict[str, CompressedLinear]]:
+def build_plan(plan: Plan, found: Found) -> tuple[Plan, dict[str, CompressedLinear]]:
     """Build an edited plan as it stands. Raises ConfigError for linears or methods that the recipe does not have."""
     if missing := sorted(found.keys() ^ plan.linears.keys()):
         raise ConfigError(f"the plan and the targets of the recipe differ in {missing[0]} ({len(missing)} in all)")

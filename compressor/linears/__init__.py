@@ -5,12 +5,14 @@ from typing import Any
 import torch
 
 from compressor.errors import CheckpointError, did_you_mean
+from compressor.linears.adapted import Adapted
 from compressor.linears.base import CompressedLinear, Dense
 from compressor.linears.low_rank import LowRank
+from compressor.linears.sparse import Sparse
 
-KINDS: dict[str, type[CompressedLinear]] = {kind.kind: kind for kind in (LowRank,)}
+KINDS: dict[str, type[CompressedLinear]] = {kind.kind: kind for kind in (LowRank, Sparse, Adapted)}
 
-__all__ = ["KINDS", "CompressedLinear", "Dense", "LowRank", "build_empty"]
+__all__ = ["KINDS", "Adapted", "CompressedLinear", "Dense", "LowRank", "Sparse", "build_empty"]
 
 
 def build_empty(spec: dict[str, Any], dtype: torch.dtype, device: torch.device | str = "meta") -> CompressedLinear:

@@ -16,19 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from compressor.linears.base import CompressedLinear
-
-
-def pack_mask(mask: Tensor) -> Tensor:
-    """Pack a boolean mask (n,) into uint8 (⌈n / 8⌉,), most significant bit first."""
-    padded = functional.pad(mask.to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
-    weights = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8, device=mask.device)
-    return (padded * weights).sum(1, dtype=torch.uint8)
-
-
-def unpack_mask(packed: Tensor, length: int) -> Tensor:
-    """Undo `pack_mask`: uint8 (⌈length / 8⌉,) to a boolean mask (length,)."""
-    shifts = torch.arange(7, -1, -1, device=packed.device)
-    return ((packed[:, None] >> shifts) & 1).flatten()[:length].bool()
+from compressor.linears.masks import unpack_mask
 
 
 class LowRank(CompressedLinear):
@@ -74,9 +62,14 @@ class LowRank(CompressedLinear):
     def order(self) -> Tensor:
         """Input columns (in,), int64: pivots first, then the others, both ascending."""
         if self._order is None or self._order.device != self.pivots.device:
-            mask = unpack_mask(self.pivots, self.in_features)
-            self._order = torch.cat([mask.nonzero().flatten(), (~mask).nonzero().flatten()])
+            with torch.inference_mode(False):  # an inference tensor could not be used by a training step later
+                mask = unpack_mask(self.pivots.clone(), self.in_features)
+                self._order = torch.cat([mask.nonzero().flatten(), (~mask).nonzero().flatten()])
         return self._order
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._order = None
 
     def forward(self, input: Tensor) -> Tensor:
         if self.pivots is None:

@@ -32,7 +32,7 @@ from torch import Tensor
 from compressor import linalg
 from compressor.linalg import Metric
 from compressor.linears import Dense, LowRank
-from compressor.linears.low_rank import pack_mask
+from compressor.linears.masks import pack_mask
 from compressor.methods import register
 from compressor.methods.base import Method
 from compressor.plan import Candidate, Curve

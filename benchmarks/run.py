@@ -1,0 +1,175 @@
+"""Time and memory of compression against their floors, measured in the same run on the same machine.
+
+    python -m benchmarks.run [--case reference] [--case wide]
+
+Floor of a run = bare calibration forwards (with backward where the recipe needs gradients, and the probes' forwards) + bare Gram GEMMs
++ bare eigendecompositions, each called with nothing around it. Compress time = calibrate + decompose + probe + allocate of the same
+recipe; imports, writing and evaluation are apart. Memory: peak resident bytes of a fresh process ÷ (weights + all second moments).
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+CASES = {  # name: (recipe, model, calibration windows)
+    "svd_llm-reference": ("svd_llm", "reference", 128),
+    "default-reference": ("default", "reference", 128),
+    "svd_llm-wide": ("svd_llm", "wide", 16),
+}
+
+
+def wide_llama(folder: Path) -> Path:
+    """Random 12-layer, 1024-wide Llama in float32, without a tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12, "num_attention_heads": 16, "num_key_value_heads": 8}
+    LlamaForCausalLM(LlamaConfig(vocab_size=4096, max_position_embeddings=512, tie_word_embeddings=True, **sizes)).save_pretrained(folder)
+    return folder
+
+
+def tokens_file(folder: Path, windows: int) -> str:
+    """Random windows of 512 tokens below 4096, as a calibration source."""
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"tokens": torch.randint(0, 4096, (windows, 512), generator=torch.Generator().manual_seed(0))}, folder / "tokens.safetensors")
+    return f"{folder / 'tokens.safetensors'}:tokens"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", action="append", choices=sorted(CASES))
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # a child process that measures one case
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(measure(**json.loads(arguments.one))))
+        return
+    print(f"{'case':20} {'compress s':>10} {'floor s':>8} {'ratio':>6} {'peak MiB':>9} {'base MiB':>9} {'ratio':>6}")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for case in arguments.case or CASES:
+            recipe, model, windows = CASES[case]
+            name = model if model == "reference" else str(wide_llama(folder / "wide"))
+            job = {"recipe": recipe, "model": name, "source": tokens_file(folder, windows), "windows": windows}
+            child = [sys.executable, "-m", "benchmarks.run", "--one"]
+            spent = {
+                part: json.loads(subprocess.run([*child, json.dumps(job | {"part": part})], check=True, stdout=subprocess.PIPE).stdout)
+                for part in ("compress", "floor")
+            }
+            run, floor = spent["compress"], spent["floor"]
+            seconds = sum(floor["seconds"].values())
+            print(
+                f"{case:20} {run['total']:10.2f} {seconds:8.2f} {run['total'] / seconds:6.2f} "
+                f"{run['peak'] / 2**20:9.0f} {run['base'] / 2**20:9.0f} {run['peak'] / run['base']:6.2f}"
+            )
+            print(f"    compress {rounded(run['seconds'])}\n    floor    {rounded(floor['seconds'])}", flush=True)
+
+
+def rounded(seconds: dict[str, float]) -> str:
+    return ", ".join(f"{stage} {value:.2f}" for stage, value in seconds.items())
+
+
+def measure(recipe: str, model: str, source: str, windows: int, part: str) -> dict:
+    from compressor.config import load_recipe
+    from compressor.stages import open_source, start
+
+    options = {"model.name": model, "calibration.source": source, "calibration.windows": windows, "model.device": "cpu"}
+    loaded = load_recipe(recipe, [], options)
+    job = start(loaded, open_source(model, None))
+    return compress(job) if part == "compress" else {"seconds": floor(job)}
+
+
+def compress(job) -> dict:
+    """Seconds of each stage and the peak memory of one compression, from loaded model to modules in memory."""
+    from compressor import stages
+    from compressor.timings import peak_memory
+
+    seconds, before = {}, peak_memory()
+
+    def timed(stage, function, *arguments):
+        start = time.perf_counter()
+        result = function(*arguments)
+        seconds[stage] = time.perf_counter() - start
+        return result
+
+    stats = timed("calibrate", stages.statistics, job)
+    moments = {id(s.gram): s.gram.nbytes for s in stats.values()} | {id(s.grad_gram): s.grad_gram.nbytes for s in stats.values() if s.grad_gram is not None}
+    found = timed("decompose", stages.decompositions, job, stats)
+    probed = timed("probe", stages.probes, job, found)
+    timed("allocate", stages.choose, job, found, probed)
+    weights = sum(parameter.nbytes for parameter in job.model.parameters())
+    return {"seconds": seconds, "total": sum(seconds.values()), "peak": peak_memory(), "before": before, "base": weights + sum(moments.values())}
+
+
+def floor(job) -> dict[str, float]:
+    """Seconds of the bare forwards, Gram GEMMs and eigendecompositions that the same job cannot do without."""
+    import torch
+
+    from compressor.evaluate import in_float32
+    from compressor.restart import Restart
+
+    gradients = any("grad_gram" in assignment.needs or "fisher" in assignment.needs for assignment in job.assignments.values())
+    batches = job.calibration.tokens.split(job.recipe.calibration.batch_size)
+    seconds = {}
+    with in_float32(job.model):
+        start = time.perf_counter()
+        for batch in batches:
+            with torch.set_grad_enabled(gradients):
+                embedded = job.model.get_input_embeddings()(batch).requires_grad_(gradients)
+                logits = job.model(inputs_embeds=embedded, use_cache=False).logits
+                if gradients:
+                    labels = batch[:, 1:].flatten()
+                    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels, reduction="sum").backward()
+        seconds["forwards"] = time.perf_counter() - start
+    infos = {name: assignment.info for name, assignment in job.assignments.items()}
+    inputs = {info.feeds: info.in_features for info in infos.values()}
+    shapes = [(len(batch) * batch.shape[1], width) for batch in batches for width in inputs.values()]
+    shapes += [(len(batch) * batch.shape[1], info.out_features) for batch in batches for info in infos.values() if gradients]
+    seconds["grams"] = sum(gemm_seconds(*shape) * shapes.count(shape) for shape in set(shapes))
+    ranks = [min(info.in_features, info.out_features) for info in infos.values()]
+    seconds["eigh"] = sum(eigh_seconds(side) * ranks.count(side) for side in set(ranks))
+    if job.recipe.allocation.kind == "knapsack" and job.recipe.allocation.damage == "kl_probe":
+        with in_float32(job.model), torch.no_grad():
+            start = time.perf_counter()
+            restart = Restart(job.model, list(job.heldout.tokens.split(job.recipe.calibration.batch_size)))
+            for info in infos.values():
+                for index in range(len(restart.batches)):
+                    restart.logits(index, info.block)
+            seconds["probes"] = time.perf_counter() - start
+    return seconds
+
+
+def gemm_seconds(tokens: int, width: int) -> float:
+    """One float32 Gram GEMM of (tokens, width), best of three."""
+    import torch
+
+    x = torch.randn(tokens, width)
+    return best(lambda: x.T @ x)
+
+
+def eigh_seconds(side: int) -> float:
+    """One float64 symmetric eigendecomposition, best of three."""
+    import torch
+
+    matrix = torch.randn(side, 2 * side, dtype=torch.float64)
+    matrix = matrix @ matrix.T
+    return best(lambda: torch.linalg.eigh(matrix))
+
+
+def best(call, repeats: int = 3) -> float:
+    spent = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        spent.append(time.perf_counter() - start)
+    return min(spent)
+
+
+if __name__ == "__main__":
+    main()

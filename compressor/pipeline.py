@@ -1,0 +1,245 @@
+"""The story of a run, top to bottom, for callers: `compress`, `plan`, `calibrate`, `evaluate`, `inspect`, `verify`, `export`, `load`.
+
+    compress   source → statistics → curves → probes → plan → modules → checkpoint, committed whole → scores, added to its report
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from compressor import artifacts, checkpoint, data, estimate, folder, lm_eval_bridge, report, stages
+from compressor import evaluate as scoring
+from compressor import export as exporting
+from compressor import model as models
+from compressor.config import dump_yaml
+from compressor.errors import CheckpointError, CompressorError, ConfigError
+from compressor.linears import CompressedLinear
+from compressor.plan import Plan
+from compressor.progress import Progress, silent
+from compressor.recipe import Recipe, size_in_bytes
+from compressor.shards import read_json
+from compressor.speed import speed as measure_speed
+from compressor.stages import Job
+from compressor.staging import Staging, amend, preflight, replace_text
+from compressor.stats import LinearStats
+from compressor.timings import Stopwatch
+from compressor.weights import stored_tensors
+
+PENDING = "not evaluated yet"
+WINDOW = 512  # tokens of an evaluation window where nothing says otherwise and the model has as many positions
+ROOM = 2**20  # bytes beside the weights that a checkpoint may need
+
+
+def load(path: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Load a checkpoint, compressed or dense: (model, tokenizer or None). Its files are checked first; code in it never runs."""
+    return models.load(folder.read(folder.resolve(path)).path, device=device, dtype=dtype)
+
+
+def compress(
+    recipe: Recipe, output: str | Path, plan: Path | None = None, stats: Path | None = None, progress: Progress = silent
+) -> dict[str, Any]:
+    """Run a recipe and write the checkpoint folder `output`; return its report (`report.json`).
+
+    plan: an edited plan.json to build as it stands; stats: statistics collected by `calibrate`. The scores are measured after the
+    folder is in place: if that fails the folder stays, the scores are null, and `failure` says why.
+    Raises CompressorError before anything is written or changed at `output`.
+    """
+    output, watch = Path(output), Stopwatch()
+    source_path = folder.resolve(recipe.model.name, recipe.model.revision)
+    preflight(output, source_path, recipe.output.overwrite, 0)
+    edited = None if plan is None else read_plan(plan)
+    source = stages.open_source(recipe.model.name, recipe.model.revision)
+    preflight(output, source.path, recipe.output.overwrite, source.weight_bytes + ROOM)
+    job = stages.start(recipe, source)
+    with watch("calibrate"):
+        collected = artifacts.load_statistics(stats, stages.fingerprint(job)) if stats else stages.statistics(job, progress)
+    made, modules = plan_and_build(job, collected, edited, watch, progress)
+    with watch("write"):
+        found = write(job, made, modules, output, watch)
+    if recipe.evaluation.enabled:
+        with watch("evaluate"):
+            found = score(job.recipe, source.path, output, job, found, made, progress)
+    replace_text(output / "timings.json", report.to_json(watch.to_json()))
+    return found
+
+
+def plan_and_build(
+    job: Job, collected: dict[str, LinearStats], edited: Plan | None, watch: Stopwatch, progress: Progress
+) -> tuple[Plan, dict[str, CompressedLinear]]:
+    """Decompose, probe, allocate and build: the plan with its measured errors, and the modules as they will be stored."""
+    with watch("decompose"):
+        found = stages.decompositions(job, collected, progress)
+        collected = {name: LinearStats(tokens=one.tokens, gram=one.gram) for name, one in collected.items()}
+    if edited is not None:
+        made, modules = stages.build_plan(edited, found)
+    else:
+        with watch("probe"):
+            probed = stages.probes(job, found, progress)
+        with watch("allocate"):
+            made, modules = stages.choose(job, found, probed)
+    return stages.with_gram_errors(made, job, modules, collected), modules
+
+
+def write(job: Job, made: Plan, modules: dict[str, CompressedLinear], output: Path, watch: Stopwatch) -> dict[str, Any]:
+    """Install the modules, write the folder, prove that it reloads bit for bit, and put it in place; return the report so far."""
+    original_bytes = sum((job.source.path / name).stat().st_size for name in job.source.files)
+    stages.install(job, modules)
+    with Staging(output, job.recipe.output.overwrite) as staging:
+        shard_size = size_in_bytes(job.recipe.output.shard_size)
+        checkpoint.write_model(staging.folder, job.model, job.tokenizer, job.source.path, shard_size)
+        checkpoint.compare_reload(staging.folder, job.model)
+        written = sum(path.stat().st_size for path in staging.folder.glob("*.safetensors"))
+        limit = job.recipe.allocation.target_size
+        if limit is not None and written > size_in_bytes(limit):
+            raise CheckpointError(f"{output}: the weights take {written:,} bytes, target_size {limit} allows less; lower it by the excess")
+        found = report.build(
+            made,
+            sizes_of(job, made, original_bytes, written),
+            unit=job.recipe.allocation.count,
+            reason=PENDING if job.recipe.evaluation.enabled else "evaluation is switched off",
+            fingerprints=stages.fingerprint(job) | {"recipe": stages.digest(job.recipe.model_dump(mode="json"))},
+        )
+        for name, text in documents(job.recipe, made, found).items():
+            replace_text(staging.folder / name, text)
+        replace_text(staging.folder / "timings.json", report.to_json(watch.to_json()))
+        staging.commit()
+    return found
+
+
+def documents(recipe: Recipe, made: Plan, found: dict[str, Any]) -> dict[str, str]:
+    """The readable files of a checkpoint folder, by name."""
+    yaml = dump_yaml(recipe)
+    return {
+        "recipe.yaml": yaml,
+        "plan.json": report.to_json(made.to_json()),
+        "report.json": report.to_json(found),
+        "README.md": report.model_card(found, yaml, recipe.model.name),
+    }
+
+
+def sizes_of(job: Job, made: Plan, original_bytes: int, written: int) -> report.Sizes:
+    """Bytes of the files, and what the model stores besides the targets, from the installed model."""
+    tensors = stored_tensors(job.model)
+    bits = sum(tensor.nbytes * 8 for tensor in tensors.values()) - sum(choice.bits for choice in made.linears.values())
+    parameters = sum(t.numel() for t in tensors.values() if t.is_floating_point())
+    return report.Sizes(original_bytes, written, bits, parameters - sum(choice.parameters for choice in made.linears.values()))
+
+
+def score(
+    recipe: Recipe, source: Path, output: Path, job: Job, found: dict[str, Any], made: Plan, progress: Progress
+) -> dict[str, Any]:
+    """Evaluate the committed folder against its source and amend its report; a failure leaves null scores and a reason."""
+    section, failure = recipe.evaluation, None
+    try:
+        original, tokenizer = models.load(source, device=job.device)
+        model, _ = models.load(output, device=job.device)
+        text = section.source or str(data.bundled("evaluation"))
+        windows = data.load_windows(text, tokenizer, recipe.evaluation_window, section.windows, section.column, seed=recipe.seed, model=model)
+        result = scoring.compare(original, model, windows.tokens, section.batch_size, progress)
+        heldout = job.heldout.tokens
+        held = scoring.compare(original, model, heldout, section.batch_size).to_json() if len(heldout) else None
+        tasks = {} if not section.tasks else {
+            key: lm_eval_bridge.scores(each, tokenizer, list(section.tasks), section.limit, section.batch_size, recipe.evaluation_window)
+            for key, each in (("lm_eval", model), ("lm_eval_original", original))
+        }
+        shared = data.overlap(job.calibration, windows)
+        warnings = [f"{shared:.1%} of the evaluation windows repeat text of the calibration windows"] if shared else []
+        found = found | {"reason": None, "heldout": held and report.scores(held), "warnings": found["warnings"] + warnings}
+        found |= report.scores(result.to_json()) | tasks
+        found["fingerprints"] = found["fingerprints"] | {"evaluation": windows.digest}
+    except CompressorError as error:
+        failure = f"the checkpoint is written, its evaluation failed: {error}"
+        found = found | {"reason": str(error)}
+    amend(output, {name: text for name, text in documents(recipe, made, found).items() if name in ("report.json", "README.md")})
+    return found | ({"failure": failure} if failure else {})
+
+
+def read_plan(path: Path) -> Plan:
+    """Read an edited plan.json. Raises ConfigError if it is not one."""
+    try:
+        return Plan.from_json(read_json(path))
+    except (CheckpointError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path}: is not a plan ({error}); start from the plan.json of a checkpoint") from None
+
+
+def plan(recipe: Recipe, stats: Path | None = None, progress: Progress = silent) -> dict[str, Any]:
+    """What `compress` would do; writes nothing. Reads headers only, unless `stats` is given: then it decomposes and allocates too."""
+    source = folder.read_headers(folder.resolve(recipe.model.name, recipe.model.revision))
+    folder.refuse_quantised(source)
+    found = estimate.outline(recipe, source)
+    if stats is None:
+        return found
+    job = stages.start(recipe, stages.open_source(recipe.model.name, recipe.model.revision))
+    made, _ = plan_and_build(job, artifacts.load_statistics(stats, stages.fingerprint(job)), None, Stopwatch(), progress)
+    chosen = {name: {"method": c.method, "setting": c.setting, "bits": c.bits, "error": c.error} for name, c in made.linears.items()}
+    return found | {"price": made.price, "linears": [linear | chosen[linear["name"]] for linear in found["linears"]]}
+
+
+def calibrate(recipe: Recipe, output: str | Path, overwrite: bool = False, progress: Progress = silent) -> dict[str, Any]:
+    """Collect the statistics that a recipe needs into a new folder, with a fingerprint of what they depend on."""
+    output = Path(output)
+    if overwrite:
+        raise ConfigError("statistics are not overwritten; remove the folder first")
+    source = stages.open_source(recipe.model.name, recipe.model.revision)
+    preflight(output, source.path, False, 0)
+    job = stages.start(recipe, source)
+    collected = stages.statistics(job, progress)
+    mark = stages.fingerprint(job)
+    artifacts.save_statistics(output, collected, mark)
+    written = sum(path.stat().st_size for path in output.iterdir())
+    return {"output": str(output), "linears": len(collected), "tokens": job.calibration.tokens.numel(), "bytes": written, "fingerprint": mark}
+
+
+def evaluate(
+    name: str,
+    against: str | None = None,
+    text: str | None = None,
+    column: str | None = None,
+    window: int | None = None,
+    windows: int | None = None,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    device: str = "auto",
+    batch_size: int = 8,
+    speed: bool = False,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Perplexity per token, KL(original‖model) with `against`, lm-eval tasks, and speed: the keys of `evaluate --json`."""
+    device = stages.choose_device(device)
+    paths = {"model": folder.read(folder.resolve(name)).path}
+    if against is not None:
+        paths["original"] = folder.read(folder.resolve(against)).path
+    model, tokenizer = models.load(paths["model"], device=device)
+    window = window or min(WINDOW, getattr(model.config.get_text_config(), "max_position_embeddings", WINDOW))
+    loaded = data.load_windows(text or str(data.bundled("evaluation")), tokenizer, window, windows, column, model=model)
+    if against is None:
+        found = scoring.perplexity(model, loaded.tokens, batch_size, progress).to_json()
+    else:
+        original, _ = models.load(paths["original"], device=device)
+        found = scoring.compare(original, model, loaded.tokens, batch_size, progress).to_json()
+    found |= {"text": loaded.source, "unit": "token", "lm_eval": None, "fingerprint": loaded.digest}
+    if tasks:
+        found["lm_eval"] = lm_eval_bridge.scores(model, tokenizer, list(tasks), limit, batch_size, window)
+    if speed:
+        found["speed"] = {which: measure_speed(path, device).to_json() for which, path in paths.items()}
+    return found
+
+
+def inspect(path: str | Path, plot: Path | None = None) -> dict[str, Any]:
+    """What a checkpoint stores for each linear, from headers and its own plan and report."""
+    return estimate.inspection(folder.read_headers(folder.resolve(path)), plot)
+
+
+def verify(path: str | Path) -> list[str]:
+    """Problems of a checkpoint folder, one line each; none means that it is what was written."""
+    return checkpoint.verify(folder.resolve(path))
+
+
+def export(path: str | Path, output: str | Path, format: str = "dense", overwrite: bool = False) -> dict[str, Any]:
+    """Write a compressed checkpoint as a stock one that plain transformers loads: equal in quality, not smaller."""
+    if format != "dense":
+        raise ConfigError(f"there is no export format '{format}'; choose 'dense'")
+    return {"output": str(output), "format": format, "note": exporting.export_dense(folder.resolve(path), Path(output), overwrite)}
