@@ -79,9 +79,10 @@ def _empty_like(model: PreTrainedModel, name: str, spec: dict[str, Any]) -> Comp
         module = build_empty(spec, dense.weight.dtype, dense.weight.device)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{name}: damaged spec {spec}: {type(error).__name__} {error}") from error
-    for what, stored, expected in (("(out, in)", out_in(module), out_in(dense)), ("bias", module.bias is None, dense.bias is None)):
-        if stored != expected:
-            raise CheckpointError(f"{name}: {what} of the spec {spec} is not that of the model, whose (out, in) is {out_in(dense)}")
+    if out_in(module) != out_in(dense):
+        raise CheckpointError(f"{name}: (out, in) of the spec {spec} is not that of the model, whose (out, in) is {out_in(dense)}")
+    if module.bias is None and dense.bias is not None:  # the reverse is AFM, which gives biases to linears without one
+        raise CheckpointError(f"{name}: the spec {spec} lacks the bias that the model has")
     return module
 
 

@@ -213,7 +213,6 @@ def damaged(config: dict, name: str | None = None, **changes) -> dict:
         (lambda config: damaged(config, name="model.layers.0.self_attn.x_proj"), "x_proj: .* no such module"),
         (lambda config: damaged(config, name="model.embed_tokens"), "model.embed_tokens: .* Embedding, not a linear"),
         (lambda config: damaged(config, in_features=31), r"q_proj: \(out, in\) of the spec"),
-        (lambda config: damaged(config, bias=True), "q_proj: bias of the spec"),
         (lambda config: damaged(config, rank=-1), "q_proj: damaged spec"),
         (lambda config: damaged(config, rank="5"), "q_proj: damaged spec"),
     ],
@@ -225,6 +224,13 @@ def test_damaged_descriptions_are_refused(change, message, checkpoints):
     config.quantization_config = change(read_json(folder / "config.json"))["quantization_config"]
     with pytest.raises(CheckpointError, match=message):
         AutoModelForCausalLM.from_pretrained(folder, config=config)
+
+
+def test_a_spec_may_add_a_bias_but_not_lose_one(checkpoints):
+    config = AutoConfig.from_pretrained(checkpoints["gpt2"][0])
+    config.quantization_config = damaged({"quantization_config": config.quantization_config}, bias=False)["quantization_config"]
+    with pytest.raises(CheckpointError, match="lacks the bias that the model has"):
+        AutoModelForCausalLM.from_pretrained(checkpoints["gpt2"][0], config=config)
 
 
 def test_a_spec_without_a_size_is_refused(checkpoints):

@@ -8,6 +8,7 @@ from pathlib import Path
 import conftest
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import compressor
 from compressor import pipeline
@@ -160,7 +161,7 @@ def test_f6_existing_output_is_refused_before_any_work_and_replaced_with_overwri
 
 
 def test_f34_failed_evaluation_keeps_the_checkpoint_with_null_scores_and_a_reason(tiny_llama, text_file, tmp_path):
-    broken = recipe(tiny_llama, text_file, "evaluation.source=/nowhere/text.txt")
+    broken = recipe(tiny_llama, text_file, **{"evaluation.source": "/nowhere/text.txt"})
     found = pipeline.compress(broken, tmp_path / "out")
     assert "evaluation failed" in found["failure"]
     stored = conftest.read_json(tmp_path / "out" / "report.json")
@@ -235,7 +236,7 @@ def test_every_preset_runs_by_name_and_keeps_its_fraction(preset, tiny_llama, te
     compressor.load(tmp_path / "out")
 
 
-@pytest.mark.parametrize("rule", ["uniform", "by_role", "svd_llm_v2", "d_rank", "knapsack"])
+@pytest.mark.parametrize("rule", ["uniform", "by_role", "d_rank", "knapsack"])
 @pytest.mark.parametrize("count", ["bits", "parameters"])
 def test_every_allocation_rule_meets_its_budget(rule, count, tiny_llama, text_file, tmp_path):
     made = recipe(
@@ -244,6 +245,21 @@ def test_every_allocation_rule_meets_its_budget(rule, count, tiny_llama, text_fi
     )  # fmt: skip
     found = pipeline.compress(made, tmp_path / "out")
     assert found["kept"]["unit"] == count and 0.35 < found["kept"][count] <= 0.6
+
+
+def test_a_rule_that_cannot_work_says_so(tiny_llama, text_file, tmp_path):
+    made = recipe(tiny_llama, text_file, "allocation.kind=svd_llm_v2", "allocation.keep=0.6", config="svd_llm")
+    with pytest.raises(ConfigError, match="losses above e"):  # a random model loses almost nothing
+        pipeline.compress(made, tmp_path / "out")
+
+
+def test_afm_gives_biases_which_no_stock_architecture_has_room_for(tiny_llama, text_file, tmp_path):
+    made = recipe(tiny_llama, text_file, "allocation.keep=0.7", "evaluation.enabled=false", config="afm")
+    pipeline.compress(made, tmp_path / "out")
+    assert compressor.load(tmp_path / "out")[0].get_submodule("model.layers.0.self_attn.q_proj").bias is not None
+    with pytest.raises(CheckpointError, match="bias"):
+        pipeline.export(tmp_path / "out", tmp_path / "dense")
+    assert not (tmp_path / "dense").exists()
 
 
 def test_damage_in_nats_has_a_price_and_relative_error_has_none(run, tiny_llama, text_file, tmp_path):
@@ -267,14 +283,17 @@ def test_output_dtype_changes_what_is_stored_and_counted(tiny_llama, text_file, 
 def test_architectures(kind, text_file, tmp_path):
     """One default run each: compressed, reloaded with equal logits, exported dense with equal logits."""
     source = conftest.save_tiny(tmp_path / "model", kind)
-    found = pipeline.compress(recipe(source, text_file, "allocation.keep=0.6"), tmp_path / "out")
+    windows = torch.randint(3, conftest.VOCABULARY, (12, 32), generator=torch.Generator().manual_seed(0))
+    save_file({"windows": windows}, tmp_path / "tokens.safetensors")
+    tokens = f"{tmp_path / 'tokens.safetensors'}:windows"
+    found = pipeline.compress(recipe(source, tokens, "allocation.keep=0.6"), tmp_path / "out")
     assert found["kept"]["targets"] <= 0.6 and found["kl"] > 0
     pipeline.export(tmp_path / "out", tmp_path / "dense")
     ids = torch.arange(3, 23).view(1, -1)
     compressed, dense = compressor.load(tmp_path / "out")[0], compressor.load(tmp_path / "dense")[0]
     torch.testing.assert_close(compressed(ids).logits, dense(ids).logits, rtol=1e-3, atol=1e-4)
     if kind == "mixtral":
-        outline = pipeline.plan(recipe(source, text_file))
+        outline = pipeline.plan(recipe(source, tokens))
         assert outline["covered_share"] < 0.6 and outline["not_linear"]
 
 
