@@ -99,12 +99,20 @@ def compress(job) -> dict:
         return result
 
     stats = timed("calibrate", stages.statistics, job)
-    moments = {id(s.gram): s.gram.nbytes for s in stats.values()} | {id(s.grad_gram): s.grad_gram.nbytes for s in stats.values() if s.grad_gram is not None}
+    moments = {id(s.gram): s.gram.nbytes for s in stats.values()} | {
+        id(s.grad_gram): s.grad_gram.nbytes for s in stats.values() if s.grad_gram is not None
+    }
     found = timed("decompose", stages.decompositions, job, stats)
     probed = timed("probe", stages.probes, job, found)
     timed("allocate", stages.choose, job, found, probed)
     weights = sum(parameter.nbytes for parameter in job.model.parameters())
-    return {"seconds": seconds, "total": sum(seconds.values()), "peak": peak_memory(), "before": before, "base": weights + sum(moments.values())}
+    return {
+        "seconds": seconds,
+        "total": sum(seconds.values()),
+        "peak": peak_memory(),
+        "before": before,
+        "base": weights + sum(moments.values()),
+    }
 
 
 def floor(job) -> dict[str, float]:

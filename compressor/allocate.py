@@ -51,7 +51,7 @@ def check_budget(rows: Sequence[Row], budget: int) -> None:
     if least > budget:
         whole = sum(row.whole for row in rows)
         raise BudgetError(
-            f"the budget cannot be met: the smallest candidates keep {least / whole:.4f} of the targets, {budget / whole:.4f} is asked for; "
+            f"the budget cannot be met: the smallest candidates keep {least / whole:.4f} of the targets, asked for {budget / whole:.4f}; "
             f"raise --keep to at least {math.ceil(least / whole * 1e4) / 1e4:.4f}, or offer smaller candidates"
         )
 
@@ -213,7 +213,9 @@ def svd_llm_v2(rows: Sequence[Row], losses: Sequence[float], types: Sequence[str
     """
     for loss in losses:
         if loss <= math.e:
-            raise ConfigError(f"allocation 'svd_llm_v2' needs losses above e, one is {loss:.3g}; calibrate on more tokens or use 'knapsack'")
+            raise ConfigError(
+                f"allocation 'svd_llm_v2' needs losses above e, one is {loss:.3g}; give more text or use 'knapsack'"
+            )
     score = [1 / math.log(loss) for loss in losses]
     mean = {kind: float(np.mean([s for s, other in zip(score, types, strict=True) if other == kind])) for kind in set(types)}
 

@@ -104,7 +104,12 @@ def memory(recipe: Recipe, source: ModelFolder, assignments: dict[str, Assignmen
     sums = sum(8 * width**2 for width in grams.values())
     sums += sum(8 * a.info.out_features**2 for a in assignments.values() if "grad_gram" in a.needs)
     bases = sum(8 * a.info.out_features * min(a.info.out_features, a.info.in_features) * len(a.methods) for a in assignments.values())
-    return {"weights": source.weight_bytes, "statistics": sums, "decompositions": bases, "one_pass": size_in_bytes(recipe.calibration.memory)}
+    return {
+        "weights": source.weight_bytes,
+        "statistics": sums,
+        "decompositions": bases,
+        "one_pass": size_in_bytes(recipe.calibration.memory),
+    }
 
 
 def seconds(recipe: Recipe, source: ModelFolder, assignments: dict[str, Assignment], depth: int) -> dict[str, float]:

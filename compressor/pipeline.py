@@ -1,6 +1,6 @@
 """The story of a run, top to bottom, for callers: `compress`, `plan`, `calibrate`, `evaluate`, `inspect`, `verify`, `export`, `load`.
 
-    compress   source → statistics → curves → probes → plan → modules → checkpoint, committed whole → scores, added to its report
+compress   source → statistics → curves → probes → plan → modules → checkpoint, committed whole → scores, added to its report
 """
 
 from collections.abc import Sequence
@@ -128,23 +128,29 @@ def sizes_of(job: Job, made: Plan, original_bytes: int, written: int) -> report.
     return report.Sizes(original_bytes, written, bits, parameters - sum(choice.parameters for choice in made.linears.values()))
 
 
-def score(
-    recipe: Recipe, source: Path, output: Path, job: Job, found: dict[str, Any], made: Plan, progress: Progress
-) -> dict[str, Any]:
+def score(recipe: Recipe, source: Path, output: Path, job: Job, found: dict[str, Any], made: Plan, progress: Progress) -> dict[str, Any]:
     """Evaluate the committed folder against its source and amend its report; a failure leaves null scores and a reason."""
     section, failure = recipe.evaluation, None
     try:
         original, tokenizer = models.load(source, device=job.device)
         model, _ = models.load(output, device=job.device)
         text = section.source or str(data.bundled("evaluation"))
-        windows = data.load_windows(text, tokenizer, recipe.evaluation_window, section.windows, section.column, seed=recipe.seed, model=model)
+        windows = data.load_windows(
+            text, tokenizer, recipe.evaluation_window, section.windows, section.column, seed=recipe.seed, model=model
+        )
         result = scoring.compare(original, model, windows.tokens, section.batch_size, progress)
         heldout = job.heldout.tokens
         held = scoring.compare(original, model, heldout, section.batch_size).to_json() if len(heldout) else None
-        tasks = {} if not section.tasks else {
-            key: lm_eval_bridge.scores(each, tokenizer, list(section.tasks), section.limit, section.batch_size, recipe.evaluation_window)
-            for key, each in (("lm_eval", model), ("lm_eval_original", original))
-        }
+        tasks = (
+            {}
+            if not section.tasks
+            else {
+                key: lm_eval_bridge.scores(
+                    each, tokenizer, list(section.tasks), section.limit, section.batch_size, recipe.evaluation_window
+                )
+                for key, each in (("lm_eval", model), ("lm_eval_original", original))
+            }
+        )
         shared = data.overlap(job.calibration, windows)
         warnings = [f"{shared:.1%} of the evaluation windows repeat text of the calibration windows"] if shared else []
         found = found | {"reason": None, "heldout": held and report.scores(held), "warnings": found["warnings"] + warnings}
@@ -190,7 +196,13 @@ def calibrate(recipe: Recipe, output: str | Path, overwrite: bool = False, progr
     mark = stages.fingerprint(job)
     artifacts.save_statistics(output, collected, mark)
     written = sum(path.stat().st_size for path in output.iterdir())
-    return {"output": str(output), "linears": len(collected), "tokens": job.calibration.tokens.numel(), "bytes": written, "fingerprint": mark}
+    return {
+        "output": str(output),
+        "linears": len(collected),
+        "tokens": job.calibration.tokens.numel(),
+        "bytes": written,
+        "fingerprint": mark,
+    }
 
 
 def evaluate(

@@ -205,10 +205,7 @@ RULES: dict[str, Callable[[Rule], list[int]]] = {
 def correct(options: list[Option], candidate: Candidate, error: float) -> list[Option]:
     """Options with the damage of one candidate scaled from its predicted to its measured error."""
     return [
-        replace(option, damage=option.damage * error / candidate.error)
-        if option.candidate is candidate
-        else option
-        for option in options
+        replace(option, damage=option.damage * error / candidate.error) if option.candidate is candidate else option for option in options
     ]
 
 

@@ -1,4 +1,4 @@
-"""The stages of a run, each a function from what the stages before it made: source → job → statistics → curves → probes → plan → modules."""
+"""The stages of a run, each a function of what the stages before it made: job → statistics → curves → probes → plan → modules."""
 
 import hashlib
 import json

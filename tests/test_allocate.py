@@ -63,7 +63,7 @@ def test_dominated_option_changes_nothing():
     rows = random_rows(3, groups=6, options=6)
     budget = int(0.6 * sum(row.whole for row in rows))
     first = rows[0]
-    worse = Row(first.costs + (first.whole + 1,), first.damages + (max(first.damages),), first.whole)
+    worse = Row((*first.costs, first.whole + 1), (*first.damages, max(first.damages)), first.whole)
     assert allocate.knapsack([worse, *rows[1:]], budget).choice == allocate.knapsack(rows, budget).choice
 
 

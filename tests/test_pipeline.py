@@ -64,7 +64,7 @@ def test_the_folder_holds_these_files_and_loads_with_equal_logits(run, tiny_llam
 
 
 def test_report_counts_what_is_on_disk(run, tiny_llama):
-    made, folder, found = run
+    _made, folder, found = run
     stored = conftest.read_json(folder / "report.json")
     assert stored == json.loads(json.dumps(found))
     plan = conftest.read_json(folder / "plan.json")["linears"]
@@ -124,7 +124,7 @@ def test_statistics_are_an_artifact_that_gives_the_same_bytes_and_refuses_anothe
 def test_missing_statistics_name_the_command(run, tiny_llama, text_file, tmp_path):
     plain = recipe(tiny_llama, text_file, config="svd_llm")
     pipeline.calibrate(plain, tmp_path / "stats")
-    with pytest.raises(DataError, match="lack grad_gram.*compressor calibrate"):
+    with pytest.raises(DataError, match=r"lack grad_gram.*compressor calibrate"):
         pipeline.compress(run[0], tmp_path / "out", stats=tmp_path / "stats")
 
 

@@ -17,8 +17,8 @@ Glossary
     σ²            eigenvalues of Lᵀ W M Wᵀ L; the error at rank r is Σ_{i>r} σᵢ²
 
 Differs from the papers: nothing is inverted or whitened on the input side, so singular Grams need no damping and the factors at rank r
-are the leading slice of the factors at full rank. FWSVD's Fisher is per token (the papers square batch means). The two-sided form multiplies
-by Lᵀ; the authors' code multiplies by L, which weighs by LᵀL instead of H.
+are the leading slice of the factors at full rank. FWSVD's Fisher is per token (the papers square batch means). The two-sided form
+multiplies by Lᵀ; the authors' code multiplies by L, which weighs by LᵀL instead of H.
 """
 
 import math
@@ -152,13 +152,13 @@ class LowRankMethod(Method[Factors]):
         values = state.values.clamp(min=0)  # eigenvalues of a positive semi-definite matrix: negative only by rounding
         energy = values.sum().item()
         spectrum = values / energy if energy > 0 else torch.zeros_like(values)
-        tails = spectrum.flip(0).cumsum(0).flip(0).tolist() + [0.0]
+        tails = [*spectrum.flip(0).cumsum(0).flip(0).tolist(), 0.0]
         candidates = tuple(replace(size, error=tails[size.setting["rank"]]) for size in self.sizes(state.dense))
         singular = values.sqrt()
         span = (singular[0] - singular[-1]).clamp(min=torch.finfo(torch.float64).tiny)
         normalised = ((singular - singular[-1]) / span).tolist()  # WeLore's min–max scale (card 2.10)
         ranks = [size.setting["rank"] for size in candidates]
-        thresholds = tuple(normalised[rank - 1] for rank in ranks) + (normalised[ranks[-1] if ranks else 0],)
+        thresholds = (*tuple(normalised[rank - 1] for rank in ranks), normalised[ranks[-1] if ranks else 0])
         bits, parameters = state.dense.bits, state.dense.parameters
         return Curve(state.linear, self.name, candidates, bits, parameters, energy, tuple(spectrum.tolist()), thresholds)
 

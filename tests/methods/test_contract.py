@@ -1,5 +1,6 @@
 """What every registered method promises, on every case and for every metric or option that changes its mathematics."""
 
+import itertools
 import math
 
 import cases
@@ -43,7 +44,7 @@ def test_contract(method, kind):
     assert list(curve.thresholds) == sorted(curve.thresholds, reverse=True)
     for candidate in some(curve.candidates):
         module = method.compress(state, candidate.setting)
-        stored = {name: tensor for name, tensor in module.state_dict().items()}
+        stored = dict(module.state_dict().items())
         assert candidate.bits == module.bits() == 8 * sum(tensor.nbytes for tensor in stored.values())
         assert candidate.parameters == module.stored_parameters()
         assert method.measure(state, module) == pytest.approx(candidate.error, abs=STORED, rel=1e-3)
@@ -73,7 +74,7 @@ def test_error_never_grows_with_size_on_isotropic_statistics(method):
     g = torch.linalg.qr(torch.randn(400, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(2)))[0]
     curve = method.candidates(method.prepare("linear", case.dense, cases.sums(x, g)))
     errors = [candidate.error for candidate in curve.candidates]
-    assert all(later <= earlier + 1e-12 for earlier, later in zip(errors, errors[1:], strict=False))
+    assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(errors))
 
 
 def test_bfloat16_storage_halves_the_bits(method):

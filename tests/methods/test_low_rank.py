@@ -1,5 +1,7 @@
 """The low-rank family against the identities of its card (section 4, float64) and the papers' claims against their baselines."""
 
+import itertools
+
 import cases
 import pytest
 import torch
@@ -87,9 +89,9 @@ def test_identity_4_each_metric_is_best_at_its_own_error(kind, seed):
         for other in close.values():
             assert best <= Metric(metric).energy(weight - other) * (1 + EXACT) + 1e-12
     curve = errors(*prepared(case, "gram"))
-    steps = [one - two for one, two in zip(curve, curve[1:], strict=False)]
+    steps = [one - two for one, two in itertools.pairwise(curve)]
     assert all(step >= -1e-9 * curve[0] for step in steps)
-    assert all(later <= earlier + 1e-9 * curve[0] for earlier, later in zip(steps, steps[1:], strict=False))
+    assert all(later <= earlier + 1e-9 * curve[0] for earlier, later in itertools.pairwise(steps))
 
 
 def test_identity_5_centring_gains_at_most_one_rank_and_its_bias_keeps_the_mean_output():
@@ -141,9 +143,7 @@ def test_identity_9_two_sided_error_is_the_tail_and_reduces_to_one_sided(kind):
     assert direct == pytest.approx(errors(method, state)[RANK - 1], rel=EXACT)
     flat = cases.sums(case.x, torch.zeros(1, weight.shape[0], dtype=torch.float64))
     flat = LinearStats(**{**vars(flat), "grad_gram": torch.eye(weight.shape[0], dtype=torch.float64)})
-    same = build("low_rank", {"metric": "two_sided", "shrink_gram": 0.0}).prepare(
-        "linear", Dense(weight, None, torch.float64), flat
-    )
+    same = build("low_rank", {"metric": "two_sided", "shrink_gram": 0.0}).prepare("linear", Dense(weight, None, torch.float64), flat)
     torch.testing.assert_close(approximation(same, RANK), approximation(prepared(case, "gram")[1], RANK), rtol=1e-7, atol=1e-7)
 
 
