@@ -18,7 +18,7 @@ from compressor.checkpoint import compare_reload, verify, write_model
 from compressor.errors import CheckpointError
 from compressor.folder import read, refuse_quantised
 from compressor.linears import CompressedLinear, LowRank
-from compressor.linears.low_rank import pack_mask
+from compressor.linears.masks import pack_mask
 from compressor.model import dense_of, linears, load, replace
 from compressor.staging import Staging
 from compressor.weights import stored_tensors, tied_names, write_weights
