@@ -14,7 +14,7 @@ from compressor.recipe import Recipe, Section, size_in_bytes
 from compressor.resources import resource_folder
 from compressor.yaml_reader import Keys, dump, parse_document, parse_yaml, read_text
 
-__all__ = ["Recipe", "dump_yaml", "find_recipe", "load_recipe", "parse_size", "parse_yaml", "presets", "schema"]
+__all__ = ["Recipe", "dump_yaml", "find_recipe", "load_recipe", "parse_size", "parse_yaml", "preset_titles", "presets", "schema"]
 
 _RIVALS: dict[Keys, Keys] = {
     ("allocation", "keep"): ("allocation", "target_size"),
@@ -26,6 +26,11 @@ Entry = tuple[Keys, Any, str]  # path, value, origin
 def presets() -> dict[str, Path]:
     """Recipes that can be used by name."""
     return {path.stem: path for path in sorted(resource_folder("configs").glob("*.yaml"))}
+
+
+def preset_titles() -> dict[str, str]:
+    """First line of the header of each preset."""
+    return {name: read_text(path).partition("\n")[0].removeprefix("# ") for name, path in presets().items()}
 
 
 def schema() -> dict[str, Any]:

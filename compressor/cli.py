@@ -1,0 +1,205 @@
+"""The command line: one function for each verb, which calls the package and says how its result is shown.
+
+Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage or recipe, 130 interrupted, 143 terminated.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from typer import Argument, Option
+
+from compressor import __version__
+from compressor.options import CHECKPOINT, DANGER, DEVICE, MODEL, OVERWRITE
+from compressor.progress import Progress
+from compressor.verbs import Outcome, verb
+
+if TYPE_CHECKING:
+    from compressor.recipe import Recipe
+
+app = typer.Typer(
+    help="Compress Hugging Face causal language models without retraining, and report what it cost.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def main(version: Annotated[bool, Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+@verb
+def compress(
+    recipe: "Recipe",
+    output: Annotated[Path, Argument(metavar="OUTPUT", help="Folder to write.", show_default=False)],
+    stats: Annotated[
+        Path | None, Option(metavar="STATS", help="Statistics from `compressor calibrate`, in place of collecting them.")
+    ] = None,
+    plan: Annotated[Path | None, Option(metavar="FILE", help="Edited plan.json to run, in place of allocating.")] = None,
+    *,
+    progress: Progress,
+) -> Outcome:
+    """Compress a model into a new checkpoint, evaluate it and print the before/after table."""
+    from compressor import pipeline, report
+
+    found = pipeline.compress(recipe, output, plan=plan, stats=stats, progress=progress)
+    return Outcome(found, report.render(found), found.get("failure"))
+
+
+@app.command()
+@verb
+def plan(
+    recipe: "Recipe",
+    stats: Annotated[
+        Path | None, Option(metavar="STATS", help="Statistics from `compressor calibrate`: decompose and allocate too.")
+    ] = None,
+    *,
+    progress: Progress,
+) -> Outcome:
+    """Print what `compress` would do, from the headers of the model's files alone. Writes nothing."""
+    from compressor import pipeline
+
+    return Outcome(pipeline.plan(recipe, stats=stats, progress=progress))
+
+
+@app.command()
+@verb
+def calibrate(
+    recipe: "Recipe",
+    stats: Annotated[Path, Argument(metavar="STATS", help="Folder for the statistics.", show_default=False)],
+    *,
+    progress: Progress,
+) -> Outcome:
+    """Collect the statistics that a recipe needs, for `compress --stats`."""
+    from compressor import pipeline
+
+    return Outcome(pipeline.calibrate(recipe, stats, overwrite=recipe.output.overwrite, progress=progress))
+
+
+@app.command()
+@verb
+def evaluate(
+    model: MODEL,
+    against: Annotated[
+        str | None, Option(metavar="ORIGINAL", help="Model to compare with: mean KL(original‖model) in nats per token.")
+    ] = None,
+    text: Annotated[str | None, Option(metavar="SOURCE", help="Text to predict, as for calibration; bundled text if left out.")] = None,
+    column: Annotated[str | None, Option(metavar="NAME", help="Column or key that holds the text.")] = None,
+    window: Annotated[int | None, Option(metavar="N", min=2, help="Tokens in a window; windows do not overlap.")] = None,
+    windows: Annotated[int | None, Option(metavar="N", min=1, help="Number of windows; the whole text if left out.")] = None,
+    tasks: Annotated[
+        str | None, Option(metavar="A,B", help="lm-eval tasks: names, or files, which may run code.", rich_help_panel=DANGER)
+    ] = None,
+    limit: Annotated[int | None, Option(metavar="N", min=1, help="Examples of each task; all if left out.")] = None,
+    batch_size: Annotated[int, Option(metavar="N", min=1, help="Windows in one forward pass.")] = 8,
+    speed: Annotated[bool, Option("--speed", help="Also measure tokens per second and peak memory.")] = False,
+    device: DEVICE = "auto",
+    *,
+    progress: Progress,
+) -> Outcome:
+    """Measure perplexity, divergence from the original and lm-eval tasks. NaN or overflow is a failed run."""
+    from compressor import pipeline
+    from compressor.tables import render_evaluation
+
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    options = {"text": text, "column": column, "window": window, "windows": windows, "tasks": names, "limit": limit}
+    where = {"batch_size": batch_size, "speed": speed, "device": device}
+    found = pipeline.evaluate(model, against=against, **options, **where, progress=progress)
+    return Outcome(found, render_evaluation(found))
+
+
+@app.command()
+@verb
+def inspect(
+    checkpoint: CHECKPOINT,
+    plot: Annotated[Path | None, Option(metavar="FILE", help="Also draw the errors of the linears (needs the extra 'report').")] = None,
+) -> Outcome:
+    """Print what is stored for each linear of a compressed checkpoint, and what it cost."""
+    from compressor import pipeline
+
+    return Outcome(pipeline.inspect(checkpoint, plot=plot))
+
+
+@app.command()
+@verb
+def verify(checkpoint: CHECKPOINT) -> Outcome:
+    """Check a checkpoint: checksums, headers, complete tensors, finite numbers."""
+    from compressor import pipeline
+
+    problems = pipeline.verify(checkpoint)
+    failure = f"{checkpoint}: {len(problems)} problem{'s' * (len(problems) > 1)} found" if problems else None
+    return Outcome({"checkpoint": checkpoint, "problems": problems}, "\n".join(problems) or f"{checkpoint}: no problems", failure)
+
+
+@app.command()
+@verb
+def export(
+    checkpoint: CHECKPOINT,
+    output: Annotated[Path, Argument(metavar="OUTPUT", help="Folder to write.", show_default=False)],
+    format_: Annotated[Literal["dense"], Option("--format", help="dense: ordinary weights that any reader understands.")] = "dense",
+    overwrite: OVERWRITE = False,
+) -> Outcome:
+    """Write a compressed checkpoint in another format."""
+    from compressor import pipeline
+
+    return Outcome(pipeline.export(checkpoint, output, format=format_, overwrite=overwrite))
+
+
+@app.command()
+@verb
+def methods() -> Outcome:
+    """List the decompositions, with their papers and options."""
+    from dataclasses import fields
+
+    from compressor.methods import METHODS
+
+    records = [
+        {
+            "name": name,
+            "about": (method.__doc__ or "").partition("\n")[0],
+            "paper": method.paper,
+            "options": {field.name: field.default for field in fields(method)},
+        }
+        for name, method in sorted(METHODS.items())
+    ]
+    return Outcome({"methods": records})
+
+
+@app.command()
+@verb
+def presets(
+    name: Annotated[str | None, Argument(metavar="NAME", help="Print this recipe with all its defaults.", show_default=False)] = None,
+) -> Outcome:
+    """List the published recipes that `--config` knows by name."""
+    from compressor.config import dump_yaml, load_recipe, preset_titles
+
+    if name is None:
+        return Outcome({"presets": [{"name": name, "title": title} for name, title in preset_titles().items()]})
+    recipe = load_recipe(name)
+    return Outcome(recipe.model_dump(mode="json"), dump_yaml(recipe))
+
+
+@app.command()
+@verb
+def schema() -> Outcome:
+    """Print the JSON Schema of a recipe."""
+    import json
+
+    from compressor.config import schema as recipe_schema
+
+    found = recipe_schema()
+    return Outcome(found, json.dumps(found, indent=2))
+
+
+@app.command("lm-eval", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def lm_eval(context: typer.Context) -> None:
+    """Run lm-eval with the same arguments, our checkpoints included."""
+    from compressor.lm_eval_bridge import run_cli
+
+    raise typer.Exit(run_cli(context.args))

@@ -1,0 +1,79 @@
+"""Options that several verbs of the command line share, and the fields of the recipe that they set."""
+
+from typing import Annotated, Any
+
+from typer import Argument, Option
+
+RECIPE, DANGER, OUTPUT = "Recipe", "Dangerous", "Output"
+
+MODEL = Annotated[
+    str, Argument(metavar="MODEL", help="Model folder, hub identifier, or 'reference' for the bundled model.", show_default=False)
+]
+CHECKPOINT = Annotated[str, Argument(metavar="CHECKPOINT", help="Folder of a model.", show_default=False)]
+DEVICE = Annotated[str | None, Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1, …")]
+OVERWRITE = Annotated[bool, Option("--overwrite", help="Replace the output if it exists.", rich_help_panel=DANGER)]
+
+# Option → dotted field of the recipe (None: handled by `read_recipe` itself) and its declaration.
+RECIPE_OPTIONS: dict[str, tuple[str | None, Any]] = {
+    "model": ("model.name", MODEL),
+    "config": (
+        None,
+        Annotated[
+            str | None,
+            Option("--config", "-c", metavar="NAME|FILE", help="Preset or YAML file; 'default' if left out.", rich_help_panel=RECIPE),
+        ],
+    ),
+    "method": (
+        "method",
+        Annotated[
+            str | None, Option(metavar="NAME", help="One engine for every target, see `compressor methods`.", rich_help_panel=RECIPE)
+        ],
+    ),
+    "keep": (
+        "allocation.keep",
+        Annotated[float | None, Option(metavar="FRACTION", help="Fraction kept of the size of the targets.", rich_help_panel=RECIPE)],
+    ),
+    "target_size": (
+        "allocation.target_size",
+        Annotated[str | None, Option(metavar="SIZE", help="Size of the whole checkpoint, e.g. 3.2GiB.", rich_help_panel=RECIPE)],
+    ),
+    "calibration": (
+        "calibration.source",
+        Annotated[
+            str | None,
+            Option(
+                metavar="SOURCE",
+                help="Text to calibrate on: file, folder, org/name:config:split[:column], file.safetensors:key, or 'self'.",
+                rich_help_panel=RECIPE,
+            ),
+        ],
+    ),
+    "overrides": (
+        None,
+        Annotated[
+            list[str] | None, Option("--set", metavar="A.B=VALUE", help="Any field of the recipe; repeatable.", rich_help_panel=RECIPE)
+        ],
+    ),
+    "seed": ("seed", Annotated[int | None, Option(metavar="N", help="Seed of everything random.", rich_help_panel=RECIPE)]),
+    "dtype": (
+        "output.dtype",
+        Annotated[str | None, Option(metavar="TYPE", help="Stored numbers: auto, float32, bfloat16, float16.", rich_help_panel=RECIPE)],
+    ),
+    "device": ("model.device", DEVICE),
+    "overwrite": ("output.overwrite", OVERWRITE),
+}
+
+FLAGS: dict[str, Any] = {
+    "as_json": Annotated[bool, Option("--json", help="Print one JSON object instead of tables.", rich_help_panel=OUTPUT)],
+    "verbose": Annotated[bool, Option("--verbose", "-v", help="Tell more, and show tracebacks.", rich_help_panel=OUTPUT)],
+    "quiet": Annotated[bool, Option("--quiet", "-q", help="No progress and no warnings.", rich_help_panel=OUTPUT)],
+}
+
+
+def read_recipe(arguments: dict[str, Any]) -> Any:
+    """Resolve the recipe that the options of a verb describe, taking them out of `arguments`. A flag left out says nothing."""
+    from compressor.config import load_recipe
+
+    given = {name: arguments.pop(name) for name in RECIPE_OPTIONS}
+    named = {key: given[name] for name, (key, _) in RECIPE_OPTIONS.items() if key and given[name] is not False}
+    return load_recipe(given["config"], given["overrides"] or (), named)

@@ -1,0 +1,116 @@
+"""What all verbs of the command line share: stdout kept for the result, errors in one line, exit codes, verbosity."""
+
+import inspect
+import json
+import logging
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import typer
+
+from compressor.errors import CompressorError
+from compressor.options import FLAGS, RECIPE_OPTIONS, read_recipe
+from compressor.progress import shown
+
+PIPE_WIDTH = 140  # columns of a table that is not printed on a terminal
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a verb found: data for `--json`, the same for people if not simply as tables, and why the verb failed all the same."""
+
+    data: dict[str, Any]
+    shown: Any = None  # text, or anything that rich prints
+    failure: str | None = None
+
+
+def verb(function: Callable[..., Outcome]) -> Callable[..., None]:
+    """Turn a function into a verb: add the flags that all verbs have, print its outcome, map errors to exit codes.
+
+    A parameter `recipe` stands for all options that make up a recipe, in that place; `progress` is handed over, not an option.
+    """
+    parameters = inspect.signature(function).parameters
+
+    @wraps(function)
+    def run(as_json: bool, verbose: bool, quiet: bool, **arguments: Any) -> None:
+        results = sys.stdout
+        _set_verbosity(verbose, quiet)
+        with _errors_in_one_line(verbose):
+            if "recipe" in parameters:
+                arguments["recipe"] = read_recipe(arguments)
+            with _terminable(), redirect_stdout(sys.stderr), shown(quiet) as progress:
+                outcome = function(**arguments, **({"progress": progress} if "progress" in parameters else {}))
+            _print(outcome, as_json, results)
+            if outcome.failure:
+                raise CompressorError(outcome.failure)
+
+    options = [*_options(parameters), *(_option(name, hint, False) for name, hint in FLAGS.items())]
+    run.__signature__ = inspect.Signature(options)  # both are what typer reads
+    run.__annotations__ = {option.name: option.annotation for option in options}
+    return run
+
+
+def _options(parameters: Mapping[str, inspect.Parameter]) -> Iterator[inspect.Parameter]:
+    for name, parameter in parameters.items():
+        if name == "recipe":
+            for option, (_, hint) in RECIPE_OPTIONS.items():
+                default = {"model": inspect.Parameter.empty, "overwrite": False}.get(option)
+                yield _option(option, hint, default)
+        elif name != "progress":
+            yield parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+
+
+def _option(name: str, hint: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+
+
+def _print(outcome: Outcome, as_json: bool, file: Any) -> None:
+    if as_json:
+        print(json.dumps(outcome.data, allow_nan=False), file=file)
+        return
+    from rich.console import Console
+
+    from compressor.tables import render_result
+
+    shown = render_result(outcome.data) if outcome.shown is None else outcome.shown
+    if isinstance(shown, str):
+        print(shown.rstrip("\n"), file=file)
+    else:
+        Console(file=file, width=None if file.isatty() else PIPE_WIDTH).print(shown)
+
+
+@contextmanager
+def _errors_in_one_line(verbose: bool) -> Iterator[None]:
+    """Print an error meant for users without its traceback and end with its exit code; a disk that is full is such an error too."""
+    try:
+        yield
+    except (CompressorError, OSError) as error:
+        if verbose:
+            traceback.print_exc()
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise typer.Exit(error.exit_code if isinstance(error, CompressorError) else 1) from None
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Turn SIGTERM into an ordinary way out, so that unfinished output is cleaned up; exit code 143."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _set_verbosity(verbose: bool, quiet: bool) -> None:
+    logging.basicConfig(stream=sys.stderr, format="%(levelname)s: %(message)s", force=True)
+    logging.getLogger("compressor").setLevel(logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING)

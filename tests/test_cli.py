@@ -1,0 +1,278 @@
+import ast
+import inspect
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import compressor
+from compressor import cli, report
+from compressor.config import dump_yaml, load_recipe, presets, schema
+from compressor.errors import EvaluationError
+
+VERBS = ["compress", "plan", "calibrate", "evaluate", "inspect", "verify", "export", "methods", "presets", "schema", "lm-eval"]
+MAX_BODY_LINES = 15
+MAX_HELP_SECONDS = 0.5  # of processor time
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(cli.app, list(arguments))
+
+
+@pytest.fixture
+def pipeline(monkeypatch):
+    """A pipeline that records how it was called and returns what `returns` holds for the function."""
+
+    class Recorder(types.ModuleType):
+        def __getattr__(self, name):
+            if name.startswith("__"):
+                raise AttributeError(name)
+
+            def record(*arguments, **keywords):
+                self.calls[name] = (arguments, keywords)
+                found = self.returns.get(name, {"done": name})
+                if isinstance(found, Exception):
+                    raise found
+                return found
+
+            return record
+
+    recorder = Recorder("compressor.pipeline")
+    recorder.calls, recorder.returns = {}, {"verify": []}
+    monkeypatch.setitem(sys.modules, "compressor.pipeline", recorder)
+    monkeypatch.setattr(compressor, "pipeline", recorder, raising=False)
+    monkeypatch.setattr(report, "render", lambda found: f"table of {sorted(found)}")
+    return recorder
+
+
+def options_of(name: str) -> set[str]:
+    command = typer.main.get_command(cli.app).commands[name]
+    return {option for parameter in command.params for option in parameter.opts if option.startswith("--")}
+
+
+def test_help_lists_every_verb():
+    result = run("--help")
+    assert result.exit_code == 0
+    assert all(f" {verb} " in result.stdout for verb in VERBS)
+    assert sorted(typer.main.get_command(cli.app).commands) == sorted(VERBS)
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "lm-eval"])
+def test_every_verb_explains_itself_and_speaks_json(verb):
+    result = run(verb, "--help")
+    assert result.exit_code == 0
+    assert {"--json", "--verbose", "--quiet"} <= options_of(verb)
+
+
+def test_plan_takes_the_options_of_compress():
+    assert options_of("compress") - options_of("plan") == {"--plan"}
+
+
+def test_dangerous_options_stand_apart():
+    text = run("compress", "--help").stdout
+    assert text.index("Dangerous") < text.index("--overwrite")
+    assert text.index("--seed") < text.index("Dangerous")
+
+
+def test_version():
+    assert run("--version").stdout == f"{compressor.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["inspekt"], ["compress", "model"], ["compress", "model", "out", "--nope"], ["export", "a", "b", "--format", "x"]]
+)
+def test_wrong_usage_ends_with_2(arguments):
+    assert run(*arguments).exit_code == 2
+
+
+def test_help_is_fast_and_loads_no_torch():
+    code = """
+import sys, time
+from compressor.cli import app
+try:
+    app(["--help"])
+except SystemExit as end:
+    assert end.code == 0
+assert not {"torch", "transformers", "datasets", "lm_eval"} & set(sys.modules)
+print(time.process_time(), file=sys.stderr)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(result.stderr) < MAX_HELP_SECONDS
+
+
+def test_import_loads_no_torch_and_knows_its_functions():
+    code = "import compressor, sys; assert 'torch' not in sys.modules; assert 'compress' in compressor.__all__"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_module_can_be_run():
+    result = subprocess.run([sys.executable, "-m", "compressor", "--version"], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == compressor.__version__
+
+
+def test_compress_hands_over_the_recipe_of_its_options(pipeline):
+    result = run(
+        *[
+            "compress",
+            "some/model",
+            "out",
+            "--config",
+            "svd_llm",
+            "--method",
+            "utilized_rank",
+            "--keep",
+            "0.7",
+            "--calibration",
+            "text.txt",
+        ],
+        *["--set", "calibration.windows=10", "--set", "allocation.keep=0.1", "--device", "cpu", "--dtype", "float16", "--seed", "7"],
+        *["--overwrite", "--stats", "sums", "--plan", "plan.json"],
+    )
+    assert result.exit_code == 0, result.stderr
+    (recipe, output), keywords = pipeline.calls["compress"]
+    assert output == Path("out")
+    assert (keywords["stats"], keywords["plan"]) == (Path("sums"), Path("plan.json"))
+    expected = load_recipe(
+        "svd_llm",
+        ["calibration.windows=10", "model.name=some/model", "calibration.source=text.txt", "model.device=cpu", "output.dtype=float16"],
+        {"method": "utilized_rank", "allocation.keep": 0.7, "seed": 7, "output.overwrite": True},
+    )
+    assert recipe == expected
+    assert result.stdout == "table of ['done']\n"
+
+
+def test_options_left_out_leave_the_recipe_alone(pipeline, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("seed: 3\nmodel: {device: cpu}\noutput: {overwrite: true, dtype: float32}\nallocation: {target_size: 3MB}\n")
+    assert run("compress", "m", "out", "-c", str(file)).exit_code == 0
+    assert pipeline.calls["compress"][0][0] == load_recipe(file, ["model.name=m"])
+
+
+def test_target_size_takes_the_place_of_keep(pipeline):
+    run("plan", "m", "--target-size", "3MB")
+    allocation = pipeline.calls["plan"][0][0].allocation
+    assert (allocation.keep, allocation.target_size) == (None, "3MB")
+
+
+def test_failed_evaluation_prints_the_report_and_ends_with_1(pipeline):
+    pipeline.returns["compress"] = {"kl": None, "failure": "the evaluation failed: overflow"}
+    result = run("compress", "m", "out", "--json")
+    assert json.loads(result.stdout)["kl"] is None
+    assert result.stderr.endswith("error: the evaluation failed: overflow\n")
+    assert result.exit_code == 1
+
+
+def test_calibrate_passes_folder_and_overwrite(pipeline):
+    assert run("calibrate", "m", "sums", "--overwrite").exit_code == 0
+    (recipe, folder), keywords = pipeline.calls["calibrate"]
+    assert (recipe.model.name, folder, keywords["overwrite"]) == ("m", Path("sums"), True)
+
+
+def test_evaluate_passes_its_options(pipeline):
+    pipeline.returns["evaluate"] = {"perplexity": 12.5, "kl": 0.25, "tokens": 640, "window": 64, "lm_eval": None}
+    result = run(
+        *["evaluate", "m", "--against", "o", "--text", "t.txt", "--column", "page", "--window", "64", "--windows", "10", "--tasks", "a, b"],
+        *["--limit", "5", "--batch-size", "2", "--speed", "--device", "cpu", "--json"],
+    )
+    assert json.loads(result.stdout)["perplexity"] == 12.5
+    arguments, keywords = pipeline.calls["evaluate"]
+    keywords.pop("progress")
+    assert arguments == ("m",)
+    assert keywords == {
+        "against": "o",
+        "text": "t.txt",
+        "column": "page",
+        "window": 64,
+        "windows": 10,
+        "tasks": ["a", "b"],
+        "limit": 5,
+        "batch_size": 2,
+        "speed": True,
+        "device": "cpu",
+    }
+    assert "12.5" in run("evaluate", "m").stdout
+
+
+def test_overflow_in_an_evaluation_ends_with_1(pipeline):
+    pipeline.returns["evaluate"] = EvaluationError("perplexity overflows")
+    result = run("evaluate", "m", "--json")
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", "error: perplexity overflows\n")
+
+
+def test_verify_lists_problems_and_ends_with_1(pipeline):
+    assert run("verify", "m").stdout == "m: no problems\n"
+    pipeline.returns["verify"] = ["config.json: changed", "model.safetensors: cut short"]
+    result = run("verify", "m")
+    assert result.stdout.splitlines() == pipeline.returns["verify"]
+    assert result.stderr == "error: m: 2 problems found\n"
+    assert result.exit_code == 1
+    assert json.loads(run("verify", "m", "--json").stdout) == {"checkpoint": "m", "problems": pipeline.returns["verify"]}
+
+
+def test_inspect_and_export_pass_their_paths(pipeline):
+    run("inspect", "m", "--plot", "curves.png")
+    assert pipeline.calls["inspect"] == (("m",), {"plot": Path("curves.png")})
+    run("export", "m", "out", "--format", "dense", "--overwrite")
+    assert pipeline.calls["export"] == (("m", Path("out")), {"format": "dense", "overwrite": True})
+
+
+def test_methods_lists_engines_with_paper_and_options():
+    listed = {record["name"]: record for record in json.loads(run("methods", "--json").stdout)["methods"]}
+    assert {"low_rank", "utilized_rank"} <= listed.keys()
+    assert "arXiv" in listed["low_rank"]["paper"]
+    assert listed["low_rank"]["options"]["storage"] == "pivoted"
+    assert "low_rank" in run("methods").stdout
+
+
+def test_presets_lists_titles_and_spells_out_one():
+    assert {record["name"] for record in json.loads(run("presets", "--json").stdout)["presets"]} == set(presets())
+    assert "SVD-LLM" in run("presets").stdout
+    assert run("presets", "lems").stdout == dump_yaml(load_recipe("lems"))
+    assert json.loads(run("presets", "lems", "--json").stdout)["allocation"]["depth_bias"] == 5.0
+
+
+def test_schema_is_json_either_way():
+    assert json.loads(run("schema").stdout) == json.loads(run("schema", "--json").stdout) == schema()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["-c", "svdllm"], ["did you mean 'svd_llm'?"]),
+        (["--keep", "1.5"], ["allocation.keep", "1.5"]),
+        (["--set", "allocation.kep=1"], ["--set allocation.kep=1", "'allocation.keep'"]),
+        (["--target-size", "3 gigs"], ["allocation.target_size", "GiB"]),
+        (["--keep", "0.5", "--target-size", "3MB"], ["keep or target_size"]),
+        (["--dtype", "int8"], ["output.dtype", "bfloat16"]),
+    ],
+)
+def test_bad_recipes_are_one_line_and_end_with_2_before_any_work(pipeline, arguments, words):
+    result = run("compress", "m", "out", *arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert all(word in result.stderr for word in words), result.stderr
+    assert pipeline.calls == {}
+
+
+def test_lm_eval_passes_everything_on(monkeypatch):
+    seen = []
+    bridge = types.ModuleType("compressor.lm_eval_bridge")
+    bridge.run_cli = lambda arguments: seen.append(arguments) or 3
+    monkeypatch.setitem(sys.modules, "compressor.lm_eval_bridge", bridge)
+    monkeypatch.setattr(compressor, "lm_eval_bridge", bridge, raising=False)
+    result = run("lm-eval", "run", "--model", "hf", "--tasks", "a,b", "-h", "--json")
+    assert seen == [["run", "--model", "hf", "--tasks", "a,b", "-h", "--json"]]
+    assert result.exit_code == 3
+
+
+def test_verbs_stay_short():
+    for node in ast.parse(inspect.getsource(cli)).body:
+        if isinstance(node, ast.FunctionDef):
+            assert node.body[-1].end_lineno - node.body[0].lineno < MAX_BODY_LINES, node.name
