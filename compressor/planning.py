@@ -202,11 +202,9 @@ RULES: dict[str, Callable[[Rule], list[int]]] = {
 }
 
 
-def correct(options: list[Option], candidate: Candidate, error: float) -> list[Option]:
-    """Options with the damage of one candidate scaled from its predicted to its measured error."""
-    return [
-        replace(option, damage=option.damage * error / candidate.error) if option.candidate is candidate else option for option in options
-    ]
+def correct(options: list[Option], candidate: Candidate, factor: float) -> list[Option]:
+    """Options with the damage of one candidate multiplied by what its stored error departs by from the expected one."""
+    return [replace(option, damage=option.damage * factor) if option.candidate is candidate else option for option in options]
 
 
 def to_plan(solution: Solution, found: dict[str, list[Decomposition]], recipe: Recipe) -> Plan:

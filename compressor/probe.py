@@ -22,11 +22,17 @@ from compressor.restart import Restart
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """The candidate that was installed, its measured error in the method's metric, and the divergence it caused."""
+    """The candidate that was installed, its error on the curve and as it was built (the method's metric), and the divergence it caused."""
 
     setting: dict
-    error: float
+    predicted: float
+    measured: float
     kl: float  # nats per token
+
+    @property
+    def departure(self) -> float:
+        """What a curve of screening errors is off by: measured ÷ predicted; 1 for closed forms, up to the cast."""
+        return self.measured / self.predicted if self.predicted > 0 else 1.0
 
 
 def probe_candidate(curve: Curve, fraction: float) -> Candidate:
@@ -75,10 +81,13 @@ def probe(prober: Prober, decomposition: Decomposition, block: int, fraction: fl
     """Install one candidate of a decomposition, as it would be stored, and measure the divergence that it alone causes."""
     candidate = probe_candidate(decomposition.curve, fraction)
     module, error = decomposition.build(candidate)
-    return ProbeResult(candidate.setting, error, prober.kl({decomposition.curve.linear: module}, block))
+    return ProbeResult(candidate.setting, candidate.error, error, prober.kl({decomposition.curve.linear: module}, block))
 
 
 def damage(curve: Curve, result: ProbeResult, weight: float = 1.0) -> list[float]:
-    """Predicted divergence of every candidate of a curve, nats per token, times a depth weight."""
-    scale = weight * result.kl / result.error if result.error > 0 else 0.0
+    """Predicted divergence of every candidate of a curve, nats per token, times a depth weight.
+
+    The curve gives ratios of errors only, so one whose screening errors are all too large by a factor predicts as well as an exact one.
+    """
+    scale = weight * result.kl / result.predicted if result.predicted > 0 else 0.0
     return [scale * candidate.error for candidate in curve.candidates]

@@ -19,7 +19,7 @@ from compressor.errors import ConfigError
 from compressor.evaluate import in_float32
 from compressor.linears import CompressedLinear
 from compressor.plan import DENSE, Plan
-from compressor.planning import Solution, correct, damages_of, linear_options, solve, to_plan
+from compressor.planning import Option, Solution, correct, damages_of, linear_options, solve, to_plan
 from compressor.probe import Prober, ProbeResult, probe
 from compressor.progress import Progress, silent
 from compressor.recipe import Recipe, size_in_bytes
@@ -178,18 +178,21 @@ def choose(job: Job, found: Found, probed: dict[tuple[str, int], ProbeResult]) -
     size = others, job.calibration.tokens.numel()
     solution = solve(job.recipe, job.assignments, found, options, *size)
     modules, measured = build(solution)
-    off = [name for name, error in measured.items() if departs(solution.options[name].candidate.error, error)]
+    expected = {name: expected_error(solution.options[name], found[name], name, probed) for name in measured}
+    off = [name for name, error in measured.items() if abs(error - expected[name]) > REMEASURE * expected[name] > 0]
     if off and job.recipe.allocation.kind == "knapsack":
         for name in off:
-            options[name] = correct(options[name], solution.options[name].candidate, measured[name])
+            options[name] = correct(options[name], solution.options[name].candidate, measured[name] / expected[name])
         solution = solve(job.recipe, job.assignments, found, options, *size)
         modules, measured = build(solution)
     plan = to_plan(solution, found, job.recipe)
     return with_measured(plan, measured), modules
 
 
-def departs(predicted: float, measured: float) -> bool:
-    return abs(measured - predicted) > REMEASURE * predicted > 0
+def expected_error(option: Option, parts: list[Decomposition], name: str, probed: dict[tuple[str, int], ProbeResult]) -> float:
+    """Error of a candidate as its curve has it, corrected by what its probe showed the curve to be off by."""
+    index = next(index for index, part in enumerate(parts) if part is option.decomposition)
+    return option.candidate.error * (probed[name, index].departure if (name, index) in probed else 1.0)
 
 
 def build(solution: Solution) -> tuple[dict[str, CompressedLinear], dict[str, float]]:
