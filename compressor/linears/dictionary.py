@@ -1,0 +1,101 @@
+"""Sparse dictionary: every output is a combination of a few of k shared atoms, Ŵ = Sᵀ Dᵀ with sparse codes S and a dense dictionary D.
+
+References: CoSpaDi (arXiv 2509.22075), ROCKET (arXiv 2602.11008), COMPOT (arXiv 2602.15200); DSFormer (arXiv 2312.13211) in blocks, where
+each of P slices of the inputs has a dictionary of its own. A bit mask beats indices at these densities (sparse-dictionary card §10.1).
+
+Glossary
+    atoms   (k, in) Dᵀ; in P blocks (P · k, in / P), the atoms of the first slice first
+    codes   (out, P · k) Sᵀ, rebuilt from:
+    weight  (nonzeros,) the codes inside the mask, row-major, so that the codes of an output are contiguous; rows may differ in number
+    mask    bit mask of the codes, row-major, most significant bit first, ⌈out · P · k / 8⌉ bytes; a code inside it may be zero
+
+Execution: as a pair, codes · (atoms · x), where that takes fewer multiply-adds for a token than the dense product, K (in / P + out) <
+in · out with K = P · k atoms in all, and as the dense Ŵ otherwise: with half of the codes kept the pair wins below 0.75 of the dense
+size for a square weight, below 0.6 for one 3.5 times as tall as wide. What is multiplied by, codes or Ŵ, is rebuilt once and kept in
+memory beside the stored tensors; with autograd on the stored tensors it is always the pair, rebuilt for each pass. Sparse products
+are slower than dense ones at these densities (card §10.2).
+"""
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from compressor.linears.base import CompressedLinear
+from compressor.linears.kept import kept
+from compressor.linears.masks import unpack_mask
+
+
+class Dictionary(CompressedLinear):
+    """y = codes · (atoms · x) + bias, with codes[mask] = weight and zero elsewhere."""
+
+    kind = "dictionary"
+
+    def __init__(self, weight: Tensor, atoms: Tensor, mask: Tensor, bias: Tensor | None, out_features: int, blocks: int = 1):
+        """Wrap stored tensors as they are (no copy, no cast).
+
+        weight: (nonzeros,); atoms: (blocks · k, in / blocks); mask: packed mask of (out, blocks · k), uint8; bias: (out,) or None.
+        """
+        super().__init__(blocks * atoms.shape[1], out_features)
+        self.blocks = blocks
+        self.weight = nn.Parameter(weight, requires_grad=weight.requires_grad)
+        self.atoms = nn.Parameter(atoms, requires_grad=atoms.requires_grad)
+        self.register_buffer("mask", mask)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=bias.requires_grad))
+
+    def spec(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "blocks": self.blocks,
+            "atoms": self.atoms.shape[0],
+            "nonzeros": self.weight.numel(),
+            "bias": self.bias is not None,
+        }
+
+    @classmethod
+    def empty(cls, spec: dict[str, Any], dtype: torch.dtype, device: torch.device | str) -> Self:
+        height, atoms, floating = spec["out_features"], spec["atoms"], {"dtype": dtype, "device": device}
+        return cls(
+            weight=torch.empty(spec["nonzeros"], **floating),
+            atoms=torch.empty(atoms, spec["in_features"] // spec["blocks"], **floating),
+            mask=torch.empty((height * atoms + 7) // 8, dtype=torch.uint8, device=device),
+            bias=torch.empty(height, **floating) if spec["bias"] else None,
+            out_features=height,
+            blocks=spec["blocks"],
+        )
+
+    def codes(self) -> Tensor:
+        """Sᵀ (out, P · k) in the dtype of the values, differentiable in them."""
+        size = self.out_features * self.atoms.shape[0]
+        mask = unpack_mask(self.mask, size)
+        return self.weight.new_zeros(size).masked_scatter(mask, self.weight).view(self.out_features, -1)
+
+    def runs_as_pair(self) -> bool:
+        """Whether the pair takes fewer multiply-adds for a token than the dense product."""
+        atoms, slice_width = self.atoms.shape
+        return atoms * (slice_width + self.out_features) < self.in_features * self.out_features
+
+    def _pair(self, input: Tensor, codes: Tensor) -> Tensor:
+        if self.blocks == 1:
+            coordinates = functional.linear(input, self.atoms)
+        else:
+            slices, atoms = input.unflatten(-1, (self.blocks, -1)), self.atoms.unflatten(0, (self.blocks, -1))
+            coordinates = torch.einsum("...pi,pki->...pk", slices, atoms).flatten(-2)  # (…, P · k)
+        return functional.linear(coordinates, codes, self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and (self.weight.requires_grad or self.atoms.requires_grad):
+            return self._pair(input, self.codes())
+        if self.runs_as_pair():
+            return self._pair(input, kept((self.weight, self.mask), self.codes))
+        dense = kept((self.weight, self.atoms, self.mask), lambda: self.to_dense().to(self.weight.dtype))
+        return functional.linear(input, dense, self.bias)
+
+    @torch.no_grad()
+    def to_dense(self) -> Tensor:
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        codes, atoms = self.codes().to(wide).unflatten(1, (self.blocks, -1)), self.atoms.to(wide).unflatten(0, (self.blocks, -1))
+        return torch.einsum("opk,pki->opi", codes, atoms).flatten(1)

@@ -1,0 +1,24 @@
+"""What a module computes from its stored tensors and keeps between forward passes."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def kept(tensors: Sequence[Tensor], build: Callable[[], Tensor]) -> Tensor:
+    """What `build` makes of the stored `tensors`, without autograd; built again when one of them is not what it was.
+
+    The result lives on the first tensor's own object: casts, moves and in-place writes change the key, and whoever puts another object
+    in place (assignment while loading, accelerate while offloading) takes the result away with the old one. Only in-place writes through
+    `.data` go unseen, since PyTorch does not count them.
+    """
+    if any(tensor.is_inference() for tensor in tensors):  # such tensors do not count their versions
+        return build()
+    key = [(tensor.data_ptr(), tensor._version, tensor.dtype, tensor.device) for tensor in tensors]
+    known, result = getattr(tensors[0], "_kept", (None, None))
+    if known != key:
+        with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be used by a training step later
+            result = build()
+        tensors[0]._kept = key, result
+    return result
