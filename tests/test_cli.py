@@ -276,3 +276,27 @@ def test_verbs_stay_short():
     for node in ast.parse(inspect.getsource(cli)).body:
         if isinstance(node, ast.FunctionDef):
             assert node.body[-1].end_lineno - node.body[0].lineno < MAX_BODY_LINES, node.name
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("seed: 1\nseed: 2\n", ":2: key 'seed' is repeated"),
+        ("allocation: {depth_bias: .nan}\n", ":1: '.nan' is not a finite number"),
+        ("model: !!python/object/apply:os.system ['true']\n", ":1: the tag"),
+        ("model: &a {}\noutput: *a\n", ":2: '*a' is a YAML alias"),
+        ("[" * 5000, ":1: nested deeper"),
+        ("# " + "x" * 2**21, ":1: longer than"),
+        ("", ":1: empty"),
+        ("seed: 1\nsede: 2\n", ":2: unknown key 'sede' in the recipe; did you mean 'seed'?"),
+    ],
+    ids=["repeated", "nan", "tag", "alias", "deep", "long", "empty", "unknown"],
+)
+def test_bad_recipe_files_are_one_line_with_their_place_and_end_with_2(pipeline, tmp_path, text, place):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    result = run("compress", "m", "out", "-c", str(file))
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: {file}{place}")
+    assert result.stderr.count("\n") == 1
+    assert pipeline.calls == {}
