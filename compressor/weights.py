@@ -49,9 +49,9 @@ def stored_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def fetch(model: PreTrainedModel, name: str, tensor: Tensor) -> Tensor:
-    """Return an entry of `stored_tensors` on the CPU, contiguous, from the offload folder if that is where it is."""
+    """Return an entry of `stored_tensors` on the CPU, from the offload folder if that is where it is."""
     value = load_offloaded_parameter(model, name) if tensor.is_meta else tensor
-    return value.detach().cpu().contiguous()
+    return value.detach().cpu()
 
 
 def header_entry(tensor: Tensor, start: int) -> dict:

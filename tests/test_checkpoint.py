@@ -242,6 +242,7 @@ def test_f13_missing_shortened_and_extra_files(damaged):
     found = verify(damaged)
     named = [Path(problem.split(": ")[0]).name for problem in found]
     assert named == ["generation_config.json", "tokenizer.json", "notes.txt"]
+    assert "2 bytes, manifest.json says" in found[0]  # a size tells more than a digest
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: the file is missing"):
         read(damaged)
 

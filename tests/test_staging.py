@@ -96,6 +96,8 @@ def test_f8_output_overlaps_the_input(tmp_path):
     for output in (source / "out", source, source / "x" / "y", tmp_path / "link" / "out", tmp_path / "a", source / ".." / "model" / "out"):
         with pytest.raises(ConfigError, match="overlap"):
             preflight(output, source, True, 0)
+    with pytest.raises(ConfigError, match="overlap"):
+        preflight(source / "out", tmp_path / "link", True, 0)
     preflight(tmp_path / "a" / "model2", source, False, 0)
 
 
@@ -304,6 +306,17 @@ def test_f5_disk_full_in_a_document(output, disk_of_20_kb):
     before = {path.name: path.read_bytes() for path in output.iterdir()}
     with pytest.raises(CheckpointError, match=r"report\.json: could not be written"):
         amend(output, {"report.json": "x" * 30 * KB})
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+
+
+@pytest.mark.parametrize("blow", [interrupt, fail])
+def test_f5_interrupted_document_is_old_or_new(output, monkeypatch, blow):
+    produce(output, "old")
+    amend(output, {"report.json": "old"})
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    monkeypatch.setattr(os, "replace", lambda *_: blow())
+    with pytest.raises((KeyboardInterrupt, CheckpointError)):
+        amend(output, {"report.json": "new"})
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
 
 
