@@ -125,7 +125,7 @@ def test_casts_keep_the_mask_and_take_effect(atoms):
         module.to(torch.bfloat16)
         assert module.weight.dtype == module.atoms.dtype == module.bias.dtype == torch.bfloat16 and torch.equal(module.mask, mask)
         assert module(inputs.bfloat16()).dtype == torch.bfloat16
-        assert module.to_dense().dtype == torch.float32 and not module.to_dense().requires_grad
+        assert module.to_dense().dtype == torch.float32
         with in_float32(module):
             narrow = module(inputs)
         assert narrow.dtype == torch.float32 and not torch.equal(narrow, wide)
@@ -192,13 +192,19 @@ def test_training_after_inference_mode(atoms):
 
 @BLOCKS
 def test_gradients_reach_input_and_stored_tensors(blocks):
-    module = made((6, 8), blocks)
-    tensors = [random(4, 8, seed=3), module.weight.data, module.atoms.data, module.bias.data]
+    module, names = made((6, 8), blocks), ("weight", "atoms", "bias")
+    module(random(4, 8)).sum().backward()
+    assert all(getattr(module, name).grad.abs().sum() > 0 for name in names)
+    tensors = [random(4, 8, seed=3), *(getattr(module, name).data for name in names)]
 
     def forward(inputs, weight, atoms, bias):
         return torch.func.functional_call(module, {"weight": weight, "atoms": atoms, "bias": bias}, inputs)
 
     assert torch.autograd.gradcheck(forward, [tensor.requires_grad_(True) for tensor in tensors])
+
+
+def test_the_dense_weight_is_free_of_autograd():
+    assert not made((6, 8)).to_dense().requires_grad
 
 
 def test_frozen_tensors_pass_gradients_to_the_input():
