@@ -25,10 +25,10 @@ FORMAT, VERSION = "compressor statistics", 1
 COUNTS = ("tokens", "grad_tokens")
 
 
-def save_statistics(folder: Path, stats: dict[str, LinearStats], fingerprint: dict[str, Any]) -> None:
+def save_statistics(folder: Path, stats: dict[str, LinearStats], fingerprint: dict[str, Any], overwrite: bool = False) -> None:
     """Write statistics as a new folder. fingerprint: JSON values, compared one by one when the statistics are loaded.
 
-    Raises ConfigError if the folder exists, CheckpointError or DataError if it cannot be written.
+    Raises ConfigError if the folder exists (with `overwrite`, if it holds neither statistics nor a model), CheckpointError or DataError if it cannot be written.
     """
     tensors: dict[str, Tensor] = {}
     keys: dict[int, str] = {}  # id of a tensor → the name it is stored under
@@ -40,7 +40,7 @@ def save_statistics(folder: Path, stats: dict[str, LinearStats], fingerprint: di
             tensors.setdefault(key, value.contiguous())
             linears[name][field] = key
     description = {"format": FORMAT, "version": VERSION, "fingerprint": fingerprint, "linears": linears}
-    with Staging(folder) as staging:
+    with Staging(folder, overwrite) as staging:
         with naming(staging.folder / DESCRIPTION):
             text = json.dumps(description, indent=2, allow_nan=False)
             (staging.folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")

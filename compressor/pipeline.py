@@ -187,14 +187,12 @@ def plan(recipe: Recipe, stats: Path | None = None, progress: Progress = silent)
 def calibrate(recipe: Recipe, output: str | Path, overwrite: bool = False, progress: Progress = silent) -> dict[str, Any]:
     """Collect the statistics that a recipe needs into a new folder, with a fingerprint of what they depend on."""
     output = Path(output)
-    if overwrite:
-        raise ConfigError("statistics are not overwritten; remove the folder first")
     source = stages.open_source(recipe.model.name, recipe.model.revision)
-    preflight(output, source.path, False, 0)
+    preflight(output, source.path, overwrite, 0)
     job = stages.start(recipe, source)
     collected = stages.statistics(job, progress)
     mark = stages.fingerprint(job)
-    artifacts.save_statistics(output, collected, mark)
+    artifacts.save_statistics(output, collected, mark, overwrite)
     written = sum(path.stat().st_size for path in output.iterdir())
     return {
         "output": str(output),

@@ -148,8 +148,8 @@ class Probe(Section):
 class Allocation(Section):
     """How the size is shared out among the linears."""
 
-    kind: Literal["knapsack", "uniform", "threshold", "by_role", "svd_llm_v2", "d_rank", "fixed"] = "knapsack"
-    """Rule; each one adjusts its own knob to meet the size, `fixed` alone takes the settings as they are."""
+    kind: Literal["knapsack", "uniform", "threshold", "by_role", "svd_llm_v2", "d_rank"] = "knapsack"
+    """Rule; each one adjusts its own knob to meet the size."""
     keep: Annotated[float | dict[str, float] | None, BeforeValidator(_keep)] = None
     """Fraction of the size of the targets that is kept, or a map from target pattern to fraction; 0.8 if no size is given."""
     target_size: Size | None = None
@@ -160,8 +160,6 @@ class Allocation(Section):
     """What the knapsack minimises: measured divergence in nats, the method's error as it is, or the error over the energy."""
     depth_bias: NonNegative = 0.0
     """Weight γ of the factor 1 + γh by which damage in early blocks counts more (kl_probe)."""
-    tie: Many[Literal["qkv", "gate_up"]] = ()
-    """Linears that must share one setting."""
     roles: dict[str, Annotated[float, Field(gt=0)]] = {"q": 1.0, "k": 1.0, "v": 3.0, "o": 3.0}
     """Relative rank of each role (by_role); roles not named have weight 1."""
     shift: Annotated[float, Field(ge=0, lt=1)] = 0.3
@@ -174,11 +172,9 @@ class Allocation(Section):
         if not isinstance(data, dict):
             return data
         given = [name for name in ("keep", "target_size") if data.get(name) is not None]
-        if data.get("kind") == "fixed" and given:
-            raise ValueError(f"of kind 'fixed' takes the settings as they are and no size; set {given[0]} to null")
         if len(given) == 2:
             raise ValueError("takes keep or target_size, not both")
-        return data if given or data.get("kind") == "fixed" else data | {"keep": DEFAULT_KEEP}
+        return data if given else data | {"keep": DEFAULT_KEEP}
 
 
 class Evaluation(Section):

@@ -22,6 +22,8 @@ from filelock import FileLock, Timeout
 from compressor import manifest
 from compressor.errors import CheckpointError, ConfigError
 
+OURS = ("config.json", "statistics.json")  # a folder with one of these holds a model or statistics, and may be overwritten
+
 log = logging.getLogger(__name__)
 
 
@@ -64,8 +66,8 @@ def check_place(output: Path, overwrite: bool) -> None:
         raise ConfigError(f"{output}: exists and is not a folder")
     if not overwrite:
         raise ConfigError(f"{output}: exists already; pass --overwrite to replace it, or choose another name")
-    if any(output.iterdir()) and not (output / "config.json").is_file():
-        raise ConfigError(f"{output}: holds no model, so --overwrite does not remove it; choose another name")
+    if any(output.iterdir()) and not any((output / name).is_file() for name in OURS):
+        raise ConfigError(f"{output}: holds neither a model nor statistics, so --overwrite does not remove it; choose another name")
 
 
 def leftovers(output: Path) -> list[Path]:

@@ -67,8 +67,6 @@ def test_unknown_keys_name_their_line_and_the_nearest_key(recipe_file, text, mes
         ("allocation:\n  keep: {'*q_proj': 2}\n", 2, ["allocation.keep"]),
         ("allocation: {kind: knapsac}\n", 1, ["allocation.kind", "'knapsack'"]),
         ("allocation: {keep: 0.5, target_size: 1GB}\n", 1, ["keep or target_size"]),
-        ("allocation: {kind: fixed, keep: 0.5}\n", 1, ["fixed", "keep"]),
-        ("allocation: {kind: fixed, target_size: 1GB}\n", 1, ["fixed", "target_size"]),
         ("allocation: {target_size: 3XB}\n", 1, ["allocation.target_size", "GiB", "3XB"]),
         ("allocation: 0.5\n", 1, ["allocation", "mapping"]),
         ("seed: '1'\n", 1, ["seed", "integer", "'1'"]),
@@ -139,11 +137,6 @@ def test_a_stronger_size_replaces_a_weaker_one_of_the_other_kind():
     recipe = load_recipe("svd", ["allocation.target_size=3MB"], {"allocation.keep": 0.5})
     assert (recipe.allocation.keep, recipe.allocation.target_size) == (0.5, None)
     assert "keep or target_size" in refused("svd", [], {"allocation.keep": 0.5, "allocation.target_size": "3MB"})
-
-
-def test_size_is_not_demanded_where_none_is_taken():
-    fixed = load_recipe("svd", ["allocation.kind=fixed", "allocation.keep=null"]).allocation
-    assert (fixed.keep, fixed.target_size) == (None, None)
 
 
 def test_method_option_replaces_the_list():

@@ -115,6 +115,9 @@ def test_statistics_are_an_artifact_that_gives_the_same_bytes_and_refuses_anothe
     pipeline.calibrate(made, tmp_path / "stats")
     pipeline.compress(made, tmp_path / "out", stats=tmp_path / "stats")
     assert tensors(tmp_path / "out") == tensors(folder)
+    with pytest.raises(ConfigError, match="--overwrite"):
+        pipeline.calibrate(made, tmp_path / "stats")
+    pipeline.calibrate(made, tmp_path / "stats", overwrite=True)
     other = made.model_copy(update={"seed": 1})
     with pytest.raises(DataError, match="seed is 0 there and 1 here"):
         pipeline.compress(other, tmp_path / "other", stats=tmp_path / "stats")

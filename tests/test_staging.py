@@ -62,9 +62,9 @@ def test_overwrite_spares_folders_that_hold_no_model(output):
     output.mkdir()
     preflight(output, None, True, 0)  # an empty folder is nobody's loss
     (output / "thesis.tex").touch()
-    with pytest.raises(ConfigError, match="holds no model"):
+    with pytest.raises(ConfigError, match="holds neither a model nor statistics"):
         preflight(output, None, True, 0)
-    with pytest.raises(ConfigError, match="holds no model"):
+    with pytest.raises(ConfigError, match="holds neither a model nor statistics"):
         produce(output, "new", overwrite=True)
     assert (output / "thesis.tex").exists()
 
