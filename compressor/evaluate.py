@@ -103,19 +103,18 @@ def nll_sum(logits: Tensor, tokens: Tensor) -> Tensor:
     return total
 
 
-def kl_sum(log_p: Tensor, log_q: Tensor, temperature: float = 1.0, skip: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+def kl_sum(log_p: Tensor, log_q: Tensor, temperature: float = 1.0, skip: int = 0) -> Tensor:
     """KL(p‖q) summed over the positions of all windows: float64 (), nats.
 
-    log_p, log_q: (windows, W, vocabulary), log-probabilities or logits alike, since both are normalised here after division by
-    `temperature`. The first `skip` positions of each window are left out. A token with p = 0 adds nothing. Terms are computed in
-    `dtype` (float32 is faster, and enough to rank; published figures are float64) and summed in float64.
+    log_p, log_q: (windows, W, vocabulary), log-probabilities or logits alike, since both are normalised here in float64 after
+    division by `temperature`. The first `skip` positions of each window are left out. A token with p = 0 adds nothing.
     """
     total = torch.zeros((), dtype=torch.float64, device=log_p.device)
     parts = (logits[:, skip:].flatten(0, 1).split(_rows(logits)) for logits in (log_p, log_q))
     for rows_p, rows_q in zip(*parts, strict=True):
-        p = functional.log_softmax(rows_p.to(dtype) / temperature, dim=-1)
-        q = functional.log_softmax(rows_q.to(dtype) / temperature, dim=-1)
-        total += torch.where(p.isneginf(), 0.0, p.exp() * (p - q)).sum(dtype=torch.float64)
+        p = functional.log_softmax(rows_p.double() / temperature, dim=-1)
+        q = functional.log_softmax(rows_q.double() / temperature, dim=-1)
+        total += torch.where(p.isneginf(), 0.0, p.exp() * (p - q)).sum()
     return total
 
 

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from compressor.decompose import Decomposition
 from compressor.errors import NumericalError
-from compressor.evaluate import kl_sum
 from compressor.model import installed
 from compressor.plan import Candidate, Curve
 from compressor.restart import Restart
@@ -55,23 +54,30 @@ class Prober:
         self.model, self.temperature, self.skip = model, temperature, skip
         self.restart = Restart(model, [batch.to(device) for batch in tokens.split(batch_size)])
         self.positions = tokens.shape[0] * (tokens.shape[1] - skip)
-        heads = range(len(self.restart.batches))
-        self.log_p = [torch.log_softmax(self.restart.logits(index, self._end()).float() / temperature, -1) for index in heads]
+        self.original: list[tuple[Tensor, float]] = []  # probabilities p (batch, counted, vocabulary) and Σ p log p
+        for index in range(len(self.restart.batches)):
+            log_p = torch.log_softmax(self._logits(index, len(self.restart.outputs[index])), -1)
+            p = log_p.exp()
+            self.original.append((p, torch.linalg.vecdot(p, log_p).sum(dtype=torch.float64).item()))
 
-    def _end(self) -> int:
-        return len(self.restart.outputs[0])
+    def _logits(self, index: int, block: int) -> Tensor:
+        """Logits of one batch at the counted positions, over the temperature, float32 or wider."""
+        logits = self.restart.logits(index, block)[:, self.skip :]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
 
     @torch.no_grad()
     def kl(self, modules: dict[str, nn.Module], block: int) -> float:
         """KL(original‖modified) with `modules` (name → module) installed, nats per token; `block` is the first block they touch.
 
-        Raises NumericalError naming the modules if the divergence is not finite.
+        As `evaluate.kl_sum`, in float32 with float64 sums, arranged as Σ p log p − Σ p z + Σ log Σ exp z so that a probe costs one
+        exponential for each logit z. Raises NumericalError naming the modules if the divergence is not finite.
         """
         divergence = 0.0
         with installed(self.model, modules):
-            for index, log_p in enumerate(self.log_p):
-                logits = self.restart.logits(index, block).float() / self.temperature
-                divergence += kl_sum(log_p, logits, skip=self.skip, dtype=torch.float32).item()
+            for index, (p, negative_entropy) in enumerate(self.original):
+                logits = self._logits(index, block)
+                cross = logits.logsumexp(-1) - torch.linalg.vecdot(p, logits)
+                divergence += negative_entropy + cross.sum(dtype=torch.float64).item()
         if not divergence < float("inf"):
             raise NumericalError(f"{', '.join(modules)}: the model's output is not finite when this linear alone is compressed")
         return divergence / self.positions

@@ -61,13 +61,6 @@ def test_kl_temperature_flattens_both_and_logits_need_no_normalisation():
     assert kl_sum(p + 5, functional.log_softmax(q, -1), temperature=2.0).item() == pytest.approx(expected.item(), rel=EXACT)
 
 
-def test_kl_in_float32_is_near_that_in_float64():
-    p, q = torch.randn(2, 3, 4, 7, generator=torch.Generator().manual_seed(0))
-    quick = kl_sum(p, q, dtype=torch.float32)
-    assert quick.dtype == torch.float64 and quick.item() == pytest.approx(kl_sum(p, q).item(), rel=1e-6)
-    assert quick.item() != kl_sum(p, q).item()
-
-
 def test_kl_keeps_nan():
     p, q = torch.zeros(2, 1, 1, 3)
     q[0, 0, 1] = math.nan
