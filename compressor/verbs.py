@@ -3,6 +3,7 @@
 import inspect
 import json
 import logging
+import os
 import signal
 import sys
 import traceback
@@ -44,7 +45,7 @@ def verb(function: Callable[..., Outcome]) -> Callable[..., None]:
         with _errors_in_one_line(verbose):
             if "recipe" in parameters:
                 arguments["recipe"] = read_recipe(arguments)
-            with _terminable(), redirect_stdout(sys.stderr), shown(quiet) as progress:
+            with _terminable(), redirect_stdout(sys.stderr), _compiled_code_on_stderr(), shown(quiet) as progress:
                 outcome = function(**arguments, **({"progress": progress} if "progress" in parameters else {}))
             _print(outcome, as_json, results)
             if outcome.failure:
@@ -54,6 +55,18 @@ def verb(function: Callable[..., Outcome]) -> Callable[..., None]:
     run.__signature__ = inspect.Signature(options)  # both are what typer reads
     run.__annotations__ = {option.name: option.annotation for option in options}
     return run
+
+
+@contextmanager
+def _compiled_code_on_stderr() -> Iterator[None]:
+    """Send what compiled libraries print (HiGHS does, whatever its settings) to stderr: they know file descriptor 1, not sys.stdout."""
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _options(parameters: Mapping[str, inspect.Parameter]) -> Iterator[inspect.Parameter]:

@@ -2,6 +2,7 @@ import json
 import logging
 import os
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -138,3 +139,15 @@ def test_verbosity_selects_what_the_package_logs(flags, seen):
 
     stderr = run(work, *flags).stderr
     assert [word for word in ("told", "warned") if word in stderr] == seen
+
+
+def test_what_compiled_code_prints_goes_to_stderr(tmp_path):
+    """HiGHS writes to file descriptor 1 behind Python's back."""
+    script = (
+        "import os\nfrom compressor.cli import app\nimport compressor.methods as m\n"
+        "m.describe = lambda method: os.write(1, b'chatter\\n') and {}\napp(['methods', '--json'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "chatter" in done.stderr and "chatter" not in done.stdout
+    json.loads(done.stdout)
