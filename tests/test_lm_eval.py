@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import VOCABULARY, tiny_model, tiny_tokenizer
+from handmade import save_compressed
 
 from compressor.errors import EvaluationError
 from compressor.evaluate import perplexity
+from compressor.linears import CompressedLinear
 from compressor.lm_eval_bridge import rolling_windows, run_cli, scores
+from compressor.model import load
 
 SAME_SUM = 1e-5  # float32 log-likelihoods of the same windows; the promise to users is 1e-3
 WINDOW = 32
@@ -37,7 +40,7 @@ metadata: {{version: 1.0}}
 """
 
 CHOICE = """
-task: {name}
+task: local_choice
 dataset_path: json
 dataset_kwargs:
   data_files: {{test: {data}}}
@@ -48,6 +51,20 @@ doc_to_target: answer
 doc_to_choice: choices
 metric_list:
   - {{metric: acc, aggregation: mean, higher_is_better: true}}
+metadata: {{version: 1.0}}
+"""
+
+LAST = """
+task: local_last
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {data}}}
+output_type: loglikelihood
+test_split: test
+doc_to_text: question
+doc_to_target: " w5"
+metric_list:
+  - {{metric: perplexity, aggregation: perplexity, higher_is_better: false}}
 metadata: {{version: 1.0}}
 """
 
@@ -99,7 +116,7 @@ def our_bits_per_byte(model, words) -> float:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rolling_log_likelihood_is_our_sum_at_equal_windows(model, words, task, dtype):
+def test_rolling_log_likelihood_is_our_sum_at_equal_windows(words, task, dtype, capsys):
     stored = tiny_model("llama").to(dtype)
     found = scores(stored, tiny_tokenizer(), [str(task)], batch_size=3, max_length=WINDOW)
     assert found.keys() == {"local_words"}
@@ -112,6 +129,7 @@ def test_rolling_log_likelihood_is_our_sum_at_equal_windows(model, words, task, 
         "word_perplexity_stderr": None,
     }
     assert stored.dtype == dtype
+    assert "Running loglikelihood requests" not in capsys.readouterr().err  # no progress bar for each batch
     json.dumps(found, allow_nan=False)
 
 
@@ -125,17 +143,19 @@ def test_rolling_windows_worked_by_hand():
 def test_folder_of_tasks_limit_and_closed_form_errors(model, words, task, tmp_path, capsys):
     documents = [{"question": word, "choices": words[i : i + 3], "answer": i % 3} for i, word in enumerate(words[:9])]
     (tmp_path / "choice.jsonl").write_text("\n".join(map(json.dumps, documents)))
-    (task.parent / "choice.yaml").write_text(CHOICE.format(name="local_choice", data=tmp_path / "choice.jsonl"))
+    (task.parent / "choice.yaml").write_text(CHOICE.format(data=tmp_path / "choice.jsonl"))
+    (task.parent / "last.yaml").write_text(LAST.format(data=tmp_path / "choice.jsonl"))
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = None
     found = scores(model, tokenizer, [str(task.parent)], limit=5, max_length=WINDOW)
-    assert found.keys() == {"local_words", "local_choice"}
-    assert found["local_choice"]["samples"] == 5
+    assert found.keys() == {"local_words", "local_choice", "local_last"}
+    assert found["local_choice"]["samples"] == found["local_last"]["samples"] == 5
+    assert found["local_last"]["perplexity"] > 1 and found["local_last"]["perplexity_stderr"] > 0
     rate = found["local_choice"]["acc"]
     assert found["local_choice"]["acc_stderr"] == pytest.approx(math.sqrt(rate * (1 - rate) / 4))
     assert tokenizer.pad_token is None  # the caller's tokenizer is not edited
     streams = capsys.readouterr()
-    assert streams.out == "" and "Running loglikelihood requests:   0%|          | 0/1 " not in streams.err
+    assert streams.out == "" and "bootstrapping" in streams.err  # stdout belongs to the result
 
 
 @pytest.mark.parametrize("value, message", [(math.nan, "is nan"), (1e8, "OverflowError: .* model is broken")])
@@ -189,18 +209,22 @@ def test_unknown_names_get_a_suggestion(model, task, monkeypatch):
     assert scores(model, tiny_tokenizer(), ["local_words"], max_length=WINDOW)["local_words"]["samples"] == 1
 
 
-def test_command_line_gives_the_same_score(model, words, task, tiny_llama, tmp_path, monkeypatch):
+def test_command_line_reads_our_checkpoints_and_gives_the_same_score(words, task, tmp_path, monkeypatch):
     import lm_eval.tasks.manager
 
+    folder = save_compressed(tmp_path / "models" / "llama", "llama")
+
     monkeypatch.setattr(lm_eval.tasks.manager, "__file__", str(task))
-    monkeypatch.chdir(tiny_llama.parent.parent)  # a relative folder looks like the name of a repository
+    monkeypatch.chdir(tmp_path)  # a relative folder looks like the name of a repository
     arguments = f"run --model hf --device cpu --batch_size 3 --tasks {task} --output_path {tmp_path / 'out'}".split()
-    model_args = f"pretrained={tiny_llama.relative_to(Path.cwd())},dtype=float32,max_length={WINDOW}"
+    model_args = f"pretrained={folder.relative_to(tmp_path)},dtype=float32,max_length={WINDOW}"
     before = list(sys.argv)
     assert run_cli([*arguments, "--model_args", model_args]) == 0
     assert sys.argv == before
     (path,) = (tmp_path / "out").rglob("results_*.json")
     found = json.loads(path.read_text())["results"]["local_words"]["bits_per_byte,none"]
+    model, _ = load(folder)
+    assert any(isinstance(module, CompressedLinear) for module in model.modules())
     assert found == pytest.approx(our_bits_per_byte(model, words), rel=SAME_SUM)
 
 

@@ -1,8 +1,5 @@
 """Speed in a process of its own: figures that do not depend on the caller, and failures in one line."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from conftest import save_tiny, tiny_model
@@ -19,13 +16,9 @@ def test_measures_a_folder_apart_from_this_process(tmp_path):
     weights = (folder / "model.safetensors").stat().st_size
     held = torch.ones(256 * MIB // 4)  # memory of the caller must not count
     found = speed(folder, prompt=8, decode=4, repeats=1)
-    assert peak_memory() > held.nbytes
+    assert found.base_memory_bytes < peak_memory() - held.nbytes / 2
     assert found.prefill_tokens_per_second > 0 and found.decode_tokens_per_second > 0
     assert weights / 3 < found.peak_memory_bytes - found.base_memory_bytes < 3 * weights
-    alone = subprocess.run(
-        [sys.executable, "-c", "import compressor.speed, compressor.timings as t; print(t.peak_memory())"], capture_output=True, check=True
-    )
-    assert found.base_memory_bytes == pytest.approx(int(alone.stdout), rel=0.1)
     assert (found.prompt_tokens, found.decode_tokens, found.device) == (8, 4, "cpu")
 
 
