@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from compressor.linears.base import CompressedLinear
+from compressor.linears.kept import kept
 from compressor.linears.masks import unpack_mask
 
 
@@ -64,27 +65,9 @@ class Sparse(CompressedLinear):
         mask = unpack_mask(self.mask, self.out_features * self.in_features)
         return self.weight.new_zeros(mask.numel()).masked_scatter(mask, self.weight).view(self.out_features, self.in_features)
 
-    def _kept(self) -> Tensor:
-        """Ŵ, rebuilt where the stored tensors are not those it was last rebuilt from.
-
-        It lives on the values' own tensor object: casts, moves and in-place writes change the key, and whoever puts another object in
-        place (assignment while loading, accelerate while offloading) takes the kept weight away with the old one. Only in-place writes
-        through `.data` go unseen, since PyTorch does not count them.
-        """
-        tensors = (self.weight, self.mask)
-        if any(tensor.is_inference() for tensor in tensors):  # such tensors do not count their versions
-            return self.rebuild()
-        key = [(tensor.data_ptr(), tensor._version, tensor.dtype, tensor.device) for tensor in tensors]
-        known, dense = getattr(self.weight, "_rebuilt", (None, None))
-        if known != key:
-            with torch.inference_mode(False), torch.no_grad():
-                dense = self.rebuild()
-            self.weight._rebuilt = key, dense
-        return dense
-
     def forward(self, input: Tensor) -> Tensor:
         learning = torch.is_grad_enabled() and self.weight.requires_grad
-        return functional.linear(input, self.rebuild() if learning else self._kept(), self.bias)
+        return functional.linear(input, self.rebuild() if learning else kept((self.weight, self.mask), self.rebuild), self.bias)
 
     @torch.no_grad()
     def to_dense(self) -> Tensor:

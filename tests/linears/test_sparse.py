@@ -154,12 +154,12 @@ def test_whatever_is_written_after_a_forward_pass_takes_effect(make):
 def test_the_rebuilt_weight_is_kept_without_autograd_only():
     module = made((9, 12)).requires_grad_(True)
     module(random(3, 12))
-    assert not hasattr(module.weight, "_rebuilt")
+    assert not hasattr(module.weight, "_kept")
     with torch.no_grad():
         module(random(3, 12))
-        kept = module.weight._rebuilt[1]
+        kept = module.weight._kept[1]
         module(random(3, 12))
-    assert module.weight._rebuilt[1] is kept
+    assert module.weight._kept[1] is kept
     assert set(module.state_dict()) == {"weight", "mask", "bias"}
 
 
@@ -204,13 +204,13 @@ def test_a_copy_is_independent(make):
 
 
 @MAKERS
-def test_offloaded_modules_keep_no_rebuilt_weight(make):
+def test_offloaded_modules_keep_no_kept_weight(make):
     module, inputs = make((9, 12)), random(3, 12)
     with torch.no_grad():
         expected = module(inputs)
         cpu_offload(module, execution_device=torch.device("cpu"))
         torch.testing.assert_close(module(inputs), expected, rtol=DOUBLE, atol=DOUBLE)
-    assert module.weight.device.type == "meta" and not hasattr(module.weight, "_rebuilt")
+    assert module.weight.device.type == "meta" and not hasattr(module.weight, "_kept")
 
 
 def test_a_base_that_stores_an_up_itself_is_refused():
