@@ -28,7 +28,8 @@ COUNTS = ("tokens", "grad_tokens")
 def save_statistics(folder: Path, stats: dict[str, LinearStats], fingerprint: dict[str, Any], overwrite: bool = False) -> None:
     """Write statistics as a new folder. fingerprint: JSON values, compared one by one when the statistics are loaded.
 
-    Raises ConfigError if the folder exists (with `overwrite`, if it holds neither statistics nor a model), CheckpointError or DataError if it cannot be written.
+    Raises ConfigError if the folder exists (with `overwrite`, if it holds neither statistics nor a model), CheckpointError or DataError
+    if it cannot be written.
     """
     tensors: dict[str, Tensor] = {}
     keys: dict[int, str] = {}  # id of a tensor → the name it is stored under

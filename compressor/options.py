@@ -48,6 +48,14 @@ RECIPE_OPTIONS: dict[str, tuple[str | None, Any]] = {
             ),
         ],
     ),
+    "text": (
+        "evaluation.source",
+        Annotated[str | None, Option(metavar="SOURCE", help="Text to evaluate on, as for calibration.", rich_help_panel=RECIPE)],
+    ),
+    "window": (
+        "evaluation.window",
+        Annotated[int | None, Option(metavar="N", help="Tokens in an evaluation window; windows do not overlap.", rich_help_panel=RECIPE)],
+    ),
     "overrides": (
         None,
         Annotated[
