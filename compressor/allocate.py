@@ -213,9 +213,7 @@ def svd_llm_v2(rows: Sequence[Row], losses: Sequence[float], types: Sequence[str
     """
     for loss in losses:
         if loss <= math.e:
-            raise ConfigError(
-                f"allocation 'svd_llm_v2' needs losses above e, one is {loss:.3g}; give more text or use 'knapsack'"
-            )
+            raise ConfigError(f"allocation 'svd_llm_v2' needs losses above e, one is {loss:.3g}; give more text or use 'knapsack'")
     score = [1 / math.log(loss) for loss in losses]
     mean = {kind: float(np.mean([s for s, other in zip(score, types, strict=True) if other == kind])) for kind in set(types)}
 
