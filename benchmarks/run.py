@@ -119,7 +119,7 @@ def floor(job) -> dict[str, float]:
     """Seconds of the bare forwards, Gram GEMMs and eigendecompositions that the same job cannot do without."""
     import torch
 
-    from compressor.evaluate import in_float32
+    from compressor.scoring import in_float32
     from compressor.restart import Restart
 
     gradients = any("grad_gram" in assignment.needs or "fisher" in assignment.needs for assignment in job.assignments.values())

@@ -1,12 +1,12 @@
 """compressor: shrink a trained causal language model without retraining it, and prove what that cost.
 
-The package imports nothing heavy by itself: `compress`, `plan`, `calibrate`, `evaluate` and `load` are resolved on first use.
+The package imports nothing heavy by itself: `compress`, `evaluate` and `load` (of `compressor.pipeline`) are resolved on first use.
 """
 
 from importlib import import_module
 
 __version__ = "0.1.0"
-__all__ = ["calibrate", "compress", "evaluate", "load", "plan"]
+__all__ = ["compress", "evaluate", "load"]
 
 
 def __getattr__(name: str):

@@ -12,7 +12,7 @@ from typer import Argument, Option
 from compressor import __version__
 from compressor.options import CHECKPOINT, DANGER, DEVICE, MODEL, OVERWRITE
 from compressor.progress import Progress
-from compressor.verbs import Outcome, verb
+from compressor.verbs import Outcome, errors_in_one_line, verb
 
 if TYPE_CHECKING:
     from compressor.recipe import Recipe
@@ -202,4 +202,5 @@ def lm_eval(context: typer.Context) -> None:
     """Run lm-eval with the same arguments, our checkpoints included."""
     from compressor.lm_eval_bridge import run_cli
 
-    raise typer.Exit(run_cli(context.args))
+    with errors_in_one_line(verbose=False):
+        raise typer.Exit(run_cli(context.args))

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import CompressorError, EvaluationError
-from compressor.evaluate import in_float32
+from compressor.scoring import in_float32
 
 BOOTSTRAP = 1000  # resamples for the standard error of metrics without a closed form
 HINTS = {

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compressor import artifacts, checkpoint, data, estimate, folder, lm_eval_bridge, report, stages
-from compressor import evaluate as scoring
+from compressor import scoring
 from compressor import export as exporting
 from compressor import model as models
 from compressor.config import dump_yaml
@@ -219,10 +219,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """Perplexity per token, KL(original‖model) with `against`, lm-eval tasks, and speed: the keys of `evaluate --json`."""
     device = stages.choose_device(device)
-    paths = {"model": folder.read(folder.resolve(name)).path}
+    paths = {"compressed": folder.read(folder.resolve(name)).path}
     if against is not None:
         paths["original"] = folder.read(folder.resolve(against)).path
-    model, tokenizer = models.load(paths["model"], device=device)
+    model, tokenizer = models.load(paths["compressed"], device=device)
     window = window or min(WINDOW, getattr(model.config.get_text_config(), "max_position_embeddings", WINDOW))
     loaded = data.load_windows(text or str(data.bundled("evaluation")), tokenizer, window, windows, column, model=model)
     if against is None:

@@ -69,7 +69,7 @@ class Prober:
     def kl(self, modules: dict[str, nn.Module], block: int) -> float:
         """KL(original‖modified) with `modules` (name → module) installed, nats per token; `block` is the first block they touch.
 
-        As `evaluate.kl_sum`, in float32 with float64 sums, arranged as Σ p log p − Σ p z + Σ log Σ exp z so that a probe costs one
+        As `scoring.kl_sum`, in float32 with float64 sums, arranged as Σ p log p − Σ p z + Σ log Σ exp z so that a probe costs one
         exponential for each logit z. Raises NumericalError naming the modules if the divergence is not finite.
         """
         divergence = 0.0

@@ -16,7 +16,7 @@ from compressor import model as models
 from compressor.calibrate import collect
 from compressor.decompose import Assignment, Decomposition, assign, decompose_one, gram_error
 from compressor.errors import ConfigError
-from compressor.evaluate import in_float32
+from compressor.scoring import in_float32
 from compressor.linears import CompressedLinear
 from compressor.plan import DENSE, Plan
 from compressor.planning import Option, Solution, correct, damages_of, linear_options, solve, to_plan

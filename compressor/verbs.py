@@ -42,7 +42,7 @@ def verb(function: Callable[..., Outcome]) -> Callable[..., None]:
     def run(as_json: bool, verbose: bool, quiet: bool, **arguments: Any) -> None:
         results = sys.stdout
         _set_verbosity(verbose, quiet)
-        with _errors_in_one_line(verbose):
+        with errors_in_one_line(verbose):
             if "recipe" in parameters:
                 arguments["recipe"] = read_recipe(arguments)
             with _terminable(), redirect_stdout(sys.stderr), _compiled_code_on_stderr(), shown(quiet) as progress:
@@ -99,7 +99,7 @@ def _print(outcome: Outcome, as_json: bool, file: Any) -> None:
 
 
 @contextmanager
-def _errors_in_one_line(verbose: bool) -> Iterator[None]:
+def errors_in_one_line(verbose: bool) -> Iterator[None]:
     """Print an error meant for users without its traceback and end with its exit code; a disk that is full is such an error too."""
     try:
         yield

@@ -1,10 +1,11 @@
+# ruff: noqa: F401 - fixtures come from neighbouring files
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import read_json, save_tiny
 from safetensors.torch import load_file
-from test_checkpoint import compress, contents, logits, store, without_plugin  # noqa: F401
+from test_checkpoint import compress, contents, logits, store, without_plugin
 from transformers import AutoModelForCausalLM
 
 from compressor.checkpoint import verify

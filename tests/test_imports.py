@@ -17,7 +17,7 @@ LEVELS = (
     ("methods",),
     ("allocate",),
     ("manifest", "folder", "staging", "weights", "artifacts", "hf", "model", "data", "calibrate"),
-    ("evaluate", "checkpoint", "export", "report", "speed", "lm_eval_bridge", "restart", "decompose", "probe", "planning"),
+    ("scoring", "checkpoint", "export", "report", "speed", "lm_eval_bridge", "restart", "decompose", "probe", "planning"),
     ("stages", "estimate", "pipeline"),
     ("options", "verbs", "cli", "__main__"),
 )

@@ -14,7 +14,7 @@ from conftest import VOCABULARY, tiny_model, tiny_tokenizer
 from handmade import save_compressed
 
 from compressor.errors import EvaluationError
-from compressor.evaluate import perplexity
+from compressor.scoring import perplexity
 from compressor.linears import CompressedLinear
 from compressor.lm_eval_bridge import rolling_windows, run_cli, scores
 from compressor.model import load

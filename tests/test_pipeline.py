@@ -331,6 +331,12 @@ app(["compress", {str(tiny_llama)!r}, {str(tmp_path / "out")!r}, "--calibration"
     assert done.stdout.count("\n") == 1
 
 
+def test_the_api_is_callable_whatever_was_imported():
+    for name in compressor.__all__:
+        assert callable(getattr(compressor, name)), name
+    assert not (Path(compressor.__file__).parent / "evaluate.py").exists()  # a module of that name would hide the function
+
+
 def test_plan_with_statistics_shows_what_compress_will_choose(run, tmp_path):
     made, folder, _ = run
     pipeline.calibrate(made, tmp_path / "stats")

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from compressor.decompose import Decomposition
-from compressor.evaluate import kl_sum
+from compressor.scoring import kl_sum
 from compressor.linears import Dense
 from compressor.methods import build
 from compressor.model import linears, replace

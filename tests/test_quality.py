@@ -2,7 +2,7 @@
 
 import pytest
 
-from compressor import data, evaluate, stages
+from compressor import data, scoring, stages
 from compressor import model as models
 from compressor.config import load_recipe
 
@@ -30,7 +30,7 @@ def divergence():
             kept = sum(c.parameters for c in plan.linears.values()) / sum(c.dense_parameters for c in plan.linears.values())
             assert KEEP - 0.03 < kept <= KEEP
             stages.install(job, modules)
-            found[preset] = evaluate.compare(original, job.model, windows).kl
+            found[preset] = scoring.compare(original, job.model, windows).kl
         return found[preset]
 
     return measure

@@ -1,6 +1,5 @@
 import logging
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -8,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import read_json, tiny_model
 
 from compressor import manifest, staging
 from compressor.errors import CheckpointError, ConfigError
@@ -276,80 +274,6 @@ def test_old_folder_that_cannot_be_removed_is_reported(output, monkeypatch, capl
         produce(output, "new", overwrite=True)
     assert version_of(output) == "new"
     assert "could not be removed" in caplog.text
-
-
-@pytest.fixture
-def disk_of_20_kb():
-    """Let no file grow beyond 20 KB, as on a full disk, for this process and test."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20 * KB, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@pytest.mark.parametrize(("shard_size", "file"), [(10**9, "model.safetensors"), (30 * KB, "model-00001-of-0000")])
-def test_f5_disk_full_in_a_shard(output, disk_of_20_kb, shard_size, file):
-    from compressor.weights import write_weights
-
-    produce(output, "old")
-    with (
-        pytest.raises(CheckpointError, match=rf"{file}.* could not be written \(File too large\)"),
-        Staging(output, overwrite=True) as stage,
-    ):
-        write_weights(stage.folder, tiny_model("llama"), shard_size)
-    assert version_of(output) == "old"
-    assert list(output.parent.iterdir()) == [output]
-
-
-def test_f5_disk_full_in_a_document(output, disk_of_20_kb):
-    produce(output, "old")
-    before = {path.name: path.read_bytes() for path in output.iterdir()}
-    with pytest.raises(CheckpointError, match=r"report\.json: could not be written"):
-        amend(output, {"report.json": "x" * 30 * KB})
-    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
-
-
-@pytest.mark.parametrize("blow", [interrupt, fail])
-def test_f5_interrupted_document_is_old_or_new(output, monkeypatch, blow):
-    produce(output, "old")
-    amend(output, {"report.json": "old"})
-    before = {path.name: path.read_bytes() for path in output.iterdir()}
-    monkeypatch.setattr(os, "replace", lambda *_: blow())
-    with pytest.raises((KeyboardInterrupt, CheckpointError)):
-        amend(output, {"report.json": "new"})
-    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
-
-
-def test_amend_replaces_documents_and_their_entries_only(output):
-    produce(output, "new")
-    entry = manifest.read(output)["model.safetensors"]
-    amend(output, {"report.json": "{}", "README.md": "# new"})
-    assert manifest.read(output).keys() == {"config.json", "model.safetensors", "report.json", "README.md"}
-    assert manifest.read(output)["model.safetensors"] == entry
-    assert manifest.problems(output, manifest.read(output)) == []
-    with pytest.raises(CheckpointError, match="only README"):
-        amend(output, {"config.json": "{}"})
-    (output / "report.json").unlink()
-    (output / "report.json").symlink_to(output.parent / "elsewhere")
-    with pytest.raises(CheckpointError, match="not a regular file"):
-        amend(output, {"report.json": "{}"})
-
-
-def test_manifest_covers_all_but_itself_and_timings(output):
-    with Staging(output) as stage:
-        write(stage.folder, "new")
-        (stage.folder / "timings.json").write_text("{}")
-        (stage.folder / "templates").mkdir()
-        (stage.folder / "templates" / "tool.jinja").write_text("{{ x }}")
-        stage.commit()
-    assert read_json(output / "manifest.json")["files"].keys() == {"config.json", "model.safetensors", "templates/tool.jinja"}
-
-
-def test_manifest_entries_outside_the_folder_are_not_read(output):
-    produce(output, "new")
-    (output.parent / "secret").write_text("x")
-    files = {"../secret": manifest.digest(output.parent / "secret")}
-    assert "leads out" in manifest.problems(output, files)[0]
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077])

@@ -12,7 +12,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 import compressor.hf  # noqa: F401 - registers the format with transformers
-from compressor.evaluate import in_float32
+from compressor.scoring import in_float32
 from compressor.linears import KINDS, Dictionary, build_empty
 from compressor.linears.masks import pack_mask, unpack_mask
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import compressor.hf  # noqa: F401 - registers the format with transformers
 from compressor.errors import CheckpointError
-from compressor.evaluate import in_float32
+from compressor.scoring import in_float32
 from compressor.linears import KINDS, Adapted, Sparse, build_empty
 from compressor.linears.masks import pack_mask, unpack_mask
 
