@@ -119,8 +119,8 @@ def floor(job) -> dict[str, float]:
     """Seconds of the bare forwards, Gram GEMMs and eigendecompositions that the same job cannot do without."""
     import torch
 
-    from compressor.scoring import in_float32
     from compressor.restart import Restart
+    from compressor.scoring import in_float32
 
     gradients = any("grad_gram" in assignment.needs or "fisher" in assignment.needs for assignment in job.assignments.values())
     batches = job.calibration.tokens.split(job.recipe.calibration.batch_size)

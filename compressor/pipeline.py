@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compressor import artifacts, checkpoint, data, estimate, folder, lm_eval_bridge, report, stages
-from compressor import scoring
+from compressor import artifacts, checkpoint, data, estimate, folder, lm_eval_bridge, report, scoring, stages
 from compressor import export as exporting
 from compressor import model as models
 from compressor.config import dump_yaml

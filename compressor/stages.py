@@ -16,13 +16,13 @@ from compressor import model as models
 from compressor.calibrate import collect
 from compressor.decompose import Assignment, Decomposition, assign, decompose_one, gram_error
 from compressor.errors import ConfigError
-from compressor.scoring import in_float32
 from compressor.linears import CompressedLinear
 from compressor.plan import DENSE, Plan
 from compressor.planning import Option, Solution, correct, damages_of, linear_options, solve, to_plan
 from compressor.probe import Prober, ProbeResult, probe
 from compressor.progress import Progress, silent
 from compressor.recipe import Recipe, size_in_bytes
+from compressor.scoring import in_float32
 from compressor.stats import LinearStats
 from compressor.weights import stored_tensors
 

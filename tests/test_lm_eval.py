@@ -14,10 +14,10 @@ from conftest import VOCABULARY, tiny_model, tiny_tokenizer
 from handmade import save_compressed
 
 from compressor.errors import EvaluationError
-from compressor.scoring import perplexity
 from compressor.linears import CompressedLinear
 from compressor.lm_eval_bridge import rolling_windows, run_cli, scores
 from compressor.model import load
+from compressor.scoring import perplexity
 
 SAME_SUM = 1e-5  # float32 log-likelihoods of the same windows; the promise to users is 1e-3
 WINDOW = 32

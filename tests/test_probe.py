@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from compressor.decompose import Decomposition
-from compressor.scoring import kl_sum
 from compressor.linears import Dense
 from compressor.methods import build
 from compressor.model import linears, replace
 from compressor.plan import Candidate, Curve
 from compressor.probe import Prober, ProbeResult, damage, probe, probe_candidate
+from compressor.scoring import kl_sum
 from compressor.stats import LinearStats
 
 
