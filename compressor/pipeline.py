@@ -34,7 +34,7 @@ ROOM = 2**20  # bytes beside the weights that a checkpoint may need
 
 def load(path: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a checkpoint, compressed or dense: (model, tokenizer or None). Its files are checked first; code in it never runs."""
-    return models.load(folder.read(folder.resolve(path)).path, device=device, dtype=dtype)
+    return models.load(path, device=device, dtype=dtype)
 
 
 def compress(
@@ -218,9 +218,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Perplexity per token, KL(original‖model) with `against`, lm-eval tasks, and speed: the keys of `evaluate --json`."""
     device = stages.choose_device(device)
-    paths = {"compressed": folder.read(folder.resolve(name)).path}
+    paths = {"compressed": folder.resolve(name)}
     if against is not None:
-        paths["original"] = folder.read(folder.resolve(against)).path
+        paths["original"] = folder.resolve(against)
     model, tokenizer = models.load(paths["compressed"], device=device)
     window = window or min(WINDOW, getattr(model.config.get_text_config(), "max_position_embeddings", WINDOW))
     loaded = data.load_windows(text or str(data.bundled("evaluation")), tokenizer, window, windows, column, model=model)
