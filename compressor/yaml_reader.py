@@ -139,12 +139,15 @@ def _plain(text: str, at: str) -> Any:
     return text
 
 
+BREAKS = set("\x85\u2028\u2029")  # line breaks to YAML, which only a double-quoted text keeps
+
+
 class _Dumper(yaml.SafeDumper):
     """Writes what the reader above reads back: text that would be taken for something else is quoted."""
 
     def represent_str(self, text: str) -> yaml.Node:
         try:
-            plain = _plain(text, "") == text
+            plain = _plain(text, "") == text and not BREAKS & set(text)
         except ConfigError:
             plain = False
         return self.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else '"')

@@ -1,7 +1,7 @@
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from compressor.errors import ConfigError
@@ -143,6 +143,7 @@ def test_byte_order_mark_and_windows_line_ends(tmp_path):
 
 
 @given(st.recursive(PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3), max_leaves=8))
+@example({"\x85": "a\u2028b"})
 def test_dump_is_read_back_to_the_same_value(value):
     restored = parse_yaml(dump({"value": value}), "dump")["value"]
     assert restored == value
