@@ -16,9 +16,10 @@ def kept(tensors: Sequence[Tensor], build: Callable[[], Tensor]) -> Tensor:
     if any(tensor.is_inference() for tensor in tensors):  # such tensors do not count their versions
         return build()
     key = [(tensor.data_ptr(), tensor._version, tensor.dtype, tensor.device) for tensor in tensors]
-    known, result = getattr(tensors[0], "_kept", (None, None))
+    known, result, _ = getattr(tensors[0], "_kept", (None, None, None))
     if known != key:
         with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be used by a training step later
             result = build()
-        tensors[0]._kept = key, result
+        # Holding the storages keeps their addresses from being given to what a cast or `.data =` puts in their place.
+        tensors[0]._kept = key, result, [tensor.untyped_storage() for tensor in tensors]
     return result

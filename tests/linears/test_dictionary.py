@@ -192,7 +192,7 @@ def test_training_after_inference_mode(atoms):
 
 @BLOCKS
 def test_gradients_reach_input_and_stored_tensors(blocks):
-    module, names = made((6, 8), blocks), ("weight", "atoms", "bias")
+    module, names = made((6, 8), blocks).requires_grad_(True), ("weight", "atoms", "bias")
     module(random(4, 8)).sum().backward()
     assert all(getattr(module, name).grad.abs().sum() > 0 for name in names)
     tensors = [random(4, 8, seed=3), *(getattr(module, name).data for name in names)]
