@@ -4,7 +4,8 @@
 
 Floor of a run = bare calibration forwards (with backward where the recipe needs gradients, and the probes' forwards) + bare Gram GEMMs
 + bare eigendecompositions, each called with nothing around it. Compress time = calibrate + decompose + probe + allocate of the same
-recipe; imports, writing and evaluation are apart. Memory: peak resident bytes of a fresh process, less what Python and its libraries take, ÷ (weights + all second moments).
+recipe; imports, writing and evaluation are apart. Memory: peak resident bytes of a fresh process, less
+what Python and its libraries take, ÷ (weights + all second moments).
 """
 
 import argparse
