@@ -1,6 +1,6 @@
 """Time and memory of compression against their floors, measured in the same run on the same machine.
 
-    python -m benchmarks.run [--case reference] [--case wide]
+    python -m benchmarks.run [--case svd_llm-reference] [--case svd_llm-wide]
 
 Floor of a run = bare calibration forwards (with backward where the recipe needs gradients, and the probes' forwards) + bare Gram GEMMs
 + bare eigendecompositions, each called with nothing around it. Compress time = calibrate + decompose + probe + allocate of the same
