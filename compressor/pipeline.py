@@ -132,7 +132,7 @@ def score(recipe: Recipe, source: Path, output: Path, job: Job, found: dict[str,
     section, failure = recipe.evaluation, None
     try:
         original, tokenizer = models.load(source, device=job.device)
-        model, _ = models.load(output, device=job.device)
+        model = job.model  # bit for bit what a reload of `output` gives: `write` compared them
         text = section.source or str(data.bundled("evaluation"))
         windows = data.load_windows(
             text, tokenizer, recipe.evaluation_window, section.windows, section.column, seed=recipe.seed, model=model
