@@ -6,7 +6,25 @@ import pytest
 from compressor.config import Recipe, dump_yaml, find_recipe, load_recipe, parse_size, presets, schema
 from compressor.errors import ConfigError
 
-PRESETS = ["afm", "asvd", "awsvd", "default", "fwsvd", "kfac_svd", "lems", "lord", "svd", "svd_llm", "utilized_rank", "welore"]
+PRESETS = [
+    "afm",
+    "asvd",
+    "awsvd",
+    "default",
+    "fwsvd",
+    "kfac_svd",
+    "lems",
+    "lord",
+    "oats",
+    "sparse_admm",
+    "sparse_low_rank",
+    "sparsegpt",
+    "svd",
+    "svd_llm",
+    "utilized_rank",
+    "wanda",
+    "welore",
+]
 MAX_PRESET_LINES = 30
 
 
