@@ -126,16 +126,17 @@ def cholesky(moment: Tensor, what: str, option: str) -> Tensor:
 def pivot_columns(down: Tensor, bound: float = 2.0) -> tuple[Tensor, Tensor]:
     """Choose r columns that span a factor B (r, in) and express the others in them: B = B[:, p] · [I Q̃] up to column order.
 
-    QR with column pivoting on an orthonormal basis of the row space, then swaps (Gu and Eisenstat's strong rank-revealing rule)
-    until no entry of Q̃ exceeds `bound`; each swap multiplies the volume of the pivots by that entry, so it ends.
+    LU with partial pivoting on an orthonormal basis of the row space chooses them, then columns are swapped (Gu and Eisenstat's strong
+    rank-revealing rule) until no entry of Q̃ exceeds `bound`; each swap multiplies the volume of the pivots by that entry, so it ends.
 
     Returns mask (in,), True at pivots, and Q̃ (r, in − r) float64, rows and columns in ascending column order.
     Raises NumericalError if B has not full row rank.
     """
     rank, width = down.shape
     basis = torch.linalg.qr(down.double().T)[0].T  # (r, in), orthonormal rows
-    order = scipy.linalg.qr(basis.cpu().numpy(), mode="r", pivoting=True)[1]
-    order = torch.from_numpy(order.copy()).to(down.device, torch.int64)
+    order = torch.arange(width, device=down.device)
+    for place, taken in enumerate((torch.linalg.lu_factor(basis.T)[1] - 1).tolist()):
+        order[[place, taken]] = order[[taken, place]]
     pivots, others = order[:rank].clone(), order[rank:].clone()
     coefficients = torch.linalg.solve(basis[:, pivots], basis[:, others])  # (r, in − r)
     while coefficients.abs().max() > bound:
