@@ -31,10 +31,6 @@ VARIANTS += [
         ("admm", "two_sided", "2:4"),
     )
 ]
-VARIANTS += [("rocket", options) for options in ({}, {"profile": "weight"}, {"metric": "weighted_gram"})]
-VARIANTS += [("cospadi", {"rounds": 2} | options | EXACT) for options in ({}, {"metric": "weighted_gram"}, {"solver": "ksvd"})]
-VARIANTS += [("compot", options | EXACT) for options in ({}, {"free": True}, {"metric": "weighted_gram"})]
-VARIANTS += [("dsformer", {"metric": metric, "group": 4}) for metric in ("identity", "gram", "weighted_gram")]
 
 
 def test_every_method_is_in_this_suite():
