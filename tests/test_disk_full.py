@@ -1,6 +1,7 @@
 # ruff: noqa: F401, F811 - fixtures come from neighbouring files
 import os
 import resource
+from contextlib import contextmanager
 
 import pytest
 from conftest import tiny_model
@@ -11,21 +12,27 @@ from compressor.errors import CheckpointError
 from compressor.staging import Staging, amend
 
 
-@pytest.fixture
+@contextmanager
 def disk_of_20_kb():
-    """Let no file grow beyond 20 KB, as on a full disk, for this process and test."""
+    """Let no file of this process grow beyond 20 KB, as on a full disk.
+
+    Held inside a test's body only: between tests pytest itself writes, perhaps to a longer file.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20 * KB, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize(("shard_size", "file"), [(10**9, "model.safetensors"), (30 * KB, "model-00001-of-0000")])
-def test_f5_disk_full_in_a_shard(output, disk_of_20_kb, shard_size, file):
+def test_f5_disk_full_in_a_shard(output, shard_size, file):
     from compressor.weights import write_weights
 
     produce(output, "old")
     with (
+        disk_of_20_kb(),
         pytest.raises(CheckpointError, match=rf"{file}.* could not be written \(File too large\)"),
         Staging(output, overwrite=True) as stage,
     ):
@@ -34,10 +41,10 @@ def test_f5_disk_full_in_a_shard(output, disk_of_20_kb, shard_size, file):
     assert list(output.parent.iterdir()) == [output]
 
 
-def test_f5_disk_full_in_a_document(output, disk_of_20_kb):
+def test_f5_disk_full_in_a_document(output):
     produce(output, "old")
     before = {path.name: path.read_bytes() for path in output.iterdir()}
-    with pytest.raises(CheckpointError, match=r"report\.json: could not be written"):
+    with disk_of_20_kb(), pytest.raises(CheckpointError, match=r"report\.json: could not be written"):
         amend(output, {"report.json": "x" * 30 * KB})
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
 
