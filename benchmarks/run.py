@@ -88,7 +88,7 @@ def measure(recipe: str, model: str, source: str, windows: int, part: str) -> di
 
 def compress(job) -> dict:
     """Seconds of each stage and the peak memory of one compression, from loaded model to modules in memory."""
-    from compressor import stages
+    from compressor import selection, stages
     from compressor.timings import peak_memory
 
     seconds, before = {}, peak_memory()
@@ -105,7 +105,7 @@ def compress(job) -> dict:
     }
     found = timed("decompose", stages.decompositions, job, stats)
     probed = timed("probe", stages.probes, job, found)
-    timed("allocate", stages.choose, job, found, probed)
+    timed("allocate", selection.choose, job, found, probed)
     weights = sum(parameter.nbytes for parameter in job.model.parameters())
     return {
         "seconds": seconds,

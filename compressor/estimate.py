@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 
-from compressor import allocate
-from compressor.allocate import Row
 from compressor.calibrate import GRADIENT_FIELDS
 from compressor.data import heldout_count
 from compressor.decompose import Assignment, assign
 from compressor.errors import CheckpointError, ConfigError
 from compressor.folder import ModelFolder
+from compressor.knapsack import Row, check_budget
 from compressor.linears import Dense, build_empty
 from compressor.model import blocks, covered_share, fused, skeleton
 from compressor.plan import Candidate
@@ -44,7 +43,7 @@ def outline(recipe: Recipe, source: ModelFolder) -> dict[str, Any]:
     for names, keep in budgets(recipe, assignments, whole, others):
         budget = int(keep * sum(whole[name] for name in names) + 1e-6)
         rows = [Row(costs := costs_of(sizes[n], whole[n], assignments[n].keep_dense, bits), (0.0,) * len(costs), whole[n]) for n in names]
-        allocate.check_budget(rows, budget)
+        check_budget(rows, budget)
         kept += budget
     targets, share = sum(dense.bits for dense in denses.values()) // 8, kept / sum(whole.values())
     return {

@@ -55,6 +55,8 @@ class CompressorQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name, spec in self.quantization_config.linears.items():
             model.set_submodule(name, _empty_like(model, name, spec))
+        for name in self.quantization_config.linears:
+            _bind(model, name)
         return model
 
     def is_serializable(self) -> bool:
@@ -84,6 +86,13 @@ def _empty_like(model: PreTrainedModel, name: str, spec: dict[str, Any]) -> Comp
     if module.bias is None and dense.bias is not None:  # the reverse is AFM, which gives biases to linears without one
         raise CheckpointError(f"{name}: the spec {spec} lacks the bias that the model has")
     return module
+
+
+def _bind(model: PreTrainedModel, name: str) -> None:
+    try:
+        model.get_submodule(name).bind(model)
+    except AttributeError as error:
+        raise CheckpointError(f"{name}: its spec borrows from a module that the model does not have: {error}") from None
 
 
 def register() -> None:

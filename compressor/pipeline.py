@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compressor import artifacts, checkpoint, data, estimate, folder, lm_eval_bridge, report, scoring, stages
+from compressor import artifacts, checkpoint, data, estimate, folder, lm_eval_bridge, report, scoring, selection, stages
 from compressor import export as exporting
 from compressor import model as models
 from compressor.config import dump_yaml
@@ -73,12 +73,12 @@ def plan_and_build(
         found = stages.decompositions(job, collected, progress)
         collected = {name: LinearStats(tokens=one.tokens, gram=one.gram) for name, one in collected.items()}
     if edited is not None:
-        made, modules = stages.build_plan(edited, found)
+        made, modules = selection.build_plan(job, edited, found)
     else:
         with watch("probe"):
             probed = stages.probes(job, found, progress)
         with watch("allocate"):
-            made, modules = stages.choose(job, found, probed)
+            made, modules = selection.choose(job, found, probed)
     return stages.with_gram_errors(made, job, modules, collected), modules
 
 

@@ -18,6 +18,7 @@ class Candidate:
     bits: int
     parameters: int
     error: float  # closed-form error of the method's own metric, relative to the energy (0 = exact, 1 = all lost)
+    multiply_adds: int | None = None  # for one token, as executed; None where a method does not say
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Plan:
     linears: dict[str, Choice]
     price: float | None = None  # marginal price of the budget, nats per MiB; None where the allocation does not measure nats
     recipe: dict[str, Any] = field(default_factory=dict)
+    contest: dict[str, float] = field(default_factory=dict)  # held-out divergence of the whole model: all methods together, each alone
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -67,4 +69,5 @@ class Plan:
             linears={name: Choice(**choice) for name, choice in data["linears"].items()},
             price=data.get("price"),
             recipe=data.get("recipe", {}),
+            contest=data.get("contest", {}),
         )

@@ -1,67 +1,74 @@
 """From curves and probes to a plan: damages in one currency, budgets from the recipe, the allocation rule it names."""
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from compressor import allocate
-from compressor.allocate import Row
-from compressor.decompose import Assignment, Decomposition
+from compressor import allocate, knapsack
+from compressor.decompose import Assignment, Decomposition, Group
 from compressor.errors import ConfigError
+from compressor.knapsack import Limit, Row
+from compressor.linears import CompressedLinear
 from compressor.model import selects
-from compressor.plan import DENSE, Candidate, Choice, Plan
+from compressor.plan import Choice, Plan
 from compressor.probe import ProbeResult, damage
 from compressor.recipe import Recipe, size_in_bytes
+from compressor.rules import RULES, Rule
+from compressor.units import Bundle, Option, cost_of, damage_of, decomposed, joint, linear_options, tied
 
 MIB_BITS = 8 * 2**20
-ResultOf = dict[tuple[str, int], ProbeResult]  # (linear, index of its decomposition) → probe
+ResultOf = dict[tuple[str, int], ProbeResult]  # (linear or group, index of its decomposition) → probe
+Found = dict[str, list[Decomposition]]  # linear or group → one decomposition for each method that competes for it
 
 
 @dataclass(frozen=True)
-class Option:
-    """One way to store one linear, as the allocation sees it."""
+class Problem:
+    """What an allocation is about, apart from its options."""
 
-    cost: int
-    damage: float
-    candidate: Candidate
-    decomposition: Decomposition | None  # None: dense
+    recipe: Recipe
+    assignments: dict[str, Assignment]
+    groups: dict[str, Group]
+    found: Found
+    other_bytes: int  # what the checkpoint holds besides the targets
+    tokens: int  # of calibration
+
+    @property
+    def bits(self) -> bool:
+        return self.recipe.allocation.count == "bits"
+
+    def whole(self, name: str) -> int:
+        """Dense cost of a linear."""
+        return self.assignments[name].bits if self.bits else self.assignments[name].parameters
 
 
 @dataclass(frozen=True)
 class Solution:
-    """The option of every linear, the price λ in damage for each unit of cost, and whether damages are nats."""
+    """Chosen options by linear or group, together one for every linear; the price λ in damage for each unit of cost; its currency."""
 
     options: dict[str, Option]
     price: float | None
     in_nats: bool
 
 
-def linear_options(recipe: Recipe, assignment: Assignment, found: Sequence[Decomposition], damages: list[list[float]]) -> list[Option]:
-    """All options of one linear in order of growing cost; dense is among them if it may be kept, or if nothing is smaller."""
-    bits = recipe.allocation.count == "bits"
-    options = [
-        Option(candidate.bits if bits else candidate.parameters, hurt, candidate, decomposition)
-        for decomposition, hurts in zip(found, damages, strict=True)
-        for candidate, hurt in zip(decomposition.curve.candidates, hurts, strict=True)
-    ]
-    if assignment.keep_dense or not options:
-        curve = found[0].curve
-        dense = Candidate(DENSE, {}, curve.dense_bits, curve.dense_parameters, 0.0)
-        options.append(Option(dense.bits if bits else dense.parameters, 0.0, dense, None))
-    return sorted(options, key=lambda option: (option.cost, option.damage))
+def options_of(problem: Problem, damages: dict[str, list[list[float]]]) -> dict[str, list[Option]]:
+    """Options of every linear, and of every group whose linears are decomposed together."""
+    found = {
+        name: linear_options(name, assignment, problem.found[name], damages[name], problem.bits)
+        for name, assignment in problem.assignments.items()
+    }
+    return found | {name: decomposed(name, problem.found[name], damages[name], problem.bits) for name in problem.groups}
 
 
 def damages_of(
-    recipe: Recipe, assignments: dict[str, Assignment], found: dict[str, list[Decomposition]], probes: ResultOf, blocks: int
+    recipe: Recipe, blocks: Mapping[str, int], found: Mapping[str, list[Decomposition]], probes: ResultOf, depth: int
 ) -> dict[str, list[list[float]]]:
     """Damage of every candidate: nats per token from a probe or the two-sided error as it is, or the relative error.
 
-    The two-sided error is the second-order term ½ tr(H D G Dᵀ) of the loss, in nats per token. Raises ConfigError if a method's metric has
-    no such reading.
+    The two-sided error is the second-order term ½ tr(H D G Dᵀ) of the loss, in nats per token. blocks: block of each linear or group;
+    depth: how many the model has. Raises ConfigError if a method's metric has no such reading.
     """
     kind, result = recipe.allocation.damage, {}
     for name, decompositions in found.items():
-        weight = allocate.depth_weight(assignments[name].info.block, blocks, recipe.allocation.depth_bias)
+        weight = allocate.depth_weight(blocks[name], depth, recipe.allocation.depth_bias)
         result[name] = []
         for index, (method, curve) in enumerate((d.method, d.curve) for d in decompositions):
             if recipe.allocation.kind != "knapsack" or kind == "relative_error":
@@ -104,123 +111,111 @@ def budgets(recipe: Recipe, assignments: dict[str, Assignment], whole: dict[str,
     return [(members, keep[pattern]) for pattern, members in groups.items()]
 
 
-def solve(
-    recipe: Recipe,
-    assignments: dict[str, Assignment],
-    found: dict[str, list[Decomposition]],
-    options: dict[str, list[Option]],
-    other_bytes: int,
-    tokens: int,
-) -> Solution:
-    """Choose one option for each linear by the recipe's rule. `tokens`: calibration tokens, which scale SVD-LLM V2's losses.
+def rows_of(problem: Problem, options: Mapping[str, list[Option]], names: Sequence[str], sharing: set[str] | None) -> list[list[Bundle]]:
+    """Everything that can be chosen, a row for each decision: single linears, and groups that share or are tied.
 
-    Raises BudgetError or ConfigError where the rule cannot meet the budget.
+    sharing: groups that are known to share or, None, not known yet. A known group has bundles that share alone, others are taken apart:
+    with single options for each linear the answer is exact, where bundles hold only what some price makes the best.
+    Raises ConfigError for a group that lies in two budgets.
     """
-    bits = recipe.allocation.count == "bits"
-    whole = {name: (d[0].curve.dense_bits if bits else d[0].curve.dense_parameters) for name, d in found.items()}
-    chosen: dict[str, Option] = {}
-    prices = []
-    for names, keep in budgets(recipe, assignments, whole, other_bytes):
-        rows = [Row(tuple(o.cost for o in options[name]), tuple(o.damage for o in options[name]), whole[name]) for name in names]
-        budget = int(keep * sum(row.whole for row in rows) + 1e-6)
-        if recipe.allocation.kind == "knapsack":
-            answer = allocate.knapsack(rows, budget)
-            picks: Sequence[int] = answer.choice
-            prices.append(answer.price)
+    rows, members = [], {name for group in problem.groups.values() for name in group.members if name in names}
+    for group in problem.groups.values():
+        inside = [name for name in group.members if name in names]
+        if not inside:
+            continue
+        if len(inside) < len(group.members):
+            raise ConfigError(
+                f"{group.name}: linears that share or are tied must lie in one budget; give them one entry of allocation.keep"
+            )
+        separate, together = [options[name] for name in inside], [(option,) for option in options[group.name]]
+        if sharing is not None and group.name in sharing:
+            rows.append(together)
+        elif group.tied:
+            rows.append(tied(group, separate) + together)
+        elif sharing is None and together:
+            alone = problem.assignments[inside[0]]
+            rows.append((joint(separate) if alone.methods or alone.keep_dense else []) + together)
         else:
-            picks = RULES[recipe.allocation.kind](Rule(recipe, names, assignments, found, options, rows, keep, budget, tokens))
-        chosen |= {name: options[name][pick] for name, pick in zip(names, picks, strict=True)}
+            members -= set(inside)
+    rows += [[(option,) for option in options[name]] for name in names if name not in members]
+    return [sorted(row, key=lambda bundle: (cost_of(bundle), damage_of(bundle))) for row in rows]
+
+
+def solve(problem: Problem, options: Mapping[str, list[Option]]) -> Solution:
+    """Choose one option for each linear by the recipe's rule. Raises BudgetError or ConfigError where the rule cannot meet the budget."""
+    recipe, assignments = problem.recipe, problem.assignments
+    whole = {name: problem.whole(name) for name in assignments}
+    chosen: list[Bundle] = []
+    prices = []
+    for names, keep in budgets(recipe, assignments, whole, problem.other_bytes):
+        budget = int(keep * sum(whole[name] for name in names) + 1e-6)
+        if recipe.allocation.kind == "knapsack":
+            bundles, price = spend(problem, options, names, budget)
+            prices.append(price)
+        else:
+            table = rows_of(problem, options, names, sharing=None)
+            rows = [row_of(problem, row) for row in table]
+            picks = RULES[recipe.allocation.kind](
+                Rule(recipe, names, assignments, problem.found, options, rows, keep, budget, problem.tokens)
+            )
+            bundles = [row[pick] for row, pick in zip(table, picks, strict=True)]
+        chosen += bundles
     in_nats = recipe.allocation.kind == "knapsack" and recipe.allocation.damage != "relative_error"
-    return Solution(chosen, max(prices) if prices and in_nats else None, in_nats)
+    return Solution({option.unit: option for bundle in chosen for option in bundle}, max(prices) if prices and in_nats else None, in_nats)
 
 
-@dataclass(frozen=True)
-class Rule:
-    """What a published rule looks at."""
-
-    recipe: Recipe
-    names: list[str]
-    assignments: dict[str, Assignment]
-    found: dict[str, list[Decomposition]]
-    options: dict[str, list[Option]]
-    rows: list[Row]
-    keep: float
-    budget: int
-    tokens: int
-
-    def role(self, name: str) -> str:
-        role = self.assignments[name].info.role
-        if role is None:
-            raise ConfigError(f"{name}: its role is unknown, and allocation '{self.recipe.allocation.kind}' goes by roles; use 'knapsack'")
-        return role
-
-    def spectrum(self, name: str) -> tuple[float, ...]:
-        spectrum = self.found[name][0].curve.spectrum
-        if not spectrum:
-            raise ConfigError(f"{name}: method '{self.found[name][0].method.name}' has no spectrum for allocation 'd_rank'; use 'low_rank'")
-        return spectrum
-
-    def uniform(self) -> list[int]:
-        allocate.check_budget(self.rows, self.budget)
-        return allocate.uniform(self.rows, [self.keep] * len(self.rows))
-
-    def threshold(self) -> list[int]:
-        thresholds = []
-        for name, row in zip(self.names, self.rows, strict=True):
-            own = self.found[name][0].curve.thresholds
-            if not own:
-                raise ConfigError(f"{name}: method '{self.found[name][0].method.name}' has no threshold; use allocation 'knapsack'")
-            thresholds.append(own[: len(row.costs)])
-        return allocate.threshold(self.rows, thresholds, self.budget)
-
-    def by_role(self) -> list[int]:
-        roles = self.recipe.allocation.roles
-        return allocate.by_role(self.rows, [roles.get(self.role(name), 1.0) for name in self.names], self.budget)
-
-    def svd_llm_v2(self) -> list[int]:
-        picks = self.uniform()
-        losses = [
-            math.sqrt(self.options[name][pick].candidate.error * self.found[name][0].curve.energy * self.tokens)
-            for name, pick in zip(self.names, picks, strict=True)
-        ]
-        return allocate.svd_llm_v2(self.rows, losses, [self.role(name) for name in self.names], self.budget)
-
-    def d_rank(self) -> list[int]:
-        values = {self.assignments[n].info.block: i for i, n in enumerate(self.names) if self.role(n) == "v"}
-        donors = [values.get(self.assignments[n].info.block) if self.role(n) in ("q", "k") else None for n in self.names]
-        ranks = [allocate.effective_rank(self.spectrum(name)) for name in self.names]
-        costs = [info.in_features + info.out_features for info in (self.assignments[n].info for n in self.names)]
-        return allocate.d_rank(self.rows, ranks, costs, donors, self.recipe.allocation.shift, self.budget)
+def spend(problem: Problem, options: Mapping[str, list[Option]], names: Sequence[str], budget: int) -> tuple[list[Bundle], float]:
+    """Knapsack over the linears of one budget: which groups share is settled first, then everything else exactly."""
+    sharing: set[str] | None = None
+    while True:
+        table = rows_of(problem, options, names, sharing)
+        rows = [row_of(problem, row) for row in table]
+        limits = [limit_of(problem, name, fraction, table, names) for name, fraction in problem.recipe.allocation.limits.items()]
+        answer = knapsack.knapsack(rows, budget) if not limits else knapsack.constrained(rows, budget, limits)
+        bundles = [row[pick] for row, pick in zip(table, answer.choice, strict=True)]
+        if sharing is not None or not any(problem.found[name] for name in problem.groups):
+            return bundles, answer.price
+        sharing = {option.unit for bundle in bundles for option in bundle} & problem.groups.keys()
 
 
-RULES: dict[str, Callable[[Rule], list[int]]] = {
-    "uniform": Rule.uniform,
-    "threshold": Rule.threshold,
-    "by_role": Rule.by_role,
-    "svd_llm_v2": Rule.svd_llm_v2,
-    "d_rank": Rule.d_rank,
-}
+def row_of(problem: Problem, bundles: Sequence[Bundle]) -> Row:
+    members = [name for option in bundles[0] for name in (option.decomposition.members if option.decomposition else [option.unit])]
+    return Row(tuple(map(cost_of, bundles)), tuple(map(damage_of, bundles)), sum(problem.whole(name) for name in members))
 
 
-def correct(options: list[Option], candidate: Candidate, factor: float) -> list[Option]:
-    """Options with the damage of one candidate multiplied by what its stored error departs by from the expected one."""
-    return [replace(option, damage=option.damage * factor) if option.candidate is candidate else option for option in options]
+def limit_of(problem: Problem, name: str, fraction: float, table: Sequence[Sequence[Bundle]], names: Sequence[str]) -> Limit:
+    """Another constraint: what every bundle takes of it, and how much there is. Raises ConfigError for a method that does not say."""
+    dense = [assignment for linear, assignment in problem.assignments.items() if linear in names]
+    whole = sum(a.parameters if name == "parameters" else a.info.out_features * a.info.in_features for a in dense)
+    for option in (option for row in table for bundle in row for option in bundle):
+        if getattr(option.candidate, name) is None:
+            raise ConfigError(f"method '{option.candidate.method}' does not say its {name}; take it out of allocation.limits")
+    return [[sum(getattr(option.candidate, name) for option in bundle) for bundle in row] for row in table], int(fraction * whole + 1e-6)
 
 
-def to_plan(solution: Solution, found: dict[str, list[Decomposition]], recipe: Recipe) -> Plan:
-    """The solution as plain data, errors not yet measured; the price in nats for each MiB where both are known."""
+def to_plan(
+    solution: Solution, problem: Problem, modules: Mapping[str, CompressedLinear], measured: Mapping[str, float], contest: dict[str, float]
+) -> Plan:
+    """The solution as plain data; the price in nats for each MiB where both are known. measured: error of each linear or group as stored.
+
+    Linears that share a decomposition are listed one by one: what each stores, the errors of all, and an equal part of the damage.
+    """
     choices = {}
-    for name, option in solution.options.items():
-        curve, candidate = found[name][0].curve, option.candidate
-        choices[name] = Choice(
-            candidate.method,
-            candidate.setting,
-            candidate.bits,
-            candidate.parameters,
-            curve.dense_bits,
-            curve.dense_parameters,
-            predicted=candidate.error,
-            kl=option.damage if solution.in_nats else None,
-        )
-    known = solution.price is not None and recipe.allocation.count == "bits"
-    return Plan(choices, solution.price * MIB_BITS if known else None, recipe.model_dump(mode="json"))
+    for option in solution.options.values():
+        candidate, members = option.candidate, list(option.decomposition.members) if option.decomposition else [option.unit]
+        for name in members:
+            dense, alone = problem.assignments[name], len(members) == 1
+            choices[name] = Choice(
+                candidate.method,
+                candidate.setting if alone else candidate.setting | {"shared": members},
+                candidate.bits if alone else modules[name].bits(),
+                candidate.parameters if alone else modules[name].stored_parameters(),
+                dense.bits,
+                dense.parameters,
+                predicted=candidate.error,
+                measured=measured.get(option.unit, 0.0),
+                kl=option.damage / len(members) if solution.in_nats else None,
+            )
+    known = solution.price is not None and problem.recipe.allocation.count == "bits"
+    price = solution.price * MIB_BITS if known else None
+    return Plan({name: choices[name] for name in problem.assignments}, price, problem.recipe.model_dump(mode="json"), contest)

@@ -86,8 +86,8 @@ class Prober:
 def probe(prober: Prober, decomposition: Decomposition, block: int, fraction: float) -> ProbeResult:
     """Install one candidate of a decomposition, as it would be stored, and measure the divergence that it alone causes."""
     candidate = probe_candidate(decomposition.curve, fraction)
-    module, error = decomposition.build(candidate)
-    return ProbeResult(candidate.setting, candidate.error, error, prober.kl({decomposition.curve.linear: module}, block))
+    modules, error = decomposition.build(candidate)
+    return ProbeResult(candidate.setting, candidate.error, error, prober.kl(modules, block))
 
 
 def damage(curve: Curve, result: ProbeResult, weight: float = 1.0) -> list[float]:

@@ -119,6 +119,8 @@ class Engine(Section):
     """Engine, as listed by `compressor methods`."""
     options: dict[str, JsonValue] = {}
     """Options of the engine; those left out have its defaults."""
+    share: Many[Literal["qkv", "gate_up"]] = ()
+    """Linears with the same inputs that the engine decomposes together, what they have in common being stored once."""
 
 
 class Target(Section):
@@ -162,6 +164,10 @@ class Allocation(Section):
     """Weight γ of the factor 1 + γh by which damage in early blocks counts more (kl_probe)."""
     roles: dict[str, Annotated[float, Field(gt=0)]] = {"q": 1.0, "k": 1.0, "v": 3.0, "o": 3.0}
     """Relative rank of each role (by_role); roles not named have weight 1."""
+    tie: Many[Literal["qkv", "gate_up"]] = ()
+    """Linears with the same inputs that must get the same method and setting (knapsack)."""
+    limits: dict[Literal["parameters", "multiply_adds"], Annotated[float, Field(gt=0, le=1)]] = {}
+    """Further limits, each a fraction of what the dense targets have: stored numbers, multiply-adds for a token (knapsack)."""
     shift: Annotated[float, Field(ge=0, lt=1)] = 0.3
     """Fraction β of the rank of q and k that is moved to v (d_rank)."""
     probe: Probe = Probe()

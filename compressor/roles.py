@@ -20,6 +20,8 @@ ROLES = {  # role: endings of the module path inside a block
     "fc2": ("fc2", "mlp.c_proj", "fc_out", "dense_4h_to_h"),
 }
 
+GROUPS = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}  # linears that read the same inputs, as recipes name them
+
 
 def roles_of(names: Iterable[str], feeds: dict[str, str]) -> dict[str, str]:
     """Role by linear name, for those whose siblings and inputs agree with the table.

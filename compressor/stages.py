@@ -14,22 +14,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from compressor import data, folder
 from compressor import model as models
 from compressor.calibrate import collect
-from compressor.decompose import Assignment, Decomposition, assign, decompose_one, gram_error
+from compressor.decompose import Assignment, Group, assign, decompose_group, decompose_one, gram_error, groups
 from compressor.errors import ConfigError
 from compressor.linears import CompressedLinear
-from compressor.plan import DENSE, Plan
-from compressor.planning import Option, Solution, correct, damages_of, linear_options, solve, to_plan
+from compressor.plan import Plan
+from compressor.planning import Found
 from compressor.probe import Prober, ProbeResult, probe
 from compressor.progress import Progress, silent
 from compressor.recipe import Recipe, size_in_bytes
 from compressor.scoring import in_float32
 from compressor.stats import LinearStats
-from compressor.weights import stored_tensors
 
-REMEASURE = 0.05  # a chosen candidate whose stored error departs by more than this from its curve is entered anew, and solved again
 HEADER_BYTES = 160  # of a stored tensor in a safetensors header, its name apart; for target sizes
-
-Found = dict[str, list[Decomposition]]  # linear → one decomposition for each method that competes for it
 
 
 @dataclass(frozen=True)
@@ -41,12 +37,19 @@ class Job:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     assignments: dict[str, Assignment]
+    groups: dict[str, Group]
     calibration: data.Windows
     heldout: data.Windows
 
     @property
     def device(self) -> torch.device:
         return torch.device("cpu") if self.model.device.type == "meta" else self.model.device
+
+    @property
+    def block_of(self) -> dict[str, int]:
+        """Block of every target and group."""
+        blocks = {name: assignment.info.block for name, assignment in self.assignments.items()}
+        return blocks | {name: blocks[group.members[0]] for name, group in self.groups.items()}
 
     def computing(self) -> AbstractContextManager:
         """Forward passes in float32 on a CPU, where half precision is slow and coarse; in the stored dtype on an accelerator."""
@@ -89,7 +92,7 @@ def start(recipe: Recipe, source: folder.ModelFolder) -> Job:
         model=model,
     )
     fit, heldout = data.split_heldout(windows, section.heldout)
-    return Job(recipe, source, model, tokenizer, assignments, fit, heldout)
+    return Job(recipe, source, model, tokenizer, assignments, groups(recipe, assignments), fit, heldout)
 
 
 def fingerprint(job: Job) -> dict[str, Any]:
@@ -128,16 +131,25 @@ def statistics(job: Job, progress: Progress = silent) -> dict[str, LinearStats]:
 
 
 def decompositions(job: Job, stats: dict[str, LinearStats], progress: Progress = silent) -> Found:
-    """One decomposition for each linear and method; it serves every size."""
+    """One decomposition for each method and each linear or group that it decomposes; it serves every size."""
     items = progress(list(job.assignments.items()), "decompose")
-    return {name: decompose_one(name, assignment, stats[name]) for name, assignment in items}
+    found = {name: decompose_one(name, assignment, stats[name]) for name, assignment in items}
+    return found | {name: decompose_group(group, job.assignments, stats) for name, group in job.groups.items()}
 
 
-def probes(job: Job, found: Found, progress: Progress = silent) -> dict[tuple[str, int], ProbeResult]:
-    """Probe one candidate of every curve, where the allocation asks for it; keys are the linear and the index of its method."""
+@dataclass(frozen=True)
+class Probes:
+    """What the probes found; keys are the linear or group and the index of its method. The prober can measure any other modules."""
+
+    results: dict[tuple[str, int], ProbeResult]
+    prober: Prober | None
+
+
+def probes(job: Job, found: Found, progress: Progress = silent) -> Probes:
+    """Probe one candidate of every curve, where the allocation asks for it."""
     allocation = job.recipe.allocation
     if allocation.kind != "knapsack" or allocation.damage != "kl_probe":
-        return {}
+        return Probes({}, None)
     section, tokens = allocation.probe, job.heldout.tokens
     if len(tokens) == 0:
         raise ConfigError("allocation.damage 'kl_probe' needs held-out windows; set calibration.heldout above 0")
@@ -145,12 +157,13 @@ def probes(job: Job, found: Found, progress: Progress = silent) -> dict[tuple[st
         raise ConfigError(f"allocation.probe.skip {section.skip} leaves no position of windows of {tokens.shape[1]} tokens")
     tokens = tokens[-(section.windows or len(tokens)) :]
     keys = [(name, index) for name, parts in found.items() for index, part in enumerate(parts) if part.curve.candidates]
+    blocks = job.block_of
     with job.computing(), torch.no_grad():
         prober = Prober(job.model, tokens, job.recipe.calibration.batch_size, section.temperature, section.skip)
-        return {
-            (name, index): probe(prober, found[name][index], job.assignments[name].info.block, section.rank)
-            for name, index in progress(keys, "probe")
-        }
+        return Probes(
+            {(name, index): probe(prober, found[name][index], blocks[name], section.rank) for name, index in progress(keys, "probe")},
+            prober,
+        )
 
 
 def other_bytes(tensors: Mapping[str, Tensor], targets: Container[str], dtype: torch.dtype | None) -> int:
@@ -168,64 +181,6 @@ def other_bytes(tensors: Mapping[str, Tensor], targets: Container[str], dtype: t
 def output_dtype(recipe: Recipe) -> torch.dtype | None:
     """The dtype that floating tensors are stored in; None for the one they have."""
     return None if recipe.output.dtype == "auto" else getattr(torch, recipe.output.dtype)
-
-
-def choose(job: Job, found: Found, probed: dict[tuple[str, int], ProbeResult]) -> tuple[Plan, dict[str, CompressedLinear]]:
-    """Allocate and build what was chosen; where what is stored departs from its curve, enter what was measured and allocate once more."""
-    damages = damages_of(job.recipe, job.assignments, found, probed, len(models.blocks(job.model)[1]))
-    options = {name: linear_options(job.recipe, job.assignments[name], parts, damages[name]) for name, parts in found.items()}
-    others = other_bytes(stored_tensors(job.model), job.assignments, output_dtype(job.recipe))
-    size = others, job.calibration.tokens.numel()
-    solution = solve(job.recipe, job.assignments, found, options, *size)
-    modules, measured = build(solution)
-    expected = {name: expected_error(solution.options[name], found[name], name, probed) for name in measured}
-    off = [name for name, error in measured.items() if abs(error - expected[name]) > REMEASURE * expected[name] > 0]
-    if off and job.recipe.allocation.kind == "knapsack":
-        for name in off:
-            options[name] = correct(options[name], solution.options[name].candidate, measured[name] / expected[name])
-        solution = solve(job.recipe, job.assignments, found, options, *size)
-        modules, measured = build(solution)
-    plan = to_plan(solution, found, job.recipe)
-    return with_measured(plan, measured), modules
-
-
-def expected_error(option: Option, parts: list[Decomposition], name: str, probed: dict[tuple[str, int], ProbeResult]) -> float:
-    """Error of a candidate as its curve has it, corrected by what its probe showed the curve to be off by."""
-    index = next(index for index, part in enumerate(parts) if part is option.decomposition)
-    return option.candidate.error * (probed[name, index].departure if (name, index) in probed else 1.0)
-
-
-def build(solution: Solution) -> tuple[dict[str, CompressedLinear], dict[str, float]]:
-    """Modules of the chosen candidates as they will be stored, and their errors in the metric of their method."""
-    modules, measured = {}, {}
-    for name, option in solution.options.items():
-        if option.decomposition is not None:
-            modules[name], measured[name] = option.decomposition.build(option.candidate)
-    return modules, measured
-
-
-def build_plan(plan: Plan, found: Found) -> tuple[Plan, dict[str, CompressedLinear]]:
-    """Build an edited plan as it stands. Raises ConfigError for linears or methods that the recipe does not have."""
-    if missing := sorted(found.keys() ^ plan.linears.keys()):
-        raise ConfigError(f"the plan and the targets of the recipe differ in {missing[0]} ({len(missing)} in all)")
-    modules, measured, choices = {}, {}, {}
-    for name, choice in plan.linears.items():
-        if choice.method == DENSE:
-            choices[name] = choice
-            continue
-        part = next((part for part in found[name] if part.method.name == choice.method), None)
-        if part is None:
-            raise ConfigError(f"{name}: the plan says '{choice.method}', which the recipe does not offer for it")
-        candidate = next((c for c in part.curve.candidates if c.setting == choice.setting), None)
-        if candidate is None:
-            raise ConfigError(f"{name}: {choice.method} offers no setting {choice.setting}; `compressor plan` lists those it has")
-        modules[name], measured[name] = part.build(candidate)
-        choices[name] = replace(choice, bits=candidate.bits, parameters=candidate.parameters, predicted=candidate.error, kl=None)
-    return with_measured(replace(plan, linears=choices, price=None), measured), modules
-
-
-def with_measured(plan: Plan, measured: dict[str, float]) -> Plan:
-    return replace(plan, linears={n: replace(choice, measured=measured.get(n, 0.0)) for n, choice in plan.linears.items()})
 
 
 def with_gram_errors(plan: Plan, job: Job, modules: dict[str, CompressedLinear], stats: dict[str, LinearStats]) -> Plan:

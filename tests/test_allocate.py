@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compressor import allocate
-from compressor.allocate import Row
+from compressor import allocate, knapsack
 from compressor.errors import BudgetError, ConfigError
+from compressor.knapsack import Row
 
 EXACT = 1e-4  # relative; the solver's own gap is 1e-5
 
@@ -42,7 +42,7 @@ def brute_force(rows: list[Row], budget: int) -> float:
 def test_knapsack_equals_brute_force(seed, keep):
     rows = random_rows(seed, groups=5, options=5)
     budget = int(keep * sum(row.whole for row in rows))
-    answer = allocate.knapsack(rows, budget)
+    answer = knapsack.knapsack(rows, budget)
     assert answer.cost <= budget
     assert answer.damage == pytest.approx(brute_force(rows, budget), rel=EXACT)
     assert answer.bound <= answer.damage * (1 + EXACT)
@@ -53,10 +53,10 @@ def test_knapsack_equals_brute_force(seed, keep):
 def test_more_budget_never_hurts_and_scaling_changes_nothing(seed, keep):
     rows = random_rows(seed, groups=8, options=6)
     budget = int(keep * sum(row.whole for row in rows))
-    small, large = allocate.knapsack(rows, budget), allocate.knapsack(rows, int(budget * 1.05))
+    small, large = knapsack.knapsack(rows, budget), knapsack.knapsack(rows, int(budget * 1.05))
     assert large.damage <= small.damage * (1 + EXACT) + 1e-12
     scaled = [Row(row.costs, tuple(1e-6 * damage for damage in row.damages), row.whole) for row in rows]
-    assert allocate.knapsack(scaled, budget).damage == pytest.approx(1e-6 * small.damage, rel=EXACT, abs=1e-18)
+    assert knapsack.knapsack(scaled, budget).damage == pytest.approx(1e-6 * small.damage, rel=EXACT, abs=1e-18)
 
 
 def test_dominated_option_changes_nothing():
@@ -64,7 +64,7 @@ def test_dominated_option_changes_nothing():
     budget = int(0.6 * sum(row.whole for row in rows))
     first = rows[0]
     worse = Row((*first.costs, first.whole + 1), (*first.damages, max(first.damages)), first.whole)
-    assert allocate.knapsack([worse, *rows[1:]], budget).choice == allocate.knapsack(rows, budget).choice
+    assert knapsack.knapsack([worse, *rows[1:]], budget).choice == knapsack.knapsack(rows, budget).choice
 
 
 def test_without_dense_option_greedy_on_convex_curves_is_optimal():
@@ -72,7 +72,7 @@ def test_without_dense_option_greedy_on_convex_curves_is_optimal():
     costs = tuple(range(1, 9))
     rows = [Row(costs, tuple(scale / cost for cost in costs), 10) for scale in (1.0, 2.0, 5.0)]
     for budget in (5, 9, 14):
-        assert allocate.knapsack(rows, budget, exact=False).damage == pytest.approx(brute_force(rows, budget))
+        assert knapsack.knapsack(rows, budget, exact=False).damage == pytest.approx(brute_force(rows, budget))
 
 
 def test_knapsack_is_never_worse_than_uniform():
@@ -80,14 +80,14 @@ def test_knapsack_is_never_worse_than_uniform():
         rows = random_rows(seed, groups=20, options=12)
         budget = int(0.7 * sum(row.whole for row in rows))
         uniform = allocate.uniform(rows, [0.7] * len(rows))
-        assert allocate.knapsack(rows, budget).damage <= sum(row.damages[i] for row, i in zip(rows, uniform, strict=True))
+        assert knapsack.knapsack(rows, budget).damage <= sum(row.damages[i] for row, i in zip(rows, uniform, strict=True))
 
 
 def test_infeasible_budget_names_the_least_reachable_fraction():
     rows = [Row((40, 100), (1.0, 0.0), 100), Row((20, 100), (1.0, 0.0), 100)]
     with pytest.raises(BudgetError, match=r"at least 0\.3000"):
-        allocate.knapsack(rows, 59)
-    assert allocate.knapsack(rows, 60).choice == (0, 0)
+        knapsack.knapsack(rows, 59)
+    assert knapsack.knapsack(rows, 60).choice == (0, 0)
 
 
 def test_uniform_takes_the_largest_option_within_the_fraction():

@@ -15,10 +15,10 @@ LEVELS = (
     ("errors", "progress", "resources", "tables", "linalg", "yaml_reader", "recipe", "config"),
     ("stats", "linears", "plan", "roles", "shards", "sources", "timings"),
     ("methods",),
-    ("allocate",),
+    ("knapsack", "allocate"),
     ("manifest", "folder", "staging", "weights", "artifacts", "hf", "model", "data", "calibrate"),
-    ("scoring", "checkpoint", "export", "report", "speed", "lm_eval_bridge", "restart", "decompose", "probe", "planning"),
-    ("stages", "estimate", "pipeline"),
+    ("scoring", "checkpoint", "export", "report", "speed", "lm_eval_bridge", "restart", "decompose", "probe", "units", "rules", "planning"),
+    ("stages", "selection", "estimate", "pipeline"),
     ("options", "verbs", "cli", "__main__"),
 )
 ORDER = [module for level in LEVELS for module in level]

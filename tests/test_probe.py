@@ -56,7 +56,7 @@ def test_the_divergence_is_that_of_a_full_forward_pass(kind, temperature, skip):
         dense = Dense(weight, None if info.module.bias is None else info.module.bias.detach(), torch.float32)
         method = build("low_rank", {"metric": "gram"})
         state = method.prepare(info.name, dense, LinearStats(tokens=1, gram=torch.eye(weight.shape[1], dtype=torch.float64)))
-        part = Decomposition(method, state, method.candidates(state))
+        part = Decomposition(method, state, method.candidates(state), {info.name: info.out_features})
         found = probe(prober, part, info.block, 0.3)
         changed = loud_model(kind)
         replace(changed, info.name, method.compress(state, found.setting))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from compressor import data, scoring, stages
+from compressor import data, scoring, selection, stages
 from compressor import model as models
 from compressor.config import load_recipe
 
@@ -26,7 +26,7 @@ def divergence():
             job = stages.start(load_recipe(preset, SMALL, {"model.device": "cpu"}), source)
             stats = stages.statistics(job)
             parts = stages.decompositions(job, stats)
-            plan, modules = stages.choose(job, parts, stages.probes(job, parts))
+            plan, modules = selection.choose(job, parts, stages.probes(job, parts))
             kept = sum(c.parameters for c in plan.linears.values()) / sum(c.dense_parameters for c in plan.linears.values())
             assert KEEP - 0.03 < kept <= KEEP
             stages.install(job, modules)

@@ -58,6 +58,9 @@ class Adapted(CompressedLinear):
         rank, floating = spec["rank"], {"dtype": dtype, "device": device}
         return cls(base, torch.empty(base.out_features, rank, **floating), torch.empty(rank, base.in_features, **floating))
 
+    def bind(self, model: nn.Module) -> None:
+        self.base.bind(model)
+
     def forward(self, input: Tensor) -> Tensor:
         return self.base(input) + functional.linear(functional.linear(input, self.down), self.up)
 

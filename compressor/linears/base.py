@@ -18,6 +18,7 @@ class Dense:
     weight: Tensor  # (out, in)
     bias: Tensor | None  # (out,)
     dtype: torch.dtype
+    heights: tuple[int, ...] = ()  # outputs of each linear where several are stacked
 
     @property
     def parameters(self) -> int:
@@ -56,6 +57,12 @@ class CompressedLinear(nn.Linear, ABC):
 
     def reset_parameters(self) -> None:
         """Nothing to draw at random: every stored tensor comes from a decomposition or a checkpoint."""
+
+    def bind(self, model: nn.Module) -> None:
+        """Find in the model, once all of its modules are in place, what this module borrows from others; most borrow nothing.
+
+        Raises CheckpointError if it is not there.
+        """
 
     def bits(self) -> int:
         """Bits of every stored tensor, bias, indices and masks included: what the checkpoint holds, header apart."""

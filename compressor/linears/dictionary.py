@@ -9,6 +9,8 @@ Glossary
     weight  (nonzeros,) the codes inside the mask, row-major, so that the codes of an output are contiguous; rows may differ in number
     mask    bit mask of the codes, row-major, most significant bit first, ⌈out · P · k / 8⌉ bytes; a code inside it may be zero
 
+Linears that share a dictionary store it once: one of them has the atoms, the others name it in their spec and borrow.
+
 Execution: as a pair, codes · (atoms · x), where that takes fewer multiply-adds for a token than the dense product, K (in / P + out) <
 in · out with K = P · k atoms in all, and as the dense Ŵ otherwise: with half of the codes kept the pair wins below 0.75 of the dense
 size for a square weight, below 0.6 for one 3.5 times as tall as wide. What is multiplied by, codes or Ŵ, is rebuilt once and kept in
@@ -19,9 +21,11 @@ are slower than dense ones at these densities (card §10.2).
 from typing import Any, Self
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.nn import functional
 
+from compressor.errors import CheckpointError
 from compressor.linears.base import CompressedLinear
 from compressor.linears.kept import kept
 from compressor.linears.masks import unpack_mask
@@ -32,15 +36,29 @@ class Dictionary(CompressedLinear):
 
     kind = "dictionary"
 
-    def __init__(self, weight: Tensor, atoms: Tensor, mask: Tensor, bias: Tensor | None, out_features: int, blocks: int = 1):
+    def __init__(
+        self,
+        weight: Tensor,
+        atoms: "Tensor | Dictionary",
+        mask: Tensor,
+        bias: Tensor | None,
+        out_features: int,
+        blocks: int = 1,
+        lender: str | None = None,
+    ):
         """Wrap stored tensors as they are (no copy, no cast).
 
-        weight: (nonzeros,); atoms: (blocks · k, in / blocks); mask: packed mask of (out, blocks · k), uint8; bias: (out,) or None.
+        weight: (nonzeros,); mask: packed mask of (out, blocks · k), uint8; bias: (out,) or None.
+        atoms: (blocks · k, in / blocks); with `lender`, the name of the linear that stores them, that linear's module.
         """
-        super().__init__(blocks * atoms.shape[1], out_features)
-        self.blocks = blocks
+        shape = (atoms.dictionary() if isinstance(atoms, Dictionary) else atoms).shape
+        super().__init__(blocks * shape[1], out_features)
+        self.blocks, self.lender, self.atom_count = blocks, lender, shape[0]
         self.weight = nn.Parameter(weight, requires_grad=weight.requires_grad)
-        self.atoms = nn.Parameter(atoms, requires_grad=atoms.requires_grad)
+        if lender is None:
+            self.atoms = nn.Parameter(atoms, requires_grad=atoms.requires_grad)
+        else:
+            object.__setattr__(self, "_source", atoms)  # not a submodule: its tensors are stored where it stands
         self.register_buffer("mask", mask)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=bias.requires_grad))
 
@@ -50,52 +68,72 @@ class Dictionary(CompressedLinear):
             "in_features": self.in_features,
             "out_features": self.out_features,
             "blocks": self.blocks,
-            "atoms": self.atoms.shape[0],
+            "atoms": self.atom_count,
             "nonzeros": self.weight.numel(),
             "bias": self.bias is not None,
-        }
+        } | ({} if self.lender is None else {"lender": self.lender})
 
     @classmethod
     def empty(cls, spec: dict[str, Any], dtype: torch.dtype, device: torch.device | str) -> Self:
         height, atoms, floating = spec["out_features"], spec["atoms"], {"dtype": dtype, "device": device}
+        lender = spec.get("lender")
         return cls(
             weight=torch.empty(spec["nonzeros"], **floating),
-            atoms=torch.empty(atoms, spec["in_features"] // spec["blocks"], **floating),
+            atoms=torch.empty(atoms, spec["in_features"] // spec["blocks"], **floating | ({"device": "meta"} if lender else {})),
             mask=torch.empty((height * atoms + 7) // 8, dtype=torch.uint8, device=device),
             bias=torch.empty(height, **floating) if spec["bias"] else None,
             out_features=height,
             blocks=spec["blocks"],
+            lender=lender,
         )
+
+    def bind(self, model: nn.Module) -> None:
+        if self.lender is None:
+            return
+        source = getattr(model.get_submodule(self.lender), "base", model.get_submodule(self.lender))
+        if not isinstance(source, Dictionary) or source.lender or source.atoms.shape != (self.atom_count, self.in_features // self.blocks):
+            raise CheckpointError(f"{self.lender}: a linear borrows its dictionary, but it stores none of {self.atom_count} atoms")
+        object.__setattr__(self, "_source", source)
+
+    def dictionary(self) -> Tensor:
+        """The atoms (P · k, in / P), its own or borrowed; these in the dtype and on the device of the codes."""
+        if self.lender is None:
+            return self.atoms
+        if isinstance(self._source, Tensor):  # not bound to a model yet
+            return self._source
+        with align_module_device(self._source):  # fetches what accelerate keeps elsewhere
+            return self._source.atoms.to(self.weight)
 
     def codes(self) -> Tensor:
         """Sᵀ (out, P · k) in the dtype of the values, differentiable in them."""
-        size = self.out_features * self.atoms.shape[0]
+        size = self.out_features * self.atom_count
         mask = unpack_mask(self.mask, size)
         return self.weight.new_zeros(size).masked_scatter(mask, self.weight).view(self.out_features, -1)
 
     def runs_as_pair(self) -> bool:
         """Whether the pair takes fewer multiply-adds for a token than the dense product."""
-        atoms, slice_width = self.atoms.shape
+        atoms, slice_width = self.atom_count, self.in_features // self.blocks
         return atoms * (slice_width + self.out_features) < self.in_features * self.out_features
 
-    def _pair(self, input: Tensor, codes: Tensor) -> Tensor:
+    def _pair(self, input: Tensor, codes: Tensor, atoms: Tensor) -> Tensor:
         if self.blocks == 1:
-            coordinates = functional.linear(input, self.atoms)
+            coordinates = functional.linear(input, atoms)
         else:
-            slices, atoms = input.unflatten(-1, (self.blocks, -1)), self.atoms.unflatten(0, (self.blocks, -1))
-            coordinates = torch.einsum("...pi,pki->...pk", slices, atoms).flatten(-2)  # (…, P · k)
+            slices, parts = input.unflatten(-1, (self.blocks, -1)), atoms.unflatten(0, (self.blocks, -1))
+            coordinates = torch.einsum("...pi,pki->...pk", slices, parts).flatten(-2)  # (…, P · k)
         return functional.linear(coordinates, codes, self.bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and (self.weight.requires_grad or self.atoms.requires_grad):
-            return self._pair(input, self.codes())
+        atoms = self.dictionary()
+        if torch.is_grad_enabled() and (self.weight.requires_grad or atoms.requires_grad):
+            return self._pair(input, self.codes(), atoms)
         if self.runs_as_pair():
-            return self._pair(input, kept((self.weight, self.mask), self.codes))
-        dense = kept((self.weight, self.atoms, self.mask), lambda: self.to_dense().to(self.weight.dtype))
+            return self._pair(input, kept((self.weight, self.mask), self.codes), atoms)
+        dense = kept((self.weight, atoms, self.mask), lambda: self.to_dense().to(self.weight.dtype))
         return functional.linear(input, dense, self.bias)
 
     @torch.no_grad()
     def to_dense(self) -> Tensor:
         wide = torch.promote_types(self.weight.dtype, torch.float32)
-        codes, atoms = self.codes().to(wide).unflatten(1, (self.blocks, -1)), self.atoms.to(wide).unflatten(0, (self.blocks, -1))
+        codes, atoms = self.codes().to(wide).unflatten(1, (self.blocks, -1)), self.dictionary().to(wide).unflatten(0, (self.blocks, -1))
         return torch.einsum("opk,pki->opi", codes, atoms).flatten(1)

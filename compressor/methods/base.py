@@ -21,6 +21,7 @@ class Method(ABC, Generic[State]):
 
     name: ClassVar[str]  # what recipes write
     paper: ClassVar[str]  # first source: authors' title and arXiv id
+    shares: ClassVar[bool] = False  # whether linears with the same inputs may be stacked: its modules can be split again by outputs
 
     @property
     @abstractmethod

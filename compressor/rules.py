@@ -1,0 +1,80 @@
+"""Published allocation rules as recipes name them: what each looks at, handed to its plain-number form in `allocate`."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from compressor import allocate
+from compressor.decompose import Assignment, Decomposition
+from compressor.errors import ConfigError
+from compressor.knapsack import Row, check_budget
+from compressor.recipe import Recipe
+from compressor.units import Option
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a published rule looks at."""
+
+    recipe: Recipe
+    names: list[str]
+    assignments: dict[str, Assignment]
+    found: dict[str, list[Decomposition]]
+    options: dict[str, list[Option]]
+    rows: list[Row]
+    keep: float
+    budget: int
+    tokens: int
+
+    def role(self, name: str) -> str:
+        role = self.assignments[name].info.role
+        if role is None:
+            raise ConfigError(f"{name}: its role is unknown, and allocation '{self.recipe.allocation.kind}' goes by roles; use 'knapsack'")
+        return role
+
+    def spectrum(self, name: str) -> tuple[float, ...]:
+        spectrum = self.found[name][0].curve.spectrum
+        if not spectrum:
+            raise ConfigError(f"{name}: method '{self.found[name][0].method.name}' has no spectrum for allocation 'd_rank'; use 'low_rank'")
+        return spectrum
+
+    def uniform(self) -> list[int]:
+        check_budget(self.rows, self.budget)
+        return allocate.uniform(self.rows, [self.keep] * len(self.rows))
+
+    def threshold(self) -> list[int]:
+        thresholds = []
+        for name, row in zip(self.names, self.rows, strict=True):
+            own = self.found[name][0].curve.thresholds
+            if not own:
+                raise ConfigError(f"{name}: method '{self.found[name][0].method.name}' has no threshold; use allocation 'knapsack'")
+            thresholds.append(own[: len(row.costs)])
+        return allocate.threshold(self.rows, thresholds, self.budget)
+
+    def by_role(self) -> list[int]:
+        roles = self.recipe.allocation.roles
+        return allocate.by_role(self.rows, [roles.get(self.role(name), 1.0) for name in self.names], self.budget)
+
+    def svd_llm_v2(self) -> list[int]:
+        picks = self.uniform()
+        losses = [
+            math.sqrt(self.options[name][pick].candidate.error * self.found[name][0].curve.energy * self.tokens)
+            for name, pick in zip(self.names, picks, strict=True)
+        ]
+        return allocate.svd_llm_v2(self.rows, losses, [self.role(name) for name in self.names], self.budget)
+
+    def d_rank(self) -> list[int]:
+        values = {self.assignments[n].info.block: i for i, n in enumerate(self.names) if self.role(n) == "v"}
+        donors = [values.get(self.assignments[n].info.block) if self.role(n) in ("q", "k") else None for n in self.names]
+        ranks = [allocate.effective_rank(self.spectrum(name)) for name in self.names]
+        costs = [info.in_features + info.out_features for info in (self.assignments[n].info for n in self.names)]
+        return allocate.d_rank(self.rows, ranks, costs, donors, self.recipe.allocation.shift, self.budget)
+
+
+RULES: dict[str, Callable[[Rule], list[int]]] = {
+    "uniform": Rule.uniform,
+    "threshold": Rule.threshold,
+    "by_role": Rule.by_role,
+    "svd_llm_v2": Rule.svd_llm_v2,
+    "d_rank": Rule.d_rank,
+}
