@@ -1,7 +1,8 @@
 """Published rules for sharing out a budget, which the knapsack is measured against. Plain numbers.
 
 References: uniform is SVD-LLM's; `threshold` WeLore's (arXiv 2407.11239); `by_role` LoRAP's (arXiv 2404.09695); `svd_llm_v2` arXiv
-2503.12340; `d_rank` arXiv 2509.25622; the depth bias is LEMS's (ICML 2026). Glossary: as in `knapsack`.
+2503.12340; `d_rank` arXiv 2509.25622; the cap on single damages ROCKET's (arXiv 2602.11008); the depth bias LEMS's (ICML 2026).
+Glossary: as in `knapsack`.
 """
 
 import math
@@ -13,6 +14,24 @@ from compressor.errors import BudgetError, ConfigError
 from compressor.knapsack import Row, check_budget
 
 BISECTIONS = 100
+
+
+def capped(rows: Sequence[Row], budget: int, picks: Sequence[int], first: float, step: float = 0.1) -> list[Row]:
+    """Rows in which no option hurts more than α times the mean damage of `picks`: beyond, damages become infinite (ROCKET).
+
+    α is the smallest of `first`, `first` + step, … whose cheapest allowed options fit the budget. Raises BudgetError as `knapsack` does.
+    """
+    check_budget(rows, budget)
+    mean = float(np.mean([row.damages[pick] for row, pick in zip(rows, picks, strict=True)]))
+    if mean <= 0:
+        return list(rows)
+    factor = first
+    while True:
+        allowed = [Row(row.costs, tuple(e if e <= factor * mean else math.inf for e in row.damages), row.whole) for row in rows]
+        least = [min((c for c, e in zip(row.costs, row.damages, strict=True) if e < math.inf), default=math.inf) for row in allowed]
+        if sum(least) <= budget:
+            return allowed
+        factor += step
 
 
 def largest_within(row: Row, limit: float) -> int:

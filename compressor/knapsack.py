@@ -25,7 +25,10 @@ BISECTIONS = 100
 
 @dataclass(frozen=True)
 class Row:
-    """Options of one linear: `costs` ascending, with the `damages` of the same order; `whole` is the cost of the dense linear."""
+    """Options of one linear: `costs` ascending, with the `damages` of the same order, infinite for options that are ruled out.
+
+    whole: the cost of the dense linear.
+    """
 
     costs: tuple[int, ...]
     damages: tuple[float, ...]
@@ -165,6 +168,8 @@ def constrained(rows: Sequence[Row], budget: int, limits: Sequence[Limit]) -> Al
     check_budget(rows, budget)
     owner = np.repeat(np.arange(len(rows)), [len(row.costs) for row in rows])
     damage = np.concatenate([row.damages for row in rows])
+    allowed = np.isfinite(damage)
+    damage = np.where(allowed, damage, 0.0)
     usages = [(np.concatenate([row.costs for row in rows]), budget), *((np.concatenate(list(table)), most) for table, most in limits)]
     one_each = csr_array((np.ones(len(owner)), (owner, np.arange(len(owner)))), shape=(len(rows), len(owner)))
     slack = 0.0
@@ -173,7 +178,7 @@ def constrained(rows: Sequence[Row], budget: int, limits: Sequence[Limit]) -> Al
         answer = milp(
             damage / max(damage.max(), np.finfo(float).tiny),
             integrality=np.ones(len(owner)),
-            bounds=Bounds(0, 1),
+            bounds=Bounds(0, allowed.astype(float)),
             constraints=[LinearConstraint(one_each, 1, 1), *bounds],
             options={"mip_rel_gap": GAP, "time_limit": 60.0},
         )

@@ -170,6 +170,9 @@ def spend(problem: Problem, options: Mapping[str, list[Option]], names: Sequence
     while True:
         table = rows_of(problem, options, names, sharing)
         rows = [row_of(problem, row) for row in table]
+        if problem.recipe.allocation.cap is not None:
+            keep = budget / sum(row.whole for row in rows)
+            rows = allocate.capped(rows, budget, allocate.uniform(rows, [keep] * len(rows)), problem.recipe.allocation.cap)
         limits = [limit_of(problem, name, fraction, table, names) for name, fraction in problem.recipe.allocation.limits.items()]
         answer = knapsack.knapsack(rows, budget) if not limits else knapsack.constrained(rows, budget, limits)
         bundles = [row[pick] for row, pick in zip(table, answer.choice, strict=True)]

@@ -160,6 +160,8 @@ class Allocation(Section):
     """Stored bits, indices and masks included, or stored real numbers only, as papers count."""
     damage: Literal["kl_probe", "two_sided", "relative_error"] = "kl_probe"
     """What the knapsack minimises: measured divergence in nats, the method's error as it is, or the error over the energy."""
+    cap: Annotated[float, Field(gt=0)] | None = None
+    """Largest damage of a linear in a knapsack, over the mean at uniform sizes; raised in steps of 0.1 until the size can be met."""
     depth_bias: NonNegative = 0.0
     """Weight γ of the factor 1 + γh by which damage in early blocks counts more (kl_probe)."""
     roles: dict[str, Annotated[float, Field(gt=0)]] = {"q": 1.0, "k": 1.0, "v": 3.0, "o": 3.0}

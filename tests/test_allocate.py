@@ -140,3 +140,30 @@ def test_depth_weight_falls_to_the_last_block():
     assert allocate.depth_weight(0, 4, bias=5) == 6
     assert allocate.depth_weight(3, 4, bias=5) == pytest.approx(2.25)
     assert allocate.depth_weight(2, 4, bias=0) == 1
+
+
+def test_capped_by_hand():
+    """Mean damage 2 at uniform sizes. At α = 1 the first row needs its 9, and 9 + 4 exceed 12; at 1.1 damages up to 2.2 are let in."""
+    rows = [Row((2, 5, 9), (5.0, 2.2, 0.0), 9), Row((4, 8), (1.8, 0.0), 8)]
+    capped = allocate.capped(rows, 12, (1, 0), 1.0)
+    assert [row.damages for row in capped] == [(math.inf, 2.2, 0.0), (1.8, 0.0)]
+    assert [row.costs for row in capped] == [row.costs for row in rows]
+    assert allocate.capped(rows, 13, (1, 0), 1.0)[0].damages == (math.inf, math.inf, 0.0)
+    assert allocate.capped(rows, 12, (1, 0), 3.0) == rows
+    assert allocate.capped(rows, 17, (2, 1), 1.0) == rows  # nothing hurts
+    with pytest.raises(BudgetError, match="the budget cannot be met"):
+        allocate.capped(rows, 5, (1, 0), 1.0)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("keep", [0.4, 0.8])
+def test_a_capped_knapsack_is_the_best_within_the_cap(seed, keep):
+    rows = random_rows(seed, groups=5, options=5)
+    budget = int(keep * sum(row.whole for row in rows))
+    capped = allocate.capped(rows, budget, allocate.uniform(rows, [keep] * 5), 1.0)
+    answer = knapsack.knapsack(capped, budget)
+    assert answer.cost <= budget
+    assert answer.damage == pytest.approx(brute_force(capped, budget), rel=EXACT)
+    assert answer.damage >= knapsack.knapsack(rows, budget).damage * (1 - EXACT)
+    limited = knapsack.constrained(capped, budget, [([row.costs for row in rows], budget)])  # a second limit that says the same
+    assert limited.damage == pytest.approx(answer.damage, rel=EXACT)

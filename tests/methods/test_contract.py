@@ -31,6 +31,11 @@ VARIANTS += [
         ("admm", "two_sided", "2:4"),
     )
 ]
+FITTED = {"anchors": None}  # every size of the curve fitted
+VARIANTS += [("rocket", options) for options in (FITTED, {"metric": "weighted_gram"} | FITTED, {"profile": "weight"})]
+VARIANTS += [("cospadi", {"rounds": 2} | options | FITTED) for options in ({}, {"metric": "weighted_gram"}, {"solver": "ksvd"})]
+VARIANTS += [("compot", options | FITTED) for options in ({}, {"free": True}, {"metric": "weighted_gram"})]
+VARIANTS += [("dsformer", {"metric": metric, "group": 4} | FITTED) for metric in ("identity", "gram", "weighted_gram")]
 
 
 def test_every_method_is_in_this_suite():
