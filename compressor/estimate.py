@@ -158,8 +158,8 @@ def inspection(source: ModelFolder, plot: Path | None = None) -> dict[str, Any]:
     choices = read_json(source.path / "plan.json")["linears"] if (source.path / "plan.json").is_file() else {}
     rows = []
     for name, spec in specs.items():
-        dtype = TORCH_DTYPES[source.tensors[f"{name}.weight"].dtype]
-        module = build_empty(spec, dtype)
+        dtypes = [TORCH_DTYPES[info.dtype] for tensor, info in source.tensors.items() if tensor.rpartition(".")[0] == name]
+        module = build_empty(spec, next(dtype for dtype in dtypes if dtype.is_floating_point))
         choice = choices.get(name, {})
         shape = f"{spec['out_features']} × {spec['in_features']}"
         sizes = {"bits": module.bits(), "dense_bits": choice.get("dense_bits"), "error": choice.get("error")}

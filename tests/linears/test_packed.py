@@ -1,0 +1,204 @@
+"""The packed storage kind: exact codes, sizes, spec round trip, what is kept between passes, and reading it back with transformers."""
+
+import builtins
+import copy
+import json
+
+import pytest
+import torch
+from conftest import tiny_model
+from handmade import compress_in_place, loaded, logits
+from torch import Tensor
+
+import compressor.hf  # noqa: F401 - registers the format with transformers
+from compressor.errors import ConfigError
+from compressor.linears import KINDS, Adapted, Packed, build_empty
+from compressor.linears.packed import library, pack, unpack, words
+from compressor.scoring import in_float32
+
+SHAPES = [((24, 16), 8), ((16, 24), 24), ((5, 31), 31), ((6, 86), 43), ((8, 8), 1)]  # (out, in), group
+BITS = range(2, 9)
+
+
+def integers(*shape: int, bits: int, seed: int = 0) -> Tensor:
+    """Random codes, both extremes among them."""
+    codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), shape, generator=torch.Generator().manual_seed(seed))
+    codes.view(-1)[0], codes.view(-1)[-1] = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    return codes
+
+
+def made(shape=(6, 86), group: int = 43, bits: int = 3, symmetric: bool = True, bias: bool = True, dtype=torch.float32) -> Packed:
+    generator, groups = torch.Generator().manual_seed(3), shape[1] // group
+    scales, offset = (torch.randn(*size, generator=generator).to(dtype) for size in ((shape[0], groups), (shape[0],)))
+    zeros = None if symmetric else integers(shape[0], groups, bits=bits, seed=1)
+    return Packed.of_codes(integers(*shape, bits=bits), scales, zeros, offset if bias else None, bits)
+
+
+def expected(module: Packed, bits: int, group: int, symmetric: bool) -> Tensor:
+    """Ŵ by definition, float64, from the codes that `made` drew."""
+    height, width = module.out_features, module.in_features
+    zeros = torch.zeros(height, width // group) if symmetric else integers(height, width // group, bits=bits, seed=1)
+    codes = integers(height, width, bits=bits).double() - zeros.repeat_interleave(group, 1)
+    return codes * module.scales.double().repeat_interleave(group, 1)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("count", [1, 31, 32, 129])
+def test_every_code_comes_back_and_no_bit_is_wasted(bits, count):
+    codes = integers(count, bits=bits)
+    packed = pack(codes, bits)
+    assert packed.dtype == torch.int32 and packed.shape == (words(count, bits),) == (-(-count * bits // 32),)
+    assert torch.equal(unpack(packed, bits, (1, count))[0], codes.to(torch.int8))
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("shape", "group"), SHAPES, ids=str)
+def test_the_dense_form_is_the_definition_and_bits_are_the_bytes_written(shape, group, bits, symmetric):
+    module, (height, width) = made(shape, group, bits, symmetric, dtype=torch.bfloat16), shape
+    assert torch.equal(module.to_dense().double(), expected(module, bits, group, symmetric))  # 9 bits times 8 bits fit into float32
+    scales = height * width // group
+    codes = words(height * width, bits) + (0 if symmetric else words(scales, bits))
+    assert module.bits() == 32 * codes + 16 * (scales + height) == 8 * sum(t.nbytes for t in module.state_dict().values())
+    assert module.stored_parameters() == scales + height
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_forward_rounds_the_dense_form_once(dtype, symmetric, device):
+    module = made(bits=8, symmetric=symmetric, dtype=dtype).to(device)
+    inputs = torch.randn(3, 86, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    dense = module.to_dense()
+    assert dense.dtype == torch.float32 and not dense.requires_grad
+    assert torch.equal(module(inputs), torch.nn.functional.linear(inputs, dense.to(dtype), module.bias))
+    assert module(inputs[0]).shape == (6,)
+
+
+def test_by_hand():
+    """Codes −2 … 1 of two bits and zero points −2 and 1: (1 + 2) · 0.5 = 1.5, (−2 − 1) · 2 = −6."""
+    codes = torch.tensor([[1, -2, -2, 0]])
+    module = Packed.of_codes(codes, torch.tensor([[0.5, 2.0]]), torch.tensor([[-2, 1]]), None, 2)
+    assert module.to_dense().tolist() == [[1.5, 0.0, -6.0, -2.0]]
+    assert module.weight.tolist() == [0b10_00_00_11] and module.zeros.tolist() == [0b11_00]  # plus 2, the first in the lowest bits
+
+
+def makers():
+    low = {"up": torch.randn(6, 2), "down": torch.randn(2, 86)}
+    return [made(), made(symmetric=False, bias=False, bits=4), Adapted(made(symmetric=False), **low)]
+
+
+@pytest.mark.parametrize("module", makers(), ids=["symmetric", "asymmetric", "adapted"])
+def test_spec_rebuilds_the_module_exactly(module):
+    rebuilt = build_empty(json.loads(json.dumps(module.spec())), torch.float32, "cpu")
+    rebuilt.load_state_dict(module.state_dict(), strict=True)
+    inputs = torch.randn(3, 86)
+    assert torch.equal(rebuilt(inputs), module(inputs)) and torch.equal(rebuilt.to_dense(), module.to_dense())
+    assert rebuilt.spec() == module.spec() and rebuilt.bits() == module.bits()
+    assert build_empty(module.spec(), torch.float32).weight.shape == module.weight.shape and module.weight.ndim == 1
+    assert KINDS["packed"] is Packed
+
+
+def test_a_residual_is_added_and_keeps_the_names_of_the_base():
+    up, down = torch.randn(6, 2), torch.randn(2, 86)
+    module = Adapted(made(symmetric=False), up, down)
+    torch.testing.assert_close(module.to_dense(), made(symmetric=False).to_dense() + up @ down)
+    assert set(module.state_dict()) == {"weight", "scales", "zeros", "bias", "up", "down"}
+
+
+@pytest.mark.parametrize("module", makers(), ids=["symmetric", "asymmetric", "adapted"])
+def test_whatever_is_written_or_cast_after_a_forward_pass_takes_effect(module):
+    inputs = torch.randn(3, 86)
+
+    def check():
+        torch.testing.assert_close(module(inputs), inputs @ module.to_dense().T + (0 if module.bias is None else module.bias))
+
+    with torch.no_grad():
+        check()
+        kept = module.scales._kept[1]
+        check()
+        assert module.scales._kept[1] is kept
+        module.scales.mul_(2)
+        check()
+        module.weight.copy_(module.weight.flip(0))
+        check()
+        if module.zeros is not None:
+            module.zeros.copy_(module.zeros.flip(0))
+            check()
+        twin = copy.deepcopy(module)
+        twin.scales.zero_()
+        check()
+        module.to(torch.bfloat16)
+        assert module.scales.dtype == torch.bfloat16 and module.weight.dtype == torch.int32
+        with in_float32(module):
+            check()
+
+
+def test_scales_learn():
+    module = made(symmetric=False).requires_grad_(True)
+    module(torch.ones(2, 86)).sum().backward()
+    steps = (module.to_dense() / module.scales.detach().repeat_interleave(43, 1)).unflatten(1, (-1, 43)).sum(2)
+    torch.testing.assert_close(module.scales.grad, 2 * steps)
+    with torch.inference_mode():
+        made()(torch.ones(2, 86))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_reads_back_through_from_pretrained(kind, tmp_path):
+    model = tiny_model(kind).to(torch.bfloat16)
+    names = {
+        "llama": ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"),
+        "gpt2": ("transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_fc"),
+    }[kind]
+    modules = {}
+    for name, symmetric in zip(names, (True, False), strict=True):
+        dense = model.get_submodule(name)
+        height, width = (dense.nf, dense.nx) if kind == "gpt2" else (dense.out_features, dense.in_features)
+        base = made((height, width), width // 2, 3, symmetric, dense.bias is not None, torch.bfloat16)
+        pair = (0.1 * torch.ones(height, 2).bfloat16(), 0.1 * torch.ones(2, width).bfloat16())
+        modules[name] = base if symmetric else Adapted(base, *pair)
+    compress_in_place(model, modules)
+    model.save_pretrained(tmp_path)
+    again = loaded(tmp_path)
+    state = again.state_dict()
+    assert all(torch.equal(state[name], tensor) and state[name].dtype == tensor.dtype for name, tensor in model.state_dict().items())
+    for name, module in modules.items():
+        inputs = torch.ones(3, module.in_features, dtype=torch.bfloat16)
+        assert torch.equal(again.get_submodule(name)(inputs), module(inputs))
+    assert logits(again).isfinite().all()
+    wide = loaded(tmp_path, dtype=torch.float32)
+    assert all(torch.equal(wide.get_submodule(name).to_dense(), module.to_dense()) for name, module in modules.items())
+
+
+@pytest.fixture
+def anew():
+    """The library is looked for again, before and after a test."""
+    library.cache_clear()
+    yield
+    library.cache_clear()
+
+
+def test_missing_library_names_the_command(monkeypatch, anew):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.startswith("compressed_tensors"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ConfigError, match=r"run `pip install 'compressor\[quant\]'`"):
+        made()
+
+
+def test_a_release_that_pads_codes_is_refused(monkeypatch, anew):
+    from compressed_tensors.compressors.pack_quantized import helpers
+
+    monkeypatch.setattr(helpers, "pack_to_int32", lambda codes, bits: torch.zeros(1, -(-codes.numel() // (32 // bits)), dtype=torch.int32))
+    with pytest.raises(ConfigError, match="pads codes to whole words; run `pip install"):
+        pack(torch.zeros(64), 4)
+
+
+@pytest.mark.parametrize("change", [{"group": 5}, {"group": 0}, {"bits": 1}, {"bits": 9}], ids=str)
+def test_a_spec_that_cannot_be_is_refused(change):
+    with pytest.raises(ValueError, match=r"bits in groups of"):
+        build_empty(made().spec() | change, torch.float32)
