@@ -6,7 +6,7 @@ The loss is the *sum* over positions of the next-token cross-entropy in nats, so
 The last position of a window has no label and its g is exactly zero: `grad_tokens` counts the other positions, trimmed ones apart.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -102,11 +102,11 @@ def _uniform(tokens: Tensor, gradients: Gradients, generator: torch.Generator | 
     return torch.rand(tokens.shape, dtype=torch.float64, generator=generator, device=generator.device)
 
 
-class _Stop(Exception):
+class Stop(Exception):
     """Ends a forward pass behind the last block that is needed."""
 
 
-class _Sums:
+class Sums:
     """Token count and named float64 sums of one stream of vectors; NaN and infinity are refused."""
 
     def __init__(self, stream: str):
@@ -123,6 +123,16 @@ class _Sums:
         else:
             self.fields[field] = value.double()
 
+    def add_inputs(self, x: Tensor, fields: Container[str], where: str) -> None:
+        """Add those of the input fields that are in `fields`. x: (tokens, in), float32 or wider."""
+        self.tokens += len(x)
+        if "gram" in fields:
+            self.add("gram", x.T @ x, where)
+        if "sum" in fields:
+            self.add("sum", x.sum(0), where)
+        if "abs_sum" in fields:
+            self.add("abs_sum", x.abs().sum(0), where)
+
 
 class _Pass:
     """One pass over the windows: the hooks on the linears of a wave and the sums they fill."""
@@ -134,8 +144,8 @@ class _Pass:
         self.sharing: dict[str, list[str]] = {}  # `feeds` → linears that receive that input
         for name, info in wave.items():
             self.sharing.setdefault(info.feeds, []).append(name)
-        self.inputs = {feeds: _Sums(f"{names[0]}: input activations are") for feeds, names in self.sharing.items()}
-        self.outputs = {name: _Sums(f"{name}: output gradients are") for name in wave}
+        self.inputs = {feeds: Sums(f"{names[0]}: input activations are") for feeds, names in self.sharing.items()}
+        self.outputs = {name: Sums(f"{name}: output gradients are") for name in wave}
         self.windows = self.length = 0  # of the batch that is running
         self.where = ""
         if self.backward and any(parameter.device.type == "meta" for parameter in model.parameters()):
@@ -158,7 +168,7 @@ class _Pass:
                 if self.needs[name] & GRADIENT_FIELDS:
                     stack.callback(info.module.register_forward_hook(partial(self._await_gradient, name)).remove)
             if not self.backward and last < len(members):
-                stack.callback(members[last].register_forward_hook(_stop).remove)
+                stack.callback(members[last].register_forward_hook(stop).remove)
             yield
 
     def run(self, start: int, tokens: Tensor, uniform: Tensor | None) -> None:
@@ -170,22 +180,14 @@ class _Pass:
         with torch.set_grad_enabled(self.backward):
             try:
                 logits = self.model(input_ids=tokens, use_cache=False).logits
-            except _Stop:
+            except Stop:
                 return
             if self.backward:
                 labels = tokens if uniform is None else _draw(logits.detach(), uniform)
                 _summed_loss(logits, labels, shifted=uniform is not None).backward()
 
     def _add_input(self, feeds: str, fields: frozenset[str], module: nn.Module, args: tuple[Any, ...]) -> None:
-        sums = self.inputs[feeds]
-        x = _wide(args[0].detach()).flatten(0, -2)  # (tokens, in)
-        sums.tokens += len(x)
-        if "gram" in fields:
-            sums.add("gram", x.T @ x, self.where)
-        if "sum" in fields:
-            sums.add("sum", x.sum(0), self.where)
-        if "abs_sum" in fields:
-            sums.add("abs_sum", x.abs().sum(0), self.where)
+        self.inputs[feeds].add_inputs(wide(args[0].detach()).flatten(0, -2), fields, self.where)
 
     def _await_gradient(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Ask autograd for the gradient at the output; where nothing before it needs one, the backward pass ends here."""
@@ -200,14 +202,14 @@ class _Pass:
         if gradient.shape[:-1].numel() != self.windows * self.length:
             raise ConfigError(f"{name} sees routed tokens, whose gradients are not collected; choose a method without gradients for it")
         kept = slice(dropped, self.length - dropped)
-        g = _wide(gradient).reshape(self.windows, self.length, -1)[:, kept]  # (windows, positions, out)
+        g = wide(gradient).reshape(self.windows, self.length, -1)[:, kept]  # (windows, positions, out)
         norms = torch.linalg.vector_norm(g, dim=-1)  # (windows, positions)
         if self.gradients.clip is not None:
             scale = clip_scale(norms, counted, *self.gradients.clip)
             g, norms = g * scale[..., None], norms * scale
         sums.tokens += self.windows * counted
         if x is not None:
-            x = _wide(x).reshape(self.windows, self.length, -1)[:, kept]
+            x = wide(x).reshape(self.windows, self.length, -1)[:, kept]
             sums.add("fisher", (x * norms[..., None]).square_().sum((0, 1)), self.where)
         if "grad_gram" in fields:
             g = g.flatten(0, 1)  # (tokens, out)
@@ -253,7 +255,7 @@ def _summed_loss(logits: Tensor, labels: Tensor, shifted: bool) -> Tensor:
     """
     labels = labels.clone() if shifted else labels.roll(-1, dims=1)
     labels[:, -1] = NO_LABEL
-    return functional.cross_entropy(_wide(logits).flatten(0, 1), labels.flatten().to(logits.device), ignore_index=NO_LABEL, reduction="sum")
+    return functional.cross_entropy(wide(logits).flatten(0, 1), labels.flatten().to(logits.device), ignore_index=NO_LABEL, reduction="sum")
 
 
 def _draw(logits: Tensor, uniform: Tensor) -> Tensor:
@@ -265,13 +267,13 @@ def _draw(logits: Tensor, uniform: Tensor) -> Tensor:
     return torch.stack(labels)
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def wide(tensor: Tensor) -> Tensor:
     """Return half-precision tensors as float32, others as they are."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _stop(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    raise _Stop
+def stop(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    raise Stop
 
 
 @contextmanager

@@ -66,11 +66,16 @@ class Decomposition:
 
     def build(self, candidate: Candidate) -> tuple[dict[str, CompressedLinear], float]:
         """Module of every linear for a candidate, as it will be stored, and the error of all in the method's metric."""
-        module = self.method.compress(self.state, candidate.setting)
-        error = self.method.measure(self.state, module)
-        if len(self.members) == 1:
-            return dict.fromkeys(self.members, module), error
-        return module.split(self.members), error
+        return built(self.method, self.state, candidate.setting, self.members)
+
+
+def built(method: Method, state: Any, setting: dict[str, Any], members: dict[str, int]) -> tuple[dict[str, CompressedLinear], float]:
+    """Module of every linear for a setting, as it will be stored, and the error of all in the method's metric."""
+    module = method.compress(state, setting)
+    error = method.measure(state, module)
+    if len(members) == 1:
+        return dict.fromkeys(members, module), error
+    return module.split(members), error
 
 
 def assign(recipe: Recipe, model: torch.nn.Module) -> dict[str, Assignment]:

@@ -8,6 +8,7 @@ Glossary
     error = tr(H D M Dᵀ) with D = W − Ŵ; H is the identity unless the metric is two-sided
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import scipy.linalg
@@ -159,3 +160,22 @@ def exchange(coefficients: Tensor, row: int, column: int) -> Tensor:
     updated[:, column] = -coefficients[:, column] / pivot
     updated[row, column] = 1 / pivot
     return updated
+
+
+def drift(gram: Tensor, cross_gram: Tensor, dampings: Sequence[float], what: str) -> tuple[Tensor, float]:
+    """Map Δ (in, in) = (C − Ĝ) (Ĝ + λI)⁻¹ from shifted inputs x̂ to what the dense inputs x hold beyond them; and the damping taken.
+
+    For targets W x and inputs x̂, ‖W X − Ŵ X̂‖² = tr((W̃ − Ŵ) Ĝ (W̃ − Ŵ)ᵀ) + what no Ŵ can reach, with W̃ = W C Ĝ⁻¹ = W (I + Δ) at λ = 0
+    (low-rank card 2.16; SAES-SVD, arXiv 2602.03051; AA-SVD, arXiv 2604.02119). Damping λ leaves directions that x̂ hardly has as they are.
+
+    gram: (in, in) Σ x̂ x̂ᵀ; cross_gram: (in, in) Σ x x̂ᵀ; dampings: λ ÷ mean diagonal, tried in this order until Ĝ + λI is positive definite.
+    Raises NumericalError naming `what` if none is.
+    """
+    mean = gram.diagonal().mean()
+    for damping in dampings:
+        factor, failed = torch.linalg.cholesky_ex(
+            gram.double() + damping * mean * torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+        )
+        if not failed and torch.isfinite(factor).all():
+            return torch.cholesky_solve((cross_gram - gram).double().T, factor).T, damping
+    raise NumericalError(f"{what}: the Gram is singular at dampings {list(dampings)}; add a larger one to calibration.anchor_damping")

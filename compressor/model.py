@@ -241,17 +241,22 @@ def dense_of(info: LinearInfo, dtype: torch.dtype) -> Dense:
     return Dense(weight.T.contiguous() if info.conv1d else weight, bias, dtype)
 
 
+def fitted(model: PreTrainedModel, name: str, module: nn.Module) -> nn.Module:
+    """`module` in the floating dtype and on the device of the linear `name`: itself, or a copy if it must change."""
+    old = model.get_submodule(name)
+    with align_module_device(old):
+        device, dtype = old.weight.device, old.weight.dtype
+    if any(tensor.device != device or (tensor.is_floating_point() and tensor.dtype != dtype) for tensor in module.state_dict().values()):
+        return deepcopy(module).to(device=device, dtype=dtype)
+    return module
+
+
 def replace(model: PreTrainedModel, name: str, module: nn.Module) -> None:
     """Install `module` in place of the linear `name`, in the floating dtype and on the device of that linear; copied if it must change.
 
     A tied lm_head is untied: the embedding keeps the dense weight and the model's config says so.
     """
-    old = model.get_submodule(name)
-    with align_module_device(old):
-        device, dtype = old.weight.device, old.weight.dtype
-    if any(tensor.device != device or (tensor.is_floating_point() and tensor.dtype != dtype) for tensor in module.state_dict().values()):
-        module = deepcopy(module).to(device=device, dtype=dtype)
-    model.set_submodule(name, module)
+    model.set_submodule(name, fitted(model, name, module))
     if model.all_tied_weights_keys.pop(f"{name}.weight", None) is not None:
         model.config.tie_word_embeddings = False
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compressor import artifacts, checkpoint, data, estimate, folder, lm_eval_bridge, report, scoring, selection, stages
+from compressor import artifacts, checkpoint, data, estimate, folder, lm_eval_bridge, refine, report, scoring, selection, stages
 from compressor import export as exporting
 from compressor import model as models
 from compressor.config import dump_yaml
@@ -71,7 +71,8 @@ def plan_and_build(
     """Decompose, probe, allocate and build: the plan with its measured errors, and the modules as they will be stored."""
     with watch("decompose"):
         found = stages.decompositions(job, collected, progress)
-        collected = {name: LinearStats(tokens=one.tokens, gram=one.gram) for name, one in collected.items()}
+        if not job.recipe.calibration.sequential:
+            collected = {name: LinearStats(tokens=one.tokens, gram=one.gram) for name, one in collected.items()}
     if edited is not None:
         made, modules = selection.build_plan(job, edited, found)
     else:
@@ -79,6 +80,9 @@ def plan_and_build(
             probed = stages.probes(job, found, progress)
         with watch("allocate"):
             made, modules = selection.choose(job, found, probed)
+    if job.recipe.calibration.sequential:
+        with watch("decompose"):
+            made, modules = refine.in_order(job, made, modules, collected, progress)
     return stages.with_gram_errors(made, job, modules, collected), modules
 
 

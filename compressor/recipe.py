@@ -104,6 +104,12 @@ class Calibration(Section):
     memory: Size = "4GiB"
     """Memory for the second moments collected in one pass; more passes are made when they do not fit."""
     gradients: Gradients = Gradients()
+    sequential: bool = False
+    """Whether, once methods and sizes are fixed, linears are solved again in order, each on what the compressed ones before it leave."""
+    anchor: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Target of a sequential solve: 0 the weight's own outputs on these inputs, 1 its outputs in the dense model, or a blend."""
+    anchor_damping: Annotated[Many[Annotated[float, Field(ge=0)]], Field(min_length=1)] = (0.01, 0.1, 1.0)
+    """Dampings of the anchored target, relative to the mean diagonal of the Gram, tried in this order."""
 
     @model_validator(mode="after")
     def _leaves_windows(self) -> "Calibration":

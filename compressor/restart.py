@@ -40,12 +40,12 @@ def forward_from(model: PreTrainedModel, block: int, outputs: list[Any], input_i
 
     Costs the embedding, blocks `block`, `block` + 1, … and the head; `block` = 0 is a full pass, the number of blocks runs the head alone.
     """
-    with _passing(blocks(model)[1][:block], outputs[:block]):
+    with passing(blocks(model)[1][:block], outputs[:block]):
         return model(input_ids=input_ids, use_cache=False).logits
 
 
 @contextmanager
-def _passing(modules: nn.ModuleList, outputs: list[Any]) -> Iterator[None]:
+def passing(modules: nn.ModuleList, outputs: list[Any]) -> Iterator[None]:
     """Let each module return its cached output. Its `forward` is hidden, not the module: models read attributes of their blocks."""
     hidden = [module.__dict__.get("forward") for module in modules]  # accelerate puts its own `forward` there
     try:
@@ -58,6 +58,12 @@ def _passing(modules: nn.ModuleList, outputs: list[Any]) -> Iterator[None]:
                 module.__dict__.pop("forward", None)
             else:
                 module.forward = forward
+
+
+def require_restartable(model: PreTrainedModel, logits: Tensor, restarted: Tensor, cure: str) -> None:
+    """Raise CompressorError, ending with `cure`, if a pass restarted between blocks does not give the logits of the full pass."""
+    if (logits - restarted).norm() > RESTART_TOLERANCE * logits.norm():
+        raise CompressorError(f"{type(model).__name__}: a forward pass restarted between its blocks differs from the full one; {cure}")
 
 
 class Restart:
@@ -74,11 +80,9 @@ class Restart:
         for index, batch in enumerate(batches):
             logits, outputs = block_outputs(model, batch)
             self.outputs.append(outputs)
-            if index == 0 and (logits - self.logits(0, (len(outputs) + 1) // 2)).norm() > RESTART_TOLERANCE * logits.norm():
-                raise CompressorError(
-                    f"{type(model).__name__}: a forward pass restarted between its blocks differs from the full one; "
-                    "choose an allocation that needs no probe (allocation.damage: two_sided or relative_error)"
-                )
+            if index == 0:
+                cure = "choose an allocation that needs no probe (allocation.damage: two_sided or relative_error)"
+                require_restartable(model, logits, self.logits(0, (len(outputs) + 1) // 2), cure)
 
     def logits(self, index: int, block: int) -> Tensor:
         """Logits (batch, length, vocabulary) of batch `index`, recomputed from `block` on with the modules now in the model."""

@@ -12,13 +12,15 @@ class LinearStats:
     """Sums over calibration tokens at the input x (in,) and the output gradient g (out,) of one linear. Absent is None.
 
     Every field is a sum, never a mean. Output gradients may be clipped or trimmed, so their sums carry `grad_tokens` of their own.
-    g is the gradient of the summed next-token cross-entropy in nats.
+    g is the gradient of the summed next-token cross-entropy in nats. In sequential runs x is what the linear receives behind the compressed
+    linears before it, x₀ what it receives in the dense model for the same token; the gradient sums stay those of the dense model.
     """
 
     tokens: int = 0
     gram: Tensor | None = None  # (in, in) float64: sum of x xᵀ
     sum: Tensor | None = None  # (in,) float64: sum of x
     abs_sum: Tensor | None = None  # (in,) float64: sum of |x|
+    cross_gram: Tensor | None = None  # (in, in) float64: sum of x₀ xᵀ, rows by the dense input; sequential runs only
     fisher: Tensor | None = None  # (in,) float64: sum of ‖g‖² x², the squared weight gradient of each token summed over outputs
     grad_tokens: int = 0  # tokens behind `fisher` and `grad_gram`
     grad_gram: Tensor | None = None  # (out, out) float64: sum of g gᵀ

@@ -17,8 +17,9 @@ LEVELS = (
     ("methods",),
     ("knapsack", "allocate"),
     ("manifest", "folder", "staging", "weights", "artifacts", "hf", "model", "data", "calibrate"),
-    ("scoring", "checkpoint", "export", "report", "speed", "lm_eval_bridge", "restart", "decompose", "probe", "units", "rules", "planning"),
-    ("stages", "selection", "estimate", "pipeline"),
+    ("scoring", "checkpoint", "export", "report", "speed", "lm_eval_bridge", "restart", "sequential"),
+    ("decompose", "probe", "units", "rules", "planning"),
+    ("stages", "selection", "refine", "estimate", "pipeline"),
     ("options", "verbs", "cli", "__main__"),
 )
 ORDER = [module for level in LEVELS for module in level]

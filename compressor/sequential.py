@@ -1,0 +1,167 @@
+"""Solving linears in the order of the model, each group on the inputs that the compressed linears before it leave.
+
+Groups are the linears that read one tensor ({q, k, v}, {o}, {gate, up}, {down} of a Llama block), in the order in which they run. The
+calibration windows are carried from block to block in two streams: what the compressed prefix returns, and, where targets are anchored,
+what the dense model returns. The stock `model.forward` runs with the blocks before replaced by their cached output, as in `restart`.
+
+References: statistics on the compressed prefix are GPTQ's (arXiv 2210.17323) and SparseGPT's; the cross-Gram of the two streams is that of
+SAES-SVD (arXiv 2602.03051) and AA-SVD (arXiv 2604.02119).
+
+Memory: windows × length × hidden size numbers in the dtype of the forward pass for each stream (one stream until the first linear is
+replaced, and without anchoring), on the device of the model. Time: each group costs one pass through the part of its block that runs
+before it, two with anchoring, and each block one pass more for each stream.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from compressor.calibrate import INPUT_FIELDS, Stop, Sums, stop, wide
+from compressor.errors import ConfigError, DataError
+from compressor.linears import CompressedLinear
+from compressor.model import LinearInfo, blocks, fitted, installed
+from compressor.progress import Progress, silent
+from compressor.restart import block_outputs, forward_from, passing, require_restartable
+from compressor.stats import LinearStats
+
+Solve = Callable[[Sequence[str], LinearStats | None], dict[str, CompressedLinear]]
+
+
+class Streams:
+    """What the block before `block` returned for each batch: in the model behind its compressed linears, and in the dense model."""
+
+    def __init__(self, model: PreTrainedModel, batches: list[Tensor], anchored: bool):
+        """batches: (batch, length) int64 each, on the model's device; anchored: whether the dense stream is carried as well.
+
+        Raises CompressorError if passes through this architecture cannot be restarted between its blocks.
+        """
+        self.model, self.batches, self.anchored = model, batches, anchored
+        self.members = blocks(model)[1]
+        self.block = 0
+        self.compressed: list[Any] = [None] * len(batches)
+        self.dense = self.compressed  # the same list until a linear is replaced
+        logits, outputs = block_outputs(model, batches[0])
+        middle = (len(outputs) + 1) // 2
+        restarted = forward_from(model, middle, [outputs[middle - 1]] * middle, batches[0])
+        require_restartable(model, logits, restarted, "set calibration.sequential to false")
+
+    @property
+    def parted(self) -> bool:
+        """Whether the inputs of this block differ from those in the dense model."""
+        return self.compressed is not self.dense
+
+    def run(self, index: int, outputs: list[Any]) -> None:
+        """Run one batch from this block on, until a hook raises Stop or the logits are there."""
+        with passing(self.members[: self.block], [outputs[index]] * self.block):
+            try:
+                self.model(input_ids=self.batches[index], use_cache=False)
+            except Stop:
+                return
+
+    def order(self, linears: Mapping[str, LinearInfo]) -> list[list[str]]:
+        """Linears of this block in groups that share an input, in the order in which they run; those that do not run come last."""
+        ran: list[str] = []
+        with ExitStack() as stack:
+            for info in linears.values():
+                watch = info.module.register_forward_pre_hook(lambda module, args, feeds=info.feeds: ran.append(feeds))
+                stack.callback(watch.remove)
+            if self.block < len(self.members):
+                stack.callback(self.members[self.block].register_forward_hook(stop).remove)
+            self.run(0, self.compressed)
+        sharing: dict[str, list[str]] = {feeds: [] for feeds in ran}
+        for name, info in linears.items():
+            sharing.setdefault(info.feeds, []).append(name)
+        return [names for names in sharing.values() if names]
+
+    def inputs(self, module: nn.Module, index: int, outputs: list[Any]) -> Tensor | None:
+        """What a linear of this block receives in one batch, (tokens, in); None if it does not run."""
+        with _capture(module.register_forward_pre_hook, lambda module, args: args[0]) as seen:
+            self.run(index, outputs)
+        return wide(seen[0].detach()).flatten(0, -2) if seen else None
+
+    def gather(self, infos: Sequence[LinearInfo], fields: frozenset[str], modules: dict[str, nn.Module]) -> LinearStats:
+        """Input sums of linears that share an input, with `modules` of this block replaced; `cross_gram` too if anchored.
+
+        Raises NumericalError on NaN or infinity, DataError if no token arrives, ConfigError for anchoring where tokens are routed.
+        """
+        first = infos[0]
+        sums = Sums(f"{first.name}: input activations behind the compressed linears are")
+        for index, batch in enumerate(self.batches):
+            where = f"batch {index}"
+            with installed(self.model, modules):
+                x = self.inputs(first.module, index, self.compressed)
+            if x is None:
+                continue
+            sums.add_inputs(x, fields, where)
+            if self.anchored:
+                if len(x) != batch.numel():
+                    raise ConfigError(f"{first.name} sees routed tokens, which cannot be anchored; set calibration.anchor to 0")
+                sums.add("cross_gram", self.inputs(first.module, index, self.dense).T @ x, where)
+        if sums.tokens == 0:
+            raise DataError(f"{first.name}: no calibration token reaches it; give more text or leave it out of the targets")
+        return LinearStats(tokens=sums.tokens, **sums.fields)
+
+    def advance(self, modules: dict[str, nn.Module]) -> None:
+        """Carry the streams through this block, the compressed one with `modules` in place of its linears."""
+        if modules and not self.parted:
+            self.compressed, self.dense = list(self.dense), self.dense if self.anchored else []
+        for outputs in [self.dense, self.compressed] if self.parted and self.anchored else [self.compressed]:
+            with installed(self.model, modules if outputs is self.compressed else {}):
+                for index in range(len(self.batches)):
+                    hook = self.members[self.block].register_forward_hook
+                    with _capture(hook, lambda module, args, output: output) as seen:
+                        self.run(index, outputs)
+                    outputs[index] = seen[0]
+        self.block += 1
+
+
+@contextmanager
+def _capture(register: Callable[[Callable[..., None]], Any], pick: Callable[..., Any]) -> Iterator[list[Any]]:
+    """Hook a module inside the `with`: what `pick` makes of the hook's arguments is put into the list, and the pass ends there."""
+    seen: list[Any] = []
+    handle = register(partial(_take, seen, pick))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def _take(seen: list[Any], pick: Callable[..., Any], *hooked: Any) -> None:
+    seen.append(pick(*hooked))
+    raise Stop
+
+
+@torch.no_grad()
+def solve_in_order(
+    model: PreTrainedModel,
+    linears: Mapping[str, LinearInfo],
+    batches: list[Tensor],
+    needs: Mapping[str, frozenset[str]],
+    anchored: bool,
+    solve: Solve,
+    progress: Progress = silent,
+) -> None:
+    """Call `solve` for each group of `linears`, in order, and let the groups behind see what it returns.
+
+    linears: those to be replaced, name → linear; needs: fields of their statistics; solve(names, stats) → modules: `stats` are the input
+    sums of the group, None as long as they are those of the dense model. The model is left as it was. Raises as `Streams`.
+    """
+    if not linears:
+        return
+    streams = Streams(model, batches, anchored)
+    last = max(info.block for info in linears.values())
+    for block in progress(range(last + 1), "solve in order"):
+        placed: dict[str, nn.Module] = {}
+        for names in streams.order({name: info for name, info in linears.items() if info.block == block}):
+            infos = [linears[name] for name in names]
+            fields = frozenset({"gram"}).union(*(needs[name] for name in names)) & INPUT_FIELDS
+            stats = streams.gather(infos, fields, placed) if streams.parted or placed else None
+            modules = solve(names, stats)
+            placed |= {name: fitted(model, name, module) for name, module in modules.items()}
+        if block < last:
+            streams.advance(placed)
