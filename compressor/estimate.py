@@ -1,7 +1,7 @@
 """What a run would do and what a checkpoint holds, from headers alone: nothing is written, no weight is read."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 
 from compressor.calibrate import GRADIENT_FIELDS
 from compressor.data import heldout_count
-from compressor.decompose import Assignment, assign
+from compressor.decompose import Assignment, Group, assign, groups, stacked
 from compressor.errors import CheckpointError, ConfigError
 from compressor.folder import ModelFolder
 from compressor.knapsack import Row, check_budget
@@ -34,6 +34,7 @@ def outline(recipe: Recipe, source: ModelFolder) -> dict[str, Any]:
     """
     model = skeleton(source.path)
     assignments = assign(recipe, model)
+    sharing = [group for group in groups(recipe, assignments).values() if group.methods]
     denses = {name: meta_dense(name, assignment, source, output_dtype(recipe)) for name, assignment in assignments.items()}
     sizes = {name: [size for method in assignments[name].methods for size in method.sizes(dense)] for name, dense in denses.items()}
     bits = recipe.allocation.count == "bits"
@@ -42,8 +43,7 @@ def outline(recipe: Recipe, source: ModelFolder) -> dict[str, Any]:
     kept = 0
     for names, keep in budgets(recipe, assignments, whole, others):
         budget = int(keep * sum(whole[name] for name in names) + 1e-6)
-        rows = [Row(costs := costs_of(sizes[n], whole[n], assignments[n].keep_dense, bits), (0.0,) * len(costs), whole[n]) for n in names]
-        check_budget(rows, budget)
+        check_budget(rows_of(names, assignments, sharing, denses, sizes, bits), budget)
         kept += budget
     targets, share = sum(dense.bits for dense in denses.values()) // 8, kept / sum(whole.values())
     return {
@@ -71,6 +71,30 @@ def meta_dense(name: str, assignment: Assignment, source: ModelFolder, dtype: to
     found = source.tensors.get(f"{name}.weight") or next(iter(source.tensors.values()))
     bias = None if info.module.bias is None else torch.empty(info.out_features, device="meta")
     return Dense(torch.empty(info.out_features, info.in_features, device="meta"), bias, dtype or TORCH_DTYPES[found.dtype])
+
+
+def rows_of(
+    names: list[str],
+    assignments: dict[str, Assignment],
+    sharing: Sequence[Group],
+    denses: dict[str, Dense],
+    sizes: dict[str, list[Candidate]],
+    bits: bool,
+) -> list[Row]:
+    """Costs of what can be chosen for the linears of one budget; of a group that may share, the least and the most its linears take apart."""
+
+    def cost(size: Candidate | Dense) -> int:
+        return size.bits if bits else size.parameters
+
+    costs = {name: costs_of(sizes[name], cost(denses[name]), assignments[name].keep_dense, bits) for name in names}
+    rows = []
+    for group in (group for group in sharing if set(group.members) <= set(names)):
+        apart = [costs.pop(name) for name in group.members]
+        dense = stacked([denses[name] for name in group.members])
+        together = [cost(size) for method in group.methods for size in method.sizes(dense)]
+        least, most = sum(map(min, apart)), sum(map(max, apart))
+        rows.append(Row(tuple(sorted([*together, least, most])), (0.0,) * (len(together) + 2), cost(dense)))
+    return rows + [Row(own, (0.0,) * len(own), cost(denses[name])) for name, own in costs.items()]
 
 
 def costs_of(sizes: list[Candidate], whole: int, keep_dense: bool, bits: bool) -> tuple[int, ...]:

@@ -83,6 +83,38 @@ def test_knapsack_is_never_worse_than_uniform():
         assert knapsack.knapsack(rows, budget).damage <= sum(row.damages[i] for row, i in zip(rows, uniform, strict=True))
 
 
+def usage(rows: list[Row], seed: int) -> list[list[int]]:
+    """What each option takes of another resource: growing with its cost, unevenly."""
+    rng = np.random.default_rng(seed)
+    return [[int(cost * rng.uniform(0.3, 1.2)) for cost in row.costs] for row in rows]
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("share", [0.4, 0.6])
+def test_further_limits_hold_and_the_answer_is_the_best(seed, share):
+    rows = random_rows(seed, groups=4, options=5)
+    budget, table = int(0.6 * sum(row.whole for row in rows)), usage(rows, seed)
+    most = int(share * sum(max(row) for row in table))
+    answer = knapsack.constrained(rows, budget, [(table, most)])
+    assert answer.cost <= budget
+    assert sum(row[pick] for row, pick in zip(table, answer.choice, strict=True)) <= most
+    best = min(
+        sum(row.damages[i] for row, i in zip(rows, choice, strict=True))
+        for choice in itertools.product(*(range(len(row.costs)) for row in rows))
+        if sum(row.costs[i] for row, i in zip(rows, choice, strict=True)) <= budget
+        and sum(row[i] for row, i in zip(table, choice, strict=True)) <= most
+    )
+    assert answer.damage == pytest.approx(best, rel=EXACT)
+    loose = knapsack.constrained(rows, budget, [(table, 10**9)])
+    assert loose.damage == pytest.approx(knapsack.knapsack(rows, budget).damage, rel=EXACT)
+
+
+def test_limits_that_cannot_all_be_met_say_so():
+    rows = [Row((40, 100), (1.0, 0.0), 100)]
+    with pytest.raises(BudgetError, match=r"allocation\.limits"):
+        knapsack.constrained(rows, 100, [([[50, 60]], 49)])
+
+
 def test_infeasible_budget_names_the_least_reachable_fraction():
     rows = [Row((40, 100), (1.0, 0.0), 100), Row((20, 100), (1.0, 0.0), 100)]
     with pytest.raises(BudgetError, match=r"at least 0\.3000"):

@@ -64,6 +64,9 @@ class Adapted(CompressedLinear):
     def forward(self, input: Tensor) -> Tensor:
         return self.base(input) + functional.linear(functional.linear(input, self.down), self.up)
 
+    def multiply_adds(self) -> int:
+        return self.base.multiply_adds() + self.up.numel() + self.down.numel()
+
     @torch.no_grad()
     def to_dense(self) -> Tensor:
         wide = torch.promote_types(self.up.dtype, torch.float32)

@@ -68,6 +68,10 @@ class CompressedLinear(nn.Linear, ABC):
         """Bits of every stored tensor, bias, indices and masks included: what the checkpoint holds, header apart."""
         return sum(tensor.numel() * tensor.element_size() * 8 for tensor in self.state_dict().values())
 
+    @abstractmethod
+    def multiply_adds(self) -> int:
+        """Multiply-adds for one token, as `forward` executes it."""
+
     def stored_parameters(self) -> int:
         """Stored real numbers, bias included; indices, masks and pivots do not count."""
         return sum(tensor.numel() for tensor in self.state_dict().values() if tensor.is_floating_point())

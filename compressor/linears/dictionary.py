@@ -18,6 +18,7 @@ memory beside the stored tensors; with autograd on the stored tensors it is alwa
 are slower than dense ones at these densities (card §10.2).
 """
 
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
@@ -28,7 +29,7 @@ from torch.nn import functional
 from compressor.errors import CheckpointError
 from compressor.linears.base import CompressedLinear
 from compressor.linears.kept import kept
-from compressor.linears.masks import unpack_mask
+from compressor.linears.masks import pack_mask, unpack_mask
 
 
 class Dictionary(CompressedLinear):
@@ -112,8 +113,28 @@ class Dictionary(CompressedLinear):
 
     def runs_as_pair(self) -> bool:
         """Whether the pair takes fewer multiply-adds for a token than the dense product."""
-        atoms, slice_width = self.atom_count, self.in_features // self.blocks
-        return atoms * (slice_width + self.out_features) < self.in_features * self.out_features
+        return self.multiply_adds() < self.in_features * self.out_features
+
+    def multiply_adds(self) -> int:
+        pair = self.atom_count * (self.in_features // self.blocks + self.out_features)
+        return min(pair, self.in_features * self.out_features)
+
+    def split(self, members: Mapping[str, int]) -> dict[str, "Dictionary"]:
+        """Modules of the linears that are stacked in this one, by name; the first stores the atoms, the others borrow them.
+
+        members: linear → number of outputs, in the order of the rows.
+        """
+        mask = unpack_mask(self.mask, self.out_features * self.atom_count).view(self.out_features, -1)
+        masks = mask.split(list(members.values()))
+        weights = self.weight.detach().split([int(part.sum()) for part in masks])
+        biases = [None] * len(masks) if self.bias is None else self.bias.detach().split(list(members.values()))
+        found: dict[str, Dictionary] = {}
+        for name, part, weight, bias in zip(members, masks, weights, biases, strict=True):
+            lender = next(iter(found), None)
+            atoms = self.atoms.detach() if lender is None else found[lender]
+            bias = None if bias is None else bias.clone()
+            found[name] = Dictionary(weight.clone(), atoms, pack_mask(part.flatten()), bias, len(part), self.blocks, lender)
+        return found
 
     def _pair(self, input: Tensor, codes: Tensor, atoms: Tensor) -> Tensor:
         if self.blocks == 1:

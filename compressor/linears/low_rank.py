@@ -77,6 +77,9 @@ class LowRank(CompressedLinear):
         pivot, other = input[..., self.order()].split([self.rank, self.in_features - self.rank], dim=-1)
         return functional.linear(pivot + functional.linear(other, self.weight), self.up, self.bias)
 
+    def multiply_adds(self) -> int:
+        return self.weight.numel() + self.up.numel()
+
     def to_dense(self) -> Tensor:
         wide = torch.promote_types(self.up.dtype, torch.float32)
         up, weight = self.up.detach().to(wide), self.weight.detach().to(wide)

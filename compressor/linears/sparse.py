@@ -69,6 +69,9 @@ class Sparse(CompressedLinear):
         learning = torch.is_grad_enabled() and self.weight.requires_grad
         return functional.linear(input, self.rebuild() if learning else kept((self.weight, self.mask), self.rebuild), self.bias)
 
+    def multiply_adds(self) -> int:
+        return self.out_features * self.in_features
+
     @torch.no_grad()
     def to_dense(self) -> Tensor:
         return self.rebuild().to(torch.promote_types(self.weight.dtype, torch.float32))

@@ -69,19 +69,25 @@ class Factors:
         return torch.linalg.solve_triangular(self.root.T, leading, upper=True), (self.root @ leading).T @ weight
 
 
-def pair_size(dense: Dense, rank: int, pivoted: bool, biased: bool) -> tuple[int, int]:
-    """(bits, parameters) of a rank-r pair.
+def pair_size(dense: Dense, rank: int, pivoted: bool, biased: bool) -> tuple[int, int, int]:
+    """(bits, parameters, multiply-adds for a token) of a rank-r pair.
 
     Pair: r (in + out) numbers; pivoted: r (in + out − r) numbers and one bit for each input, in whole bytes (card 2.20).
     """
     height, width = dense.weight.shape
-    parameters = rank * (height + width - (rank if pivoted else 0)) + (height if biased else 0)
-    return parameters * dense.dtype.itemsize * 8 + (8 * ((width + 7) // 8) if pivoted else 0), parameters
+    multiply_adds = rank * (height + width - (rank if pivoted else 0))
+    parameters = multiply_adds + (height if biased else 0)
+    return parameters * dense.dtype.itemsize * 8 + (8 * ((width + 7) // 8) if pivoted else 0), parameters, multiply_adds
 
 
-def saves(dense: Dense, size: tuple[int, int]) -> bool:
-    """Whether (bits, parameters) are both below the dense linear's: above that the weight stays dense."""
+def saves(dense: Dense, size: tuple[int, int, int]) -> bool:
+    """Whether bits and parameters are both below the dense linear's: above that the weight stays dense."""
     return size[0] < dense.bits and size[1] < dense.parameters
+
+
+def candidate(method: str, setting: dict[str, int], size: tuple[int, int, int], error: float = math.nan) -> Candidate:
+    bits, parameters, multiply_adds = size
+    return Candidate(method, setting, bits, parameters, error, multiply_adds)
 
 
 def store(up: Tensor, down: Tensor, bias: Tensor | None, dtype: torch.dtype, pivoted: bool) -> LowRank:
@@ -136,7 +142,7 @@ class LowRankMethod(Method[Factors]):
         step, largest = self.rank_step or max(1, full // 256), min(full - 1, int(self.max_rank * full))
         biased = dense.bias is not None or self.metric == "centred_gram"
         sizes = {rank: pair_size(dense, rank, pivoted, biased) for rank in range(step, largest + 1, step)}
-        return [Candidate(self.name, {"rank": rank}, *size, error=math.nan) for rank, size in sizes.items() if saves(dense, size)]
+        return [candidate(self.name, {"rank": rank}, size) for rank, size in sizes.items() if saves(dense, size)]
 
     def prepare(self, linear: str, dense: Dense, stats: LinearStats) -> Factors:
         stats.require(linear, self.needs)

@@ -17,7 +17,7 @@ error by default, which knows how much the loss depends on each output; ALPS has
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -156,7 +156,7 @@ class SparseMethod(Method[Prepared]):
         """Screened curve (see `sparsity`); SparseGPT's settings name the damping that it took."""
         sizes = self.sizes(state.weighed.dense)
         if state.damping is not None:
-            sizes = [Candidate(s.method, s.setting | {"damping": state.damping}, s.bits, s.parameters, s.error) for s in sizes]
+            sizes = [replace(size, setting=size.setting | {"damping": state.damping}) for size in sizes]
         counts = [size.setting["nonzeros"] for size in sizes]
         return screened(state.weighed, self.name, sizes, counts, self.pattern, self.anchors, lambda chosen: self.errors(state, chosen))
 

@@ -103,7 +103,8 @@ def saving(method: str, dense: Dense, settings: Sequence[tuple[dict, int]]) -> l
     for setting, numbers in settings:
         bits, parameters = stored_size(dense, numbers)
         if bits < dense.bits and parameters < dense.parameters:
-            found.setdefault(bits, Candidate(method, setting, bits, parameters, error=math.nan))
+            executed = dense.weight.numel() + setting.get("rank", 0) * sum(dense.weight.shape)  # as a dense product, see `Sparse`
+            found.setdefault(bits, Candidate(method, setting, bits, parameters, math.nan, executed))
     return [found[bits] for bits in sorted(found)]
 
 

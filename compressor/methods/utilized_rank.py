@@ -12,7 +12,6 @@ Differs from the paper: the share p is not fixed but is the one knob that the bu
 follows. The one-sided optimum (`low_rank`, metric `gram`) dominates it at equal rank; it serves as a diagnostic and a baseline.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -24,7 +23,7 @@ from compressor.linalg import Metric
 from compressor.linears import Dense, LowRank
 from compressor.methods import register
 from compressor.methods.base import Method
-from compressor.methods.low_rank import pair_size, saves, store
+from compressor.methods.low_rank import candidate, pair_size, saves, store
 from compressor.plan import Candidate, Curve
 from compressor.stats import LinearStats
 
@@ -59,7 +58,7 @@ class UtilizedRank(Method[Subspaces]):
     def sizes(self, dense: Dense) -> list[Candidate]:
         pivoted = self.storage == "pivoted"
         sizes = {rank: pair_size(dense, rank, pivoted, dense.bias is not None) for rank in range(1, min(dense.weight.shape))}
-        return [Candidate(self.name, {"rank": rank}, *size, error=math.nan) for rank, size in sizes.items() if saves(dense, size)]
+        return [candidate(self.name, {"rank": rank}, size) for rank, size in sizes.items() if saves(dense, size)]
 
     def prepare(self, linear: str, dense: Dense, stats: LinearStats) -> Subspaces:
         stats.require(linear, self.needs)
@@ -77,7 +76,7 @@ class UtilizedRank(Method[Subspaces]):
             size = pair_size(dense, min(inputs, outputs), pivoted, dense.bias is not None)
             if saves(dense, size):
                 error = max(0.0, 1 - kept[outputs - 1, inputs - 1].item() / energy) if energy > 0 else 0.0
-                candidates.append(Candidate(self.name, {"inputs": inputs, "outputs": outputs}, *size, error=error))
+                candidates.append(candidate(self.name, {"inputs": inputs, "outputs": outputs}, size, error))
                 thresholds.append(1 - share)
         return Curve(state.linear, self.name, tuple(candidates), dense.bits, dense.parameters, energy, thresholds=(*thresholds, 0.0))
 

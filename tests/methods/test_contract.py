@@ -68,6 +68,7 @@ def test_contract(method, kind):
         stored = dict(module.state_dict().items())
         assert candidate.bits == module.bits() == 8 * sum(tensor.nbytes for tensor in stored.values())
         assert candidate.parameters == module.stored_parameters()
+        assert candidate.multiply_adds == module.multiply_adds()
         assert method.measure(state, module) == pytest.approx(candidate.error, abs=STORED, rel=1e-3)
         again = method.compress(method.prepare("linear", case.dense, case.stats), candidate.setting)
         assert all(torch.equal(stored[name], tensor) for name, tensor in again.state_dict().items())

@@ -1,0 +1,112 @@
+"""Allocation over whole runs: competing methods, ties, limits, groups that share a dictionary."""
+
+import json
+
+import conftest
+import pytest
+
+import compressor
+from compressor import pipeline
+from compressor.config import load_recipe
+from compressor.errors import BudgetError, ConfigError
+from compressor.linears import Dictionary
+
+SMALL = ["calibration.windows=12", "calibration.length=32", "calibration.heldout=4", "calibration.batch_size=4", "evaluation.windows=6"]
+SEVERAL = 'method=[{candidates: [{name: low_rank}, {name: sparse, options: {step: 0.05}}]}]'
+SHARED = "method=[{candidates: [{name: cospadi, share: [qkv, gate_up], options: {rounds: 2}}]}]"
+
+
+@pytest.fixture
+def run(tiny_llama, text_file, tmp_path):
+    """Compress the tiny Llama with overrides of `default`: (folder, report, plan)."""
+
+    def compress(*overrides: str, output: str = "out", **options):
+        named = {"model.name": str(tiny_llama), "calibration.source": str(text_file), "evaluation.source": str(text_file)}
+        made = load_recipe(None, [*SMALL, "model.device=cpu", *overrides], named)
+        found = pipeline.compress(made, tmp_path / output, **options)
+        return tmp_path / output, found, conftest.read_json(tmp_path / output / "plan.json")
+
+    return compress
+
+
+def test_of_competing_methods_the_plan_that_diverges_least_is_written(run):
+    _, report, plan = run(SEVERAL, "allocation.keep=0.6")
+    assert plan["contest"].keys() == {"all", "low_rank", "sparse"}
+    assert report["heldout"]["kl"] == pytest.approx(min(plan["contest"].values()), rel=1e-3)
+    _, _, alone = run("allocation.keep=0.6", output="alone")
+    assert alone["contest"] == {}
+
+
+def test_a_method_that_cannot_meet_the_budget_alone_takes_no_part_alone(run):
+    _, _, plan = run("method=[{candidates: [{name: low_rank}, {name: sparse, options: {pattern: '2:4'}}], dense: false}]", "allocation.keep=0.5")
+    assert plan["contest"].keys() == {"all", "low_rank"}  # 2:4 with its mask takes more than half
+
+
+def test_tied_linears_get_one_scheme(run):
+    _, _, plan = run("allocation.tie=[qkv, gate_up]", "allocation.keep=0.6")
+    schemes = {}
+    for name, choice in plan["linears"].items():
+        parent, _, leaf = name.rpartition(".")
+        if leaf in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
+            schemes.setdefault(parent, set()).add(json.dumps([choice["method"], choice["setting"]]))
+    assert len(schemes) == 4 and all(len(found) == 1 for found in schemes.values())
+    assert any("rank" in scheme for found in schemes.values() for scheme in found)
+
+
+def test_limits_bind(run):
+    _, _, loose = run("allocation.keep=0.7")
+    _, _, plan = run("allocation.keep=0.7", "allocation.limits={multiply_adds: 0.5, parameters: 0.65}", output="limited")
+    shapes = {"q": 32 * 32, "k": 16 * 32, "v": 16 * 32, "o": 32 * 32, "gate": 48 * 32, "up": 48 * 32, "down": 32 * 48}
+
+    def executed(found) -> int:
+        return sum(
+            shapes[name.rpartition(".")[2].removesuffix("_proj")] if choice["method"] == "dense" else choice["parameters"]
+            for name, choice in found["linears"].items()
+        )
+
+    whole = 2 * sum(shapes.values())
+    assert executed(plan) <= 0.5 * whole < executed(loose)
+    assert sum(choice["bits"] for choice in plan["linears"].values()) <= 0.7 * 32 * whole
+    with pytest.raises(BudgetError, match="allocation.limits"):
+        run("allocation.keep=0.7", "allocation.limits={multiply_adds: 0.001}", output="none")
+
+
+def test_linears_that_share_store_one_dictionary(run):
+    folder, report, plan = run(SHARED, "allocation.keep=0.6")
+    model, _ = compressor.load(folder)
+    lenders = [module.lender for module in model.modules() if isinstance(module, Dictionary)]
+    assert any(lenders)
+    shared = [name for name, choice in plan["linears"].items() if "shared" in choice["setting"]]
+    for name in shared:
+        choice, module = plan["linears"][name], model.get_submodule(name)
+        assert name in choice["setting"]["shared"] and choice["bits"] == module.bits()
+        assert choice["measured"] == pytest.approx(choice["predicted"], rel=0.05)
+    assert report["kept"]["targets"] <= 0.6
+    assert pipeline.verify(folder) == []
+    again, _, _ = run(SHARED, "allocation.keep=0.6", output="again", plan=folder / "plan.json")
+    assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_sharing_is_chosen_only_where_it_is_better(run):
+    both = "method=[{candidates: [{name: cospadi, options: {rounds: 2}}, {name: cospadi, share: [qkv], options: {rounds: 2}}]}]"
+    _, report, _ = run(both, "allocation.keep=0.6")
+    _, alone, _ = run("method=[{candidates: [{name: cospadi, options: {rounds: 2}}]}]", "allocation.keep=0.6", output="alone")
+    assert report["heldout"]["kl"] <= alone["heldout"]["kl"] * 1.02
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["method=[{candidates: [{name: low_rank, share: [qkv]}]}]"], r"q_proj.*method 'low_rank' decomposes single linears"),
+        (["method=[{targets: '*down_proj', candidates: [{name: cospadi, share: [qkv]}]}]"], "no targets .* have the roles q, k, v"),
+        (
+            ["method=[{targets: '*q_proj', candidates: [{name: cospadi}]}, {candidates: [{name: cospadi, share: [qkv]}]}]"],
+            "must belong to one entry of the recipe",
+        ),
+        (["allocation.tie=[qkv]", "allocation.keep={'*q_proj': 0.5, '*': 0.8}"], "need one budget"),
+        (["allocation.tie=[qkv]", "allocation.kind=by_role"], "needs allocation.kind"),
+    ],
+)
+def test_what_cannot_be_grouped_says_so(run, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        run(*overrides)
