@@ -12,7 +12,7 @@ from compressor.errors import BudgetError, ConfigError
 from compressor.linears import Dictionary
 
 SMALL = ["calibration.windows=12", "calibration.length=32", "calibration.heldout=4", "calibration.batch_size=4", "evaluation.windows=6"]
-SEVERAL = 'method=[{candidates: [{name: low_rank}, {name: sparse, options: {step: 0.05}}]}]'
+SEVERAL = "method=[{candidates: [{name: low_rank}, {name: sparse, options: {step: 0.05}}]}]"
 SHARED = "method=[{candidates: [{name: cospadi, share: [qkv, gate_up], options: {rounds: 2}}]}]"
 
 
@@ -38,7 +38,9 @@ def test_of_competing_methods_the_plan_that_diverges_least_is_written(run):
 
 
 def test_a_method_that_cannot_meet_the_budget_alone_takes_no_part_alone(run):
-    _, _, plan = run("method=[{candidates: [{name: low_rank}, {name: sparse, options: {pattern: '2:4'}}], dense: false}]", "allocation.keep=0.5")
+    _, _, plan = run(
+        "method=[{candidates: [{name: low_rank}, {name: sparse, options: {pattern: '2:4'}}], dense: false}]", "allocation.keep=0.5"
+    )
     assert plan["contest"].keys() == {"all", "low_rank"}  # 2:4 with its mask takes more than half
 
 
