@@ -81,7 +81,7 @@ def rows_of(
     sizes: dict[str, list[Candidate]],
     bits: bool,
 ) -> list[Row]:
-    """Costs of what can be chosen for the linears of one budget; of a group that may share, the least and the most its linears take apart."""
+    """Costs of all choices for the linears of one budget; of a group that may share, also the least and the most its linears take apart."""
 
     def cost(size: Candidate | Dense) -> int:
         return size.bits if bits else size.parameters

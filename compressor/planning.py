@@ -124,9 +124,7 @@ def rows_of(problem: Problem, options: Mapping[str, list[Option]], names: Sequen
         if not inside:
             continue
         if len(inside) < len(group.members):
-            raise ConfigError(
-                f"{group.name}: linears that share or are tied must lie in one budget; give them one entry of allocation.keep"
-            )
+            raise ConfigError(f"{group.name}: linears that share or are tied need one budget; give them one entry of allocation.keep")
         separate, together = [options[name] for name in inside], [(option,) for option in options[group.name]]
         if sharing is not None and group.name in sharing:
             rows.append(together)

@@ -18,6 +18,7 @@ PRESETS = [
     "kfac_svd",
     "lems",
     "lord",
+    "mixed",
     "oats",
     "rocket",
     "rocket_uniform",

@@ -30,9 +30,9 @@ def run(tiny_llama, text_file, tmp_path):
 
 
 def test_of_competing_methods_the_plan_that_diverges_least_is_written(run):
-    _, report, plan = run(SEVERAL, "allocation.keep=0.6")
+    _, report, plan = run(SEVERAL, "allocation.keep=0.3")
     assert plan["contest"].keys() == {"all", "low_rank", "sparse"}
-    assert report["heldout"]["kl"] == pytest.approx(min(plan["contest"].values()), rel=1e-3)
+    assert report["heldout"]["kl"] == pytest.approx(min(plan["contest"].values()), rel=1e-2, abs=1e-7)
     _, _, alone = run("allocation.keep=0.6", output="alone")
     assert alone["contest"] == {}
 
@@ -69,7 +69,7 @@ def test_limits_bind(run):
     whole = 2 * sum(shapes.values())
     assert executed(plan) <= 0.5 * whole < executed(loose)
     assert sum(choice["bits"] for choice in plan["linears"].values()) <= 0.7 * 32 * whole
-    with pytest.raises(BudgetError, match="allocation.limits"):
+    with pytest.raises(BudgetError, match=r"allocation\.limits"):
         run("allocation.keep=0.7", "allocation.limits={multiply_adds: 0.001}", output="none")
 
 

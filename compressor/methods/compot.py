@@ -76,6 +76,7 @@ class Compot(Method[Basis]):
 
     name: ClassVar[str] = "compot"
     paper: ClassVar[str] = "COMPOT, arXiv 2602.15200"
+    shares: ClassVar[bool] = True
 
     metric: MetricName = "gram"
     free: bool = False  # end with the best dictionary of the codes, no longer orthonormal

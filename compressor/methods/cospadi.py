@@ -92,6 +92,7 @@ class Cospadi(Method[Basis]):
 
     name: ClassVar[str] = "cospadi"
     paper: ClassVar[str] = "CoSpaDi, arXiv 2509.22075"
+    shares: ClassVar[bool] = True
 
     metric: MetricName = "gram"
     solver: Literal["fast", "ksvd"] = "fast"

@@ -99,11 +99,18 @@ def basis_of(linear: str, dense: Dense, stats: LinearStats, metric: MetricName, 
 def stored_size(dense: Dense, atoms: int, nonzeros: int, blocks: int = 1) -> tuple[int, int]:
     """(bits, parameters) of a dictionary: atoms and codes, bias, and one mask bit for each place of a code, in whole bytes (card §10.1).
 
-    atoms, nonzeros: of each of the `blocks` slices of the inputs.
+    atoms, nonzeros: of each of the `blocks` slices of the inputs. Linears that are stacked have a mask each.
     """
     height, width = dense.weight.shape
     parameters = atoms * width + blocks * nonzeros * height + (0 if dense.bias is None else height)
-    return parameters * dense.dtype.itemsize * 8 + 8 * ((height * blocks * atoms + 7) // 8), parameters
+    masks = sum((outputs * blocks * atoms + 7) // 8 for outputs in dense.heights or (height,))
+    return parameters * dense.dtype.itemsize * 8 + 8 * masks, parameters
+
+
+def executed(dense: Dense, atoms: int, blocks: int = 1) -> int:
+    """Multiply-adds for a token, of every linear that is stacked: as a pair or as the dense product, whichever are fewer."""
+    width = dense.weight.shape[1]
+    return sum(min(blocks * atoms * (width // blocks + outputs), outputs * width) for outputs in dense.heights or (len(dense.weight),))
 
 
 def grid(method: str, dense: Dense, ratios: Sequence[float], step: int | None, most: int, blocks: int = 1) -> list[Candidate]:
@@ -111,7 +118,7 @@ def grid(method: str, dense: Dense, ratios: Sequence[float], step: int | None, m
     step = step or max(1, most // ATOM_COUNTS)
     pairs = {(k, max(1, round(k / ratio))) for k in range(step, most + 1, step) for ratio in ratios}
     sizes = [
-        Candidate(method, {"atoms": k, "nonzeros": s}, *stored_size(dense, k, s, blocks), error=math.nan)
+        Candidate(method, {"atoms": k, "nonzeros": s}, *stored_size(dense, k, s, blocks), math.nan, executed(dense, k, blocks))
         for k, s in sorted(pairs)
         if s <= k
     ]

@@ -88,6 +88,7 @@ class DSFormer(Method[Slices]):
 
     name: ClassVar[str] = "dsformer"
     paper: ClassVar[str] = "DSFormer, arXiv 2312.13211"
+    shares: ClassVar[bool] = True
 
     metric: Literal["identity", "gram", "weighted_gram"] = "identity"
     group: Annotated[str | int, AfterValidator(_group)] = "auto:32"  # inputs in a slice

@@ -91,6 +91,7 @@ class Rocket(Method[Basis]):
 
     name: ClassVar[str] = "rocket"
     paper: ClassVar[str] = "ROCKET, arXiv 2602.11008"
+    shares: ClassVar[bool] = True
 
     metric: MetricName = "gram"
     exponent: Annotated[float, Field(ge=0, le=1)] = 0.5  # λ of the score

@@ -7,7 +7,7 @@ import torch
 from conftest import tiny_model
 from torch import nn
 
-import compressor.hf  # noqa: F401 - registers the format with transformers
+import compressor.hf
 from compressor.errors import CheckpointError
 from compressor.linears import Adapted, Dictionary, build_empty
 from compressor.linears.masks import pack_mask
