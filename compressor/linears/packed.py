@@ -127,6 +127,9 @@ class Packed(CompressedLinear):
             steps = steps - self.zero_points()[..., None].to(dtype)
         return (steps * self.scales.to(dtype)[..., None]).flatten(1)
 
+    def multiply_adds(self) -> int:
+        return self.out_features * self.in_features
+
     def forward(self, input: Tensor) -> Tensor:
         def rebuild() -> Tensor:
             return self.values(self.scales.dtype)
