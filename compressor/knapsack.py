@@ -10,11 +10,14 @@ Glossary
 """
 
 import math
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
 from scipy.sparse import csr_array
 
 from compressor.errors import BudgetError
@@ -44,6 +47,19 @@ class Allocation:
     damage: float
     price: float
     bound: float
+
+
+def solve_milp(*arguments: Any, **options: Any) -> OptimizeResult:
+    """`milp` without what HiGHS prints to the process's standard output, where results of commands go."""
+    sys.stdout.flush()
+    kept, null = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 1)
+        return milp(*arguments, **options)
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(null)
 
 
 def check_budget(rows: Sequence[Row], budget: int) -> None:
@@ -138,7 +154,7 @@ def finish(costs: np.ndarray, damages: np.ndarray, budget: int, price: float, sl
     cost, damage = costs[rows, options], damages[rows, options]
     limit = float(budget)
     for _ in range(4):
-        answer = milp(
+        answer = solve_milp(
             damage / max(damage.max(), np.finfo(float).tiny),
             integrality=np.ones(len(rows)),
             bounds=Bounds(0, 1),
@@ -175,7 +191,7 @@ def constrained(rows: Sequence[Row], budget: int, limits: Sequence[Limit]) -> Al
     slack = 0.0
     for _ in range(4):
         bounds = [LinearConstraint(taken[None] / most, -np.inf, 1 - slack) for taken, most in usages]
-        answer = milp(
+        answer = solve_milp(
             damage / max(damage.max(), np.finfo(float).tiny),
             integrality=np.ones(len(owner)),
             bounds=Bounds(0, allowed.astype(float)),

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 
 import numpy as np
 import pytest
@@ -107,6 +108,19 @@ def test_further_limits_hold_and_the_answer_is_the_best(seed, share):
     assert answer.damage == pytest.approx(best, rel=EXACT)
     loose = knapsack.constrained(rows, budget, [(table, 10**9)])
     assert loose.damage == pytest.approx(knapsack.knapsack(rows, budget).damage, rel=EXACT)
+
+
+def test_nothing_of_the_solver_reaches_standard_output(monkeypatch, capfd):
+    """HiGHS prints now and then; standard output belongs to results."""
+
+    def loud(*_, **__):
+        os.write(1, b"HiGHS was here")
+        return "answer"
+
+    monkeypatch.setattr(knapsack, "milp", loud)
+    assert knapsack.solve_milp() == "answer"
+    print("result")
+    assert capfd.readouterr().out == "result\n"
 
 
 def test_limits_that_cannot_all_be_met_say_so():
