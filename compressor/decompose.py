@@ -94,6 +94,8 @@ def assign(recipe: Recipe, model: torch.nn.Module) -> dict[str, Assignment]:
     if not assignments:
         raise ConfigError("the targets select no linear of the model; see `compressor plan MODEL`")
     for name, assignment in assignments.items():
+        if recipe.allocation.count == "parameters" and any(method.integers for method in assignment.methods):
+            raise ConfigError(f"{name}: integers are not counted as parameters; set allocation.count to bits")
         if len(assignment.methods + assignment.shared) > 1 and recipe.allocation.kind != "knapsack":
             raise ConfigError(f"{name}: several candidates compete, which needs allocation.kind 'knapsack', not '{recipe.allocation.kind}'")
     return assignments

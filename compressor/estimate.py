@@ -43,7 +43,10 @@ def outline(recipe: Recipe, source: ModelFolder) -> dict[str, Any]:
     kept = 0
     for names, keep in budgets(recipe, assignments, whole, others):
         budget = int(keep * sum(whole[name] for name in names) + 1e-6)
-        check_budget(rows_of(names, assignments, sharing, denses, sizes, bits), budget)
+        rows = rows_of(names, assignments, sharing, denses, sizes, bits)
+        if recipe.allocation.kind == "fixed":
+            budget = sum(min(row.costs) for row in rows)
+        check_budget(rows, budget)
         kept += budget
     targets, share = sum(dense.bits for dense in denses.values()) // 8, kept / sum(whole.values())
     return {

@@ -98,6 +98,8 @@ def budgets(recipe: Recipe, assignments: dict[str, Assignment], whole: dict[str,
                 "raise it or target more linears"
             )
         return [(names, min(1.0, left / sum(whole.values())))]
+    if recipe.allocation.kind == "fixed":
+        return [(names, 1.0)]
     if not isinstance(keep, dict):
         return [(names, keep)]
     groups: dict[str, list[str]] = {pattern: [] for pattern in keep}

@@ -39,7 +39,7 @@ def probe_candidate(curve: Curve, fraction: float) -> Candidate:
 
     For a factor pair that is the rank at `fraction` of the break-even rank, where the pair is as large as the weight.
     """
-    return min(curve.candidates, key=lambda candidate: abs(candidate.parameters - fraction * curve.dense_parameters))
+    return min(curve.candidates, key=lambda candidate: abs(candidate.bits - fraction * curve.dense_bits))
 
 
 class Prober:

@@ -156,8 +156,8 @@ class Probe(Section):
 class Allocation(Section):
     """How the size is shared out among the linears."""
 
-    kind: Literal["knapsack", "uniform", "threshold", "by_role", "svd_llm_v2", "d_rank"] = "knapsack"
-    """Rule; each one adjusts its own knob to meet the size."""
+    kind: Literal["knapsack", "uniform", "threshold", "by_role", "svd_llm_v2", "d_rank", "fixed"] = "knapsack"
+    """Rule; each one adjusts its own knob to meet the size, but `fixed`, which takes the one setting that the method offers."""
     keep: Annotated[float | dict[str, float] | None, BeforeValidator(_keep)] = None
     """Fraction of the size of the targets that is kept, or a map from target pattern to fraction; 0.8 if no size is given."""
     target_size: Size | None = None
@@ -188,6 +188,10 @@ class Allocation(Section):
         given = [name for name in ("keep", "target_size") if data.get(name) is not None]
         if len(given) == 2:
             raise ValueError("takes keep or target_size, not both")
+        if data.get("kind") == "fixed":
+            if given:
+                raise ValueError(f"of kind 'fixed' has one size and takes no {given[0]}; set allocation.kind to 'knapsack' to choose one")
+            return data
         return data if given else data | {"keep": DEFAULT_KEEP}
 
 

@@ -38,6 +38,15 @@ class Rule:
             raise ConfigError(f"{name}: method '{self.found[name][0].method.name}' has no spectrum for allocation 'd_rank'; use 'low_rank'")
         return spectrum
 
+    def fixed(self) -> list[int]:
+        """The one setting on offer; dense where that would not be smaller."""
+        for method, curve in ((part.method, part.curve) for name in self.names for part in self.found[name]):
+            if len(curve.candidates) > 1:
+                raise ConfigError(
+                    f"{curve.linear}: '{method.name}' offers several sizes, allocation 'fixed' takes one; list one in its options"
+                )
+        return [0] * len(self.rows)
+
     def uniform(self) -> list[int]:
         check_budget(self.rows, self.budget)
         return allocate.uniform(self.rows, [self.keep] * len(self.rows))
@@ -72,6 +81,7 @@ class Rule:
 
 
 RULES: dict[str, Callable[[Rule], list[int]]] = {
+    "fixed": Rule.fixed,
     "uniform": Rule.uniform,
     "threshold": Rule.threshold,
     "by_role": Rule.by_role,

@@ -22,6 +22,7 @@ class Method(ABC, Generic[State]):
     name: ClassVar[str]  # what recipes write
     paper: ClassVar[str]  # first source: authors' title and arXiv id
     shares: ClassVar[bool] = False  # whether linears with the same inputs may be stacked: its modules can be split again by outputs
+    integers: ClassVar[bool] = False  # whether most of what it stores are integers, which a count of parameters does not see
 
     @property
     @abstractmethod

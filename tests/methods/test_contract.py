@@ -36,6 +36,15 @@ VARIANTS += [("rocket", options) for options in (FITTED, {"metric": "weighted_gr
 VARIANTS += [("cospadi", {"rounds": 2} | options | FITTED) for options in ({}, {"metric": "weighted_gram"}, {"solver": "ksvd"})]
 VARIANTS += [("compot", options | FITTED) for options in ({}, {"free": True}, {"metric": "weighted_gram"})]
 VARIANTS += [("dsformer", {"metric": metric, "group": 4} | FITTED) for metric in ("identity", "gram", "weighted_gram")]
+VARIANTS += [
+    ("quantize", {"bits": [2, 3, 4, 6, 8], "group": ["auto:16", "channel"]} | options)
+    for options in (
+        {"solver": "rtn"},
+        {"symmetric": False},
+        {"metric": "two_sided"},
+        {"metric": "two_sided", "residual": [0, 2, 4], "bits": [2, 5]},
+    )
+]
 
 
 def test_every_method_is_in_this_suite():
@@ -104,7 +113,7 @@ def test_bfloat16_storage_halves_the_bits(method):
     state = method.prepare("linear", case.dense, case.stats)
     for candidate in some(method.candidates(state).candidates):
         module = method.compress(state, candidate.setting)
-        assert module.weight.dtype == torch.bfloat16
+        assert {tensor.dtype for tensor in module.state_dict().values() if tensor.is_floating_point()} == {torch.bfloat16}
         assert module.bits() == candidate.bits
         assert method.measure(state, module) == pytest.approx(candidate.error, abs=2e-3)
 

@@ -1,0 +1,216 @@
+"""Integer codes of a few bits with a scale for each group of inputs, and optionally a low-rank residual that makes up for the rounding.
+
+References (solver → paper)
+    rtn       round to nearest, ranges clipped where that lowers the error; quantisation card §2
+    gptq      error feedback from input to input: GPTQ, arXiv 2210.17323; in the two-sided metric also from output to output: YAQA,
+              arXiv 2505.22988
+    residual  EoRA, arXiv 2410.21271, see `residual`; choosing bits and rank together for each linear by a knapsack is MLoRQ's idea,
+              arXiv 2507.09616
+
+Glossary
+    metric M, grad_gram H = L Lᵀ   as in `sparse`; H is the identity unless the metric is two-sided
+    scheme                         bits and group: a number of inputs, `auto:32` for the divisor of the width nearest to 32, or `channel`
+
+Differs from the papers: scales are fixed before the first code is chosen, from the dense weight, so inputs can be rounded in the order of
+their second moments without any index being stored (GPTQ takes scales from the updated weight, group by group). Inputs that calibration
+never saw are rounded to nearest; GPTQ's code sets them to zero. Symmetric grids put the spare code on the side of the largest entry of a
+group. MLoRQ stores either integers or factors, for vision transformers. YAQA rounds to lattices after rotations. All statistics are of
+the dense model.
+"""
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import AfterValidator, Field
+from torch import Tensor
+
+from compressor import linalg
+from compressor.errors import ConfigError
+from compressor.linears import Adapted, CompressedLinear, Dense, Packed
+from compressor.linears.packed import words
+from compressor.methods import register
+from compressor.methods.base import Method
+from compressor.methods.residual import Residual, decompose
+from compressor.methods.rounding import Grid, fit_grid, nearest, round_columns, round_entries
+from compressor.methods.sparse import obs_factor
+from compressor.methods.sparsity import NEEDS, Fraction, MetricName, Weighed, weigh
+from compressor.plan import Candidate, Curve
+from compressor.stats import LinearStats
+
+TOGETHER = 1 << 24  # entries of all schemes that are rounded at once
+
+
+def _group(value: int | str) -> int | str:
+    if isinstance(value, str) and value != "channel" and not (value.startswith("auto:") and value[5:].isdecimal() and int(value[5:])):
+        raise ValueError("is a number of inputs, 'auto:32' for the divisor nearest to 32, or 'channel'")
+    if isinstance(value, int) and value < 1:
+        raise ValueError("is at least 1")
+    return value
+
+
+Group = Annotated[int | str, AfterValidator(_group)]
+Bits = Annotated[int, Field(ge=2, le=8)]
+
+
+def group_size(group: int | str, width: int, linear: str) -> int:
+    """Inputs that share a scale. Raises ConfigError naming the linear if a size given as a number does not divide its width."""
+    if group == "channel":
+        return width
+    if isinstance(group, str):
+        wanted = int(group.removeprefix("auto:"))
+        return min((size for size in range(1, width + 1) if width % size == 0), key=lambda size: (abs(size - wanted), size))
+    if width % group:
+        raise ConfigError(f"{linear}: groups of {group} do not divide its {width} inputs; use group 'auto:{group}' or 'channel'")
+    return group
+
+
+def scheme_of(setting: dict[str, Any]) -> tuple[int, int]:
+    return setting["bits"], setting["group"]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One weight rounded in one way, what the residual starts from."""
+
+    module: Packed
+    error: float  # relative, of the module as it is stored
+    residual: Residual | None  # None where none is offered
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One linear in its metric, the factors of error feedback with the damping they took, and the schemes solved so far."""
+
+    weighed: Weighed
+    importance: Tensor  # (in,) what a squared error of an input counts in the clip search
+    order: Tensor  # (in,) in which inputs are rounded
+    inner: Tensor | None  # (in, in) U
+    rows: Tensor | None  # (out,) in which outputs are rounded
+    outer: Tensor | None  # (out, out) V
+    damping: float | None
+    schemes: dict[tuple[int, int], Scheme] = field(default_factory=dict)
+
+
+@register
+@dataclass(frozen=True)
+class QuantizeMethod(Method[Prepared]):
+    """Integer codes with group scales, alone or with a low-rank residual."""
+
+    name: ClassVar[str] = "quantize"
+    paper: ClassVar[str] = "GPTQ, arXiv 2210.17323; EoRA, arXiv 2410.21271; MLoRQ, arXiv 2507.09616"
+    integers: ClassVar[bool] = True
+
+    solver: Literal["rtn", "gptq"] = "gptq"
+    metric: MetricName = "gram"
+    bits: tuple[Bits, ...] = (4,)  # widths of the codes that are offered
+    group: tuple[Group, ...] = ("auto:32",)  # inputs that share a scale, each as a number, 'auto:N' or 'channel'
+    symmetric: bool = True  # no zero points
+    residual: tuple[Annotated[int, Field(ge=0)], ...] = (0,)  # ranks of the residual that are offered; 0 is none
+    clip: Annotated[float, Field(gt=0, le=1)] = 0.4  # smallest part of a group's range that the clip search tries; 1 keeps the whole range
+    clips: Annotated[int, Field(ge=1)] = 31  # ranges that it tries, evenly spaced
+    ordering: Literal["moment", "natural"] = "moment"  # `gptq` only: inputs of large second moment first, or as they stand
+    damping: tuple[Annotated[float, Field(ge=0)], ...] = (0.01, 0.1, 1.0)  # `gptq` only: over the mean diagonal, the first that works
+    block: Annotated[int, Field(ge=1)] = 128  # `gptq` only: columns whose feedback is applied together
+    shrink_gram: Fraction = 0.01  # `two_sided` only: shrinkage of the input Gram
+    shrink_grad_gram: Fraction = 0.1  # `two_sided` only: shrinkage of the output-gradient moment
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return NEEDS[self.metric]
+
+    def settings(self, dense: Dense, linear: str) -> Iterator[Candidate]:
+        """Everything on offer, errors NaN. Raises ConfigError naming the linear for groups that do not divide and ranks above its sides."""
+        (height, width), wide = dense.weight.shape, 8 * dense.dtype.itemsize
+        ranks = [rank for rank in self.residual if rank <= min(height, width)]
+        if not ranks:
+            raise ConfigError(f"{linear}: residual rank {min(self.residual)} is above its smaller side, {min(height, width)}")
+        for bits in self.bits:
+            for group in dict.fromkeys(group_size(group, width, linear) for group in self.group):
+                scales = height * width // group
+                codes = 32 * (words(height * width, bits) + (0 if self.symmetric else words(scales, bits)))
+                for rank in ranks:
+                    numbers = scales + rank * (height + width) + (0 if dense.bias is None else height)
+                    setting = {"bits": bits, "group": group, "symmetric": self.symmetric} | ({"rank": rank} if rank else {})
+                    products = height * width + rank * (height + width)
+                    yield Candidate(self.name, setting, codes + wide * numbers, numbers, math.nan, products)
+
+    def sizes(self, dense: Dense, linear: str = "a target") -> list[Candidate]:
+        smaller = (size for size in self.settings(dense, linear) if size.bits < dense.bits)
+        return sorted(smaller, key=lambda size: size.bits)
+
+    def prepare(self, linear: str, dense: Dense, stats: LinearStats) -> Prepared:
+        weighed = weigh(linear, dense, stats, self.metric, self.shrink_gram, self.shrink_grad_gram)
+        moment = linalg.shrink(stats.gram.double() / stats.tokens, self.shrink_gram if self.metric == "two_sided" else 0.0)
+        diagonal = moment.diagonal()
+        if self.solver == "rtn":
+            return Prepared(weighed, diagonal, torch.arange(len(moment)), None, None, None, None)
+        order, rows, outer, taken = self.arrange(diagonal), None, None, 0.0
+        inner, damping = obs_factor(moment[order][:, order], self.damping, linear)
+        if weighed.root is not None:
+            grad_gram = weighed.root @ weighed.root.T
+            rows = self.arrange(grad_gram.diagonal())
+            outer, taken = obs_factor(grad_gram[rows][:, rows], self.damping, linear)
+        return Prepared(weighed, diagonal, order, inner, rows, outer, max(damping, taken))
+
+    def arrange(self, moments: Tensor) -> Tensor:
+        """Order in which inputs or outputs of these second moments are rounded."""
+        if self.ordering == "natural":
+            return torch.arange(len(moments), device=moments.device)
+        return moments.argsort(descending=True, stable=True)
+
+    def solve(self, state: Prepared, schemes: Sequence[tuple[int, int]]) -> None:
+        """Round the weight in these schemes, pairs of bits and group, some of them together, and remember the results in the state."""
+        weighed, weight = state.weighed, state.weighed.dense.weight.double()
+        clips = torch.linspace(1, self.clip, self.clips) if self.clip < 1 else torch.ones(1)
+        new, together = [scheme for scheme in schemes if scheme not in state.schemes], max(1, TOGETHER // weight.numel())
+        for start in range(0, len(new), together):
+            part = new[start : start + together]
+            grids = [fit_grid(weight, *scheme, self.symmetric, state.importance, clips, weighed.dense.dtype) for scheme in part]
+            for scheme, grid, codes in zip(part, grids, self.codes(state, weight, grids), strict=True):
+                linalg.require_finite(grid.scales, f"{weighed.linear}: scales in {weighed.dense.dtype}")
+                bias = None if weighed.dense.bias is None else weighed.dense.bias.to(weighed.dense.dtype, copy=True)
+                module = Packed.of_codes(codes, grid.scales.to(weighed.dense.dtype), grid.zeros, bias, grid.bits)
+                lost, most = weight - module.to_dense(), min(max(self.residual), *weight.shape)
+                residual = decompose(lost, weighed.metric, weighed.root, most, f"{weighed.linear}: residual") if most else None
+                state.schemes[scheme] = Scheme(module, weighed.error(module.to_dense()), residual)
+
+    def codes(self, state: Prepared, weight: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """Codes (K, out, in) on K grids."""
+        if state.inner is None:
+            return torch.stack([nearest(weight, *grid.columns(), 2 ** (grid.bits - 1)) for grid in grids])
+        if state.outer is None:
+            return round_columns(weight, grids, state.inner, state.order, self.block)
+        return round_entries(weight, grids, state.inner, state.order, state.outer, state.rows, self.block)
+
+    def candidates(self, state: Prepared) -> Curve:
+        """Every scheme and rank that no smaller one matches; errors are measured on the codes, residuals follow in closed form."""
+        weighed, found = state.weighed, []
+        sizes = self.sizes(weighed.dense, weighed.linear)
+        self.solve(state, list(dict.fromkeys(scheme_of(size.setting) for size in sizes)))
+        for size in sizes:
+            scheme = state.schemes[scheme_of(size.setting)]
+            rank = size.setting.get("rank", 0)
+            error = scheme.residual.tail[rank].item() / (weighed.energy or 1.0) if rank else scheme.error
+            rung = {} if state.damping is None else {"damping": state.damping}
+            candidate = replace(size, setting=size.setting | rung, error=error)
+            if found and found[-1].bits == size.bits and error < found[-1].error:
+                found.pop()
+            if not found or error < found[-1].error or (error == 0 and size.bits > found[-1].bits):
+                found.append(candidate)
+        return Curve(weighed.linear, self.name, tuple(found), weighed.dense.bits, weighed.dense.parameters, weighed.energy)
+
+    def compress(self, state: Prepared, setting: dict[str, Any]) -> CompressedLinear:
+        self.solve(state, [scheme_of(setting)])
+        scheme, rank, weighed = state.schemes[scheme_of(setting)], setting.get("rank", 0), state.weighed
+        module = copy.deepcopy(scheme.module)  # the state keeps its own
+        if rank == 0:
+            return module
+        pair = scheme.residual.pair(weighed.dense.weight.double() - module.to_dense(), weighed.root, rank)
+        return Adapted(module, *(factor.to(weighed.dense.dtype, memory_format=torch.contiguous_format, copy=True) for factor in pair))
+
+    def measure(self, state: Prepared, module: CompressedLinear) -> float:
+        return state.weighed.error(module.to_dense())
