@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from compressor import linalg
+from compressor import compensate, linalg
 from compressor.errors import ConfigError
 from compressor.linears import CompressedLinear, Dense
 from compressor.methods import build
@@ -29,10 +29,11 @@ class Assignment:
     keep_dense: bool
     dtype: torch.dtype  # of the stored result
     shared: tuple[Method, ...] = ()  # those that decompose the linear together with the others of its group
+    residual_needs: frozenset[str] = frozenset()  # fields of the statistics for its residual
 
     @property
     def needs(self) -> frozenset[str]:
-        return ALWAYS.union(*(method.needs for method in self.methods + self.shared))
+        return (ALWAYS | self.residual_needs).union(*(method.needs for method in self.methods + self.shared))
 
     @property
     def parameters(self) -> int:
@@ -90,12 +91,18 @@ def assign(recipe: Recipe, model: torch.nn.Module) -> dict[str, Assignment]:
         dtype = info.module.weight.dtype if recipe.output.dtype == "auto" else getattr(torch, recipe.output.dtype)
         together = {index: kind for index, engine in enumerate(entry.candidates) for kind in engine.share if info.role in GROUPS[kind]}
         alone = tuple(method for index, method in enumerate(methods) if index not in together)
-        assignments[name] = Assignment(info, alone, entry.dense, dtype, tuple(methods[index] for index in together))
+        assignments[name] = Assignment(
+            info, alone, entry.dense, dtype, tuple(methods[index] for index in together), compensate.needs(recipe.compensation)
+        )
     if not assignments:
         raise ConfigError("the targets select no linear of the model; see `compressor plan MODEL`")
     for name, assignment in assignments.items():
         if recipe.allocation.count == "parameters" and any(method.integers for method in assignment.methods):
             raise ConfigError(f"{name}: integers are not counted as parameters; set allocation.count to bits")
+        if recipe.compensation.enabled and any(max(getattr(method, "residual", (0,))) for method in assignment.methods):
+            raise ConfigError(
+                f"{name}: its candidates list residual ranks of their own; leave out compensation, or their option 'residual'"
+            )
         if len(assignment.methods + assignment.shared) > 1 and recipe.allocation.kind != "knapsack":
             raise ConfigError(f"{name}: several candidates compete, which needs allocation.kind 'knapsack', not '{recipe.allocation.kind}'")
     return assignments

@@ -16,7 +16,7 @@ from compressor.knapsack import Row, check_budget
 from compressor.linears import Dense, build_empty
 from compressor.model import blocks, covered_share, fused, skeleton
 from compressor.plan import Candidate
-from compressor.planning import budgets
+from compressor.planning import budgets, reserved
 from compressor.recipe import Recipe, size_in_bytes
 from compressor.shards import read_json
 from compressor.stages import other_bytes, output_dtype
@@ -41,13 +41,13 @@ def outline(recipe: Recipe, source: ModelFolder) -> dict[str, Any]:
     whole = {name: dense.bits if bits else dense.parameters for name, dense in denses.items()}
     others = other_bytes(stored(source), assignments, output_dtype(recipe))
     kept = 0
-    for names, keep in budgets(recipe, assignments, whole, others):
-        budget = int(keep * sum(whole[name] for name in names) + 1e-6)
+    shares = budgets(recipe, assignments, whole, others)
+    for (names, keep), (_, left) in zip(shares, reserved(recipe, assignments, whole, shares), strict=True):
+        together = sum(whole[name] for name in names)
         rows = rows_of(names, assignments, sharing, denses, sizes, bits)
-        if recipe.allocation.kind == "fixed":
-            budget = sum(min(row.costs) for row in rows)
+        budget = sum(min(row.costs) for row in rows) if recipe.allocation.kind == "fixed" else int(left * together + 1e-6)
         check_budget(rows, budget)
-        kept += budget
+        kept += budget + int((keep - left) * together + 1e-6)
     targets, share = sum(dense.bits for dense in denses.values()) // 8, kept / sum(whole.values())
     return {
         "model": recipe.model.name,

@@ -71,7 +71,7 @@ def plan_and_build(
     """Decompose, probe, allocate and build: the plan with its measured errors, and the modules as they will be stored."""
     with watch("decompose"):
         found = stages.decompositions(job, collected, progress)
-        if not job.recipe.calibration.sequential:
+        if not refine.wanted(job.recipe, edited):
             collected = {name: LinearStats(tokens=one.tokens, gram=one.gram) for name, one in collected.items()}
     if edited is not None:
         made, modules = selection.build_plan(job, edited, found)
@@ -80,9 +80,9 @@ def plan_and_build(
             probed = stages.probes(job, found, progress)
         with watch("allocate"):
             made, modules = selection.choose(job, found, probed)
-    if job.recipe.calibration.sequential:
+    if refine.wanted(job.recipe, edited):
         with watch("decompose"):
-            made, modules = refine.in_order(job, made, modules, collected, progress)
+            made, modules = refine.finish(job, made, modules, found, collected, edited, progress)
     return stages.with_gram_errors(made, job, modules, collected), modules
 
 

@@ -113,6 +113,23 @@ def budgets(recipe: Recipe, assignments: dict[str, Assignment], whole: dict[str,
     return [(members, keep[pattern]) for pattern, members in groups.items()]
 
 
+def reserved(
+    recipe: Recipe, assignments: dict[str, Assignment], whole: dict[str, int], shares: list[tuple[list[str], float]]
+) -> list[tuple[list[str], float]]:
+    """Budgets less what residuals take of them. Raises ConfigError where nothing is left."""
+    section, left = recipe.compensation, []
+    for names, keep in shares:
+        taken = section.keep or 0.0
+        if section.rank is not None:
+            unit = {name: 8 * assignments[name].dtype.itemsize if recipe.allocation.count == "bits" else 1 for name in names}
+            sides = {name: assignments[name].info.out_features + assignments[name].info.in_features for name in names}
+            taken = section.rank * sum(unit[name] * sides[name] for name in names) / sum(whole[name] for name in names)
+        if taken >= keep:
+            raise ConfigError(f"compensation takes {taken:.3g} of the size and leaves nothing of the {keep:.3g} that is kept; lower it")
+        left.append((names, keep - taken))
+    return left
+
+
 def rows_of(problem: Problem, options: Mapping[str, list[Option]], names: Sequence[str], sharing: set[str] | None) -> list[list[Bundle]]:
     """Everything that can be chosen, a row for each decision: single linears, and groups that share or are tied.
 
@@ -147,7 +164,7 @@ def solve(problem: Problem, options: Mapping[str, list[Option]]) -> Solution:
     whole = {name: problem.whole(name) for name in assignments}
     chosen: list[Bundle] = []
     prices = []
-    for names, keep in budgets(recipe, assignments, whole, problem.other_bytes):
+    for names, keep in reserved(recipe, assignments, whole, budgets(recipe, assignments, whole, problem.other_bytes)):
         budget = int(keep * sum(whole[name] for name in names) + 1e-6)
         if recipe.allocation.kind == "knapsack":
             bundles, price = spend(problem, options, names, budget)

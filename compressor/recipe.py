@@ -195,6 +195,27 @@ class Allocation(Section):
         return data if given else data | {"keep": DEFAULT_KEEP}
 
 
+class Compensation(Section):
+    """Low-rank residuals B A of what compressed linears lost, fitted in closed form after any method; none without `keep` or `rank`."""
+
+    metric: Literal["identity", "diagonal", "gram", "two_sided"] = "gram"
+    """What is minimised: the plain norm (LoRC), output errors from the diagonal of the Gram (LQER) or all of it (EoRA), or the loss."""
+    keep: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Size of all residuals as a fraction of the dense targets, taken out of allocation.keep and shared out by marginal gain."""
+    rank: Count | None = None
+    """Rank of every residual, in place of `keep`; unless the allocation is fixed, their size is taken out of allocation.keep."""
+
+    @property
+    def enabled(self) -> bool:
+        return self.keep is not None or self.rank is not None
+
+    @model_validator(mode="after")
+    def _one_size(self) -> "Compensation":
+        if self.keep is not None and self.rank is not None:
+            raise ValueError("takes keep or rank, not both")
+        return self
+
+
 class Evaluation(Section):
     """The comparison with the original that ends a run."""
 
@@ -237,8 +258,15 @@ class Recipe(Section):
     method: Annotated[Many[Target], Field(min_length=1)] = (Target(),)
     """Which decompositions apply to which linears."""
     allocation: Allocation = Allocation()
+    compensation: Compensation = Compensation()
     evaluation: Evaluation = Evaluation()
     output: Output = Output()
+
+    @model_validator(mode="after")
+    def _limits_count_everything(self) -> "Recipe":
+        if self.compensation.enabled and self.allocation.limits:
+            raise ValueError("allocation.limits do not count the residuals of compensation; leave one of the two out")
+        return self
 
     @property
     def evaluation_window(self) -> int:

@@ -1,87 +1,183 @@
-"""From the modules of a plan to the final ones, methods and settings fixed: solved again in order, on the inputs they will have."""
+"""From the modules of a plan to the final ones, methods and settings fixed: solved again in order, and given low-rank residuals."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from compressor import linalg
-from compressor.decompose import built, dense_weight, stacked, stacked_stats
+from compressor import compensate, linalg
+from compressor.decompose import Decomposition, built, dense_weight, stacked, stacked_stats
 from compressor.errors import ConfigError
 from compressor.linears import CompressedLinear, Dense
-from compressor.methods.base import Method
-from compressor.plan import Plan
+from compressor.plan import Choice, Plan
+from compressor.planning import Found
 from compressor.progress import Progress, silent
+from compressor.recipe import Recipe
 from compressor.sequential import solve_in_order
 from compressor.stages import Job
 from compressor.stats import LinearStats
 
+Modules = dict[str, CompressedLinear]
 
-def in_order(
-    job: Job, plan: Plan, modules: dict[str, CompressedLinear], stats: dict[str, LinearStats], progress: Progress = silent
-) -> tuple[Plan, dict[str, CompressedLinear]]:
-    """Solve the chosen linears again, each on the inputs behind the compressed ones before it; nothing is allocated again.
 
-    stats: of the dense model; its gradient sums serve here too. Linears that are kept dense stay as they are.
+def wanted(recipe: Recipe, edited: Plan | None) -> bool:
+    """Whether a recipe, or a plan that is to be built as it stands, asks for anything here."""
+    residuals = edited is not None and any(choice.residual for choice in edited.linears.values())
+    return recipe.calibration.sequential or recipe.compensation.enabled or residuals
+
+
+def finish(
+    job: Job, plan: Plan, modules: Modules, found: Found, stats: dict[str, LinearStats], edited: Plan | None, progress: Progress = silent
+) -> tuple[Plan, Modules]:
+    """Final choices and modules of a plan; nothing is allocated again, and linears that are kept dense stay as they are.
+
+    Sequential runs solve each linear on the inputs behind the compressed ones before it, and give it its residual there; its rank was
+    settled on the plan's modules. stats: of the dense model; their gradient sums serve in either case. edited: a plan whose ranks are
+    taken as they are. Raises ConfigError for residuals that do not fit.
     """
-    run = _Run(job, plan, modules, stats)
-    with job.computing():
-        solve_in_order(
-            job.model,
-            {name: assignment.info for name, assignment in job.assignments.items() if name in modules},
-            [batch.to(job.device) for batch in job.calibration.tokens.split(job.recipe.calibration.batch_size)],
-            {name: assignment.needs for name, assignment in job.assignments.items()},
-            job.recipe.calibration.anchor > 0,
-            run.solve,
-            progress,
-        )
+    ranks = ranks_of(job, plan, modules, stats) if edited is None else {n: c.residual or 0 for n, c in edited.linears.items()}
+    run = _Run(job, plan, modules, found, stats, ranks)
+    if not job.recipe.calibration.sequential:
+        run.solve(list(modules), None)
+    else:
+        with job.computing():
+            solve_in_order(
+                job.model,
+                {name: assignment.info for name, assignment in job.assignments.items() if name in modules},
+                [batch.to(job.device) for batch in job.calibration.tokens.split(job.recipe.calibration.batch_size)],
+                {name: assignment.needs for name, assignment in job.assignments.items()},
+                job.recipe.calibration.anchor > 0,
+                run.solve,
+                progress,
+            )
     return replace(plan, linears=run.choices), run.modules
+
+
+def ranks_of(job: Job, plan: Plan, modules: Modules, stats: dict[str, LinearStats]) -> dict[str, int]:
+    """Rank of every residual: the recipe's, or what its budget buys by marginal gain in the damage that the allocation counts with."""
+    section, ranks = job.recipe.compensation, {}
+    if not section.enabled:
+        return ranks
+    limits = {name: compensate.largest_rank(module, dense_weight(job.assignments[name])) for name, module in modules.items()}
+    if section.rank is not None:
+        for name, limit in limits.items():
+            if section.rank > limit:
+                raise ConfigError(
+                    f"{name}: a residual of rank {section.rank} beside what '{plan.linears[name].method}' stores is not smaller than "
+                    f"dense, which takes {limit} at most; lower compensation.rank, or give compensation.keep"
+                )
+        return dict.fromkeys(modules, section.rank)
+    offers = {
+        name: offer(job, name, plan.linears[name], module, stats[name], limits[name]) for name, module in modules.items() if limits[name]
+    }
+    bits = job.recipe.allocation.count == "bits"
+    whole = sum(assignment.bits if bits else assignment.parameters for assignment in job.assignments.values())
+    return dict.fromkeys(modules, 0) | compensate.spend(offers, int(section.keep * whole + 1e-6))
+
+
+def offer(job: Job, name: str, choice: Choice, module: CompressedLinear, stats: LinearStats, limit: int) -> compensate.Offer:
+    """What each rank of a residual gains: its part of the linear's predicted divergence, else of its loss or relative output error."""
+    assignment, metric = job.assignments[name], job.recipe.compensation.metric
+    dense = dense_weight(assignment)
+    fit = compensate.fit(name, dense, module, stats, metric)
+    lost = fit.residual.tail[0].item()
+    if choice.kl is not None:
+        scale = choice.kl / lost if lost > 0 else 0.0
+    elif metric == "two_sided":
+        scale = 0.5
+    else:
+        energy = fit.metric.energy(dense.weight)
+        scale = 1 / energy if energy > 0 else 0.0
+    count = 0 if job.recipe.allocation.count == "bits" else 1
+    sizes = [compensate.size(module, rank, assignment.dtype.itemsize)[count] for rank in range(limit + 1)]
+    return compensate.Offer((scale * fit.gains[:limit]).tolist(), [after - before for before, after in pairwise(sizes)])
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """Linears that were decomposed together, as what their method measures."""
+
+    modules: Sequence[CompressedLinear]
+
+    def to_dense(self) -> Tensor:
+        return torch.cat([module.to_dense() for module in self.modules])
 
 
 class _Run:
     """The modules and choices of a plan, replaced group by group."""
 
-    def __init__(self, job: Job, plan: Plan, modules: dict[str, CompressedLinear], stats: dict[str, LinearStats]):
-        self.job, self.stats, self.section = job, stats, job.recipe.calibration
+    def __init__(self, job: Job, plan: Plan, modules: Modules, found: Found, stats: dict[str, LinearStats], ranks: dict[str, int]):
+        self.job, self.found, self.stats, self.ranks = job, found, stats, ranks
+        self.section = job.recipe.calibration
         self.choices, self.modules = dict(plan.linears), dict(modules)
 
-    def solve(self, names: Sequence[str], sums: LinearStats | None) -> dict[str, CompressedLinear]:
-        """Modules of linears that read the same inputs, from their sums; those of the plan where the sums are the dense model's."""
-        if sums is not None:
-            shift, took = None, {}
-            if sums.cross_gram is not None:
-                shift, took["anchor_damping"] = linalg.drift(sums.gram, sums.cross_gram, self.section.anchor_damping, names[0])
-            units = {tuple(self.choices[name].setting.get("shared", (name,))): None for name in names}
-            for members in units:
-                self.solve_unit(members, [self.target(name, shift) for name in members], sums, took)
+    def solve(self, names: Sequence[str], sums: LinearStats | None) -> Modules:
+        """Final modules of linears that read the same inputs, from their sums; None: those of the dense model, the plan's modules serve."""
+        shift, took = None, {}
+        if sums is not None and sums.cross_gram is not None:
+            shift, took["anchor_damping"] = linalg.drift(sums.gram, sums.cross_gram, self.section.anchor_damping, names[0])
+        for part in self.parts(names):
+            targets = {name: self.target(name, shift) for name in part.members}
+            stats = {name: self.stats[name] if sums is None else over(self.stats[name], sums) for name in part.members}
+            state = part.state if sums is None else self.solve_part(part, targets, stats, took)
+            self.compensate(part, state, targets, stats)
         return {name: self.modules[name] for name in names}
 
+    def parts(self, names: Sequence[str]) -> Iterator[Decomposition]:
+        """The decompositions behind the choices of some linears, those that share one together."""
+        for name in names:
+            choice = self.choices[name]
+            members = choice.setting.get("shared")
+            if members is None or name == members[0]:
+                unit = name if members is None else next(group.name for group in self.job.groups.values() if [*group.members] == members)
+                yield only(name, choice.method, setting_of(choice), self.found[unit])
+
     def target(self, name: str, shift: Tensor | None) -> Dense:
-        """The dense linear, its weight moved towards what its inputs lack: W + β W Δ."""
+        """The dense linear, its weight moved by what its inputs lack: W + β W Δ."""
         dense = dense_weight(self.job.assignments[name])
         if shift is None:
             return dense
         weight = dense.weight.double()
         return Dense(weight + self.section.anchor * weight @ shift, dense.bias, dense.dtype)
 
-    def solve_unit(self, members: Sequence[str], targets: Sequence[Dense], sums: LinearStats, took: dict[str, float]) -> None:
-        """Solve one linear, or several that share what they store, at the setting of the plan."""
-        name, alone = members[0], len(members) == 1
-        assignment, choice = self.job.assignments[name], self.choices[name]
-        setting = {key: value for key, value in choice.setting.items() if key != "shared"}
-        stats = [over(self.stats[member], sums) for member in members]
-        dense, stats = (targets[0], stats[0]) if alone else (stacked(targets), stacked_stats(stats))
-        method = only(name, choice.method, assignment.methods if alone else assignment.shared, setting, dense)
-        state = method.prepare(name, dense, stats)
-        heights = {name: len(target.weight) for name, target in zip(members, targets, strict=True)}
-        modules, error = built(method, state, setting, heights)
-        if "damping" in setting:  # the method's own: the plan says what the dense Gram took, `sequential` what this one did
+    def solve_part(self, part: Decomposition, targets: dict[str, Dense], stats: dict[str, LinearStats], took: dict[str, float]) -> Any:
+        """Solve one linear, or several that share what they store, at the setting of the plan; return the state of the method."""
+        name, alone = next(iter(part.members)), len(part.members) == 1
+        dense, sums = (targets[name], stats[name]) if alone else (stacked([*targets.values()]), stacked_stats([*stats.values()]))
+        setting = setting_of(self.choices[name])
+        state = part.method.prepare(part.curve.linear, dense, sums)
+        modules, error = built(part.method, state, setting, part.members)
+        if "damping" in setting:  # the method's own: the setting says what the dense Gram took, this what the new one did
             took = took | {"damping": state.damping}
-        for name, module in modules.items():
-            sizes = {"bits": module.bits(), "parameters": module.stored_parameters()}
-            self.choices[name] = replace(self.choices[name], **sizes, measured=error, sequential=took)
         self.modules |= modules
+        for name in modules:
+            self.choices[name] = replace(self.choices[name], measured=error, sequential=took)
+        return state
+
+    def compensate(self, part: Decomposition, state: Any, targets: dict[str, Dense], stats: dict[str, LinearStats]) -> None:
+        """Give linears their residuals, and measure and count what they have become."""
+        for name, target in targets.items():
+            if rank := self.ranks.get(name, 0):
+                if rank > (most := compensate.largest_rank(self.modules[name], dense_weight(self.job.assignments[name]))):
+                    raise ConfigError(f"{name}: the plan says a residual of rank {rank}; {most} is the largest that is smaller than dense")
+                fit = compensate.fit(name, target, self.modules[name], stats[name], self.job.recipe.compensation.metric)
+                self.modules[name] = compensate.extend(self.modules[name], fit, rank)
+        modules = [self.modules[name] for name in part.members]
+        if any(self.ranks.get(name, 0) for name in part.members):
+            error = part.method.measure(state, modules[0] if len(modules) == 1 else _Stack(modules))
+            for name in part.members:
+                self.choices[name] = replace(self.choices[name], measured=error)
+        for name, module in zip(part.members, modules, strict=True):
+            sizes = {"bits": module.bits(), "parameters": module.stored_parameters()}
+            self.choices[name] = replace(self.choices[name], residual=self.ranks.get(name), **sizes)
+
+
+def setting_of(choice: Choice) -> dict[str, Any]:
+    """The setting as the method knows it."""
+    return {key: value for key, value in choice.setting.items() if key != "shared"}
 
 
 def over(stats: LinearStats, sums: LinearStats) -> LinearStats:
@@ -89,11 +185,11 @@ def over(stats: LinearStats, sums: LinearStats) -> LinearStats:
     return replace(sums, fisher=stats.fisher, grad_tokens=stats.grad_tokens, grad_gram=stats.grad_gram)
 
 
-def only(linear: str, name: str, methods: Sequence[Method], setting: dict[str, Any], dense: Dense) -> Method:
-    """The method of that name; of several, the one that offers the setting. Raises ConfigError if the plan does not tell them apart."""
-    named = [method for method in methods if method.name == name]
+def only(name: str, method: str, setting: dict[str, Any], found: Sequence[Decomposition]) -> Decomposition:
+    """The decomposition that a choice came from. Raises ConfigError if the plan does not tell several of one method apart."""
+    named = [part for part in found if part.method.name == method and any(one.setting == setting for one in part.curve.candidates)]
     if len(named) > 1:
-        named = [method for method in named if any(size.setting.items() <= setting.items() for size in method.sizes(dense))]
-    if len(named) > 1:
-        raise ConfigError(f"{linear}: several candidates '{name}' offer {setting}; list one, or set calibration.sequential to false")
+        raise ConfigError(
+            f"{name}: several candidates '{method}' offer {setting}; list one of them, or leave out calibration.sequential and compensation"
+        )
     return named[0]

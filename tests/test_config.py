@@ -14,6 +14,7 @@ PRESETS = [
     "cospadi",
     "default",
     "dsformer",
+    "eora_24",
     "eora_w3_r64",
     "eora_w4_r32",
     "fwsvd",
@@ -123,7 +124,7 @@ def test_bad_values_name_their_line_their_key_and_what_would_be_right(recipe_fil
     [
         ("allocation.kep=1", ["no 'allocation.kep'", "'allocation.keep'"]),
         ("alocation.keep=1", ["'allocation.keep'"]),
-        ("keep=0.5", ["'allocation.keep'"]),
+        ("keep=0.5", ["allocation.keep, compensation.keep"]),
         ("method.0.candidate.0.name=x", ["'method.0.candidates.0.name'"]),
         ("allocation.keep", ["path=value"]),
         ("seed=", ["null"]),

@@ -15,7 +15,7 @@ LEVELS = (
     ("errors", "progress", "resources", "tables", "linalg", "yaml_reader", "recipe", "config"),
     ("stats", "linears", "plan", "roles", "shards", "sources", "timings"),
     ("methods",),
-    ("knapsack", "allocate"),
+    ("knapsack", "compensate", "allocate"),
     ("manifest", "folder", "staging", "weights", "artifacts", "hf", "model", "data", "calibrate"),
     ("scoring", "checkpoint", "export", "report", "speed", "lm_eval_bridge", "restart", "sequential"),
     ("decompose", "probe", "units", "rules", "planning"),

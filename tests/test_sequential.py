@@ -10,7 +10,7 @@ from conftest import tiny_model
 from observed import windows
 from test_pipeline import recipe
 
-from compressor import linalg, pipeline, refine, stages
+from compressor import linalg, pipeline, refine, selection, stages
 from compressor.errors import ConfigError, NumericalError
 from compressor.model import blocks, linears
 from compressor.plan import DENSE
@@ -113,9 +113,10 @@ def test_a_dense_plan_changes_nothing(tiny_llama, text_file):
 def test_linears_kept_dense_stay_and_are_no_obstacle(tiny_llama, text_file):
     job = job_of(tiny_llama, text_file, *SEQUENTIAL, config="default")
     collected = stages.statistics(job)
-    plan, modules = pipeline.plan_and_build(job, collected, None, Stopwatch(), silent)
+    found = stages.decompositions(job, collected)
+    plan, modules = selection.choose(job, found, stages.probes(job, found))
     fewer = {name: module for name, module in modules.items() if "layers.1.mlp" in name or "layers.0.self_attn.o_proj" in name}
-    again, kept = refine.in_order(job, plan, fewer, collected)
+    again, kept = refine.finish(job, plan, fewer, found, collected, None)
     assert kept.keys() == fewer.keys()
     assert all(again.linears[name] == plan.linears[name] for name in plan.linears.keys() - fewer.keys())
 

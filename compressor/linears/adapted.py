@@ -61,6 +61,11 @@ class Adapted(CompressedLinear):
     def bind(self, model: nn.Module) -> None:
         self.base.bind(model)
 
+    def alone(self) -> CompressedLinear:
+        """The base with no low-rank part. This module is of no use any more: the two have one table of parameters."""
+        del self._parameters["up"], self._parameters["down"]
+        return self.base
+
     def forward(self, input: Tensor) -> Tensor:
         return self.base(input) + functional.linear(functional.linear(input, self.down), self.up)
 

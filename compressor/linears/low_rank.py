@@ -80,6 +80,15 @@ class LowRank(CompressedLinear):
     def multiply_adds(self) -> int:
         return self.weight.numel() + self.up.numel()
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """up (out, r) and down (r, in), without autograd; of a pivoted pair what it stands for, the identity at its pivots."""
+        up, weight = self.up.detach(), self.weight.detach()
+        if self.pivots is None:
+            return up, weight
+        down = weight.new_empty(self.rank, self.in_features)
+        down[:, self.order()] = torch.cat([torch.eye(self.rank, dtype=weight.dtype, device=weight.device), weight], dim=1)
+        return up, down
+
     def to_dense(self) -> Tensor:
         wide = torch.promote_types(self.up.dtype, torch.float32)
         up, weight = self.up.detach().to(wide), self.weight.detach().to(wide)
