@@ -1,6 +1,8 @@
 """Time and memory of compression against their floors, measured in the same run on the same machine.
 
-    python -m benchmarks.run [--case svd_llm-reference] [--case svd_llm-wide]
+    python -m benchmarks.run [--case svd_llm-reference] [--case svd_llm-wide] [--case dictionary-rocket]
+
+Cases called dictionary-… are the comparisons of `benchmarks.dictionary`, each in a process of its own.
 
 Floor of a run = bare calibration forwards (with backward where the recipe needs gradients, and the probes' forwards) + bare Gram GEMMs
 + bare eigendecompositions, each called with nothing around it. Compress time = calibrate + decompose + probe + allocate of the same
@@ -16,11 +18,14 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.dictionary import PARTS
+
 CASES = {  # name: (recipe, model, calibration windows)
     "svd_llm-reference": ("svd_llm", "reference", 128),
     "default-reference": ("default", "reference", 128),
     "svd_llm-wide": ("svd_llm", "wide", 16),
 }
+DICTIONARY = {f"dictionary-{part}": part for part in PARTS}
 
 
 def wide_llama(folder: Path) -> Path:
@@ -45,31 +50,40 @@ def tokens_file(folder: Path, windows: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", action="append", choices=sorted(CASES))
+    parser.add_argument("--case", action="append", choices=[*CASES, *DICTIONARY])
     parser.add_argument("--one", help=argparse.SUPPRESS)  # a child process that measures one case
     arguments = parser.parse_args()
     if arguments.one:
         print(json.dumps(measure(**json.loads(arguments.one))))
         return
-    print(f"{'case':20} {'compress s':>10} {'floor s':>8} {'ratio':>6} {'peak MiB':>9} {'base MiB':>9} {'ratio':>6}")
+    chosen = arguments.case or [*CASES, *DICTIONARY]
+    if any(case in CASES for case in chosen):
+        print(f"{'case':20} {'compress s':>10} {'floor s':>8} {'ratio':>6} {'peak MiB':>9} {'base MiB':>9} {'ratio':>6}")
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        for case in arguments.case or CASES:
-            recipe, model, windows = CASES[case]
-            name = model if model == "reference" else str(wide_llama(folder / "wide"))
-            job = {"recipe": recipe, "model": name, "source": tokens_file(folder, windows), "windows": windows}
-            child = [sys.executable, "-m", "benchmarks.run", "--one"]
-            spent = {
-                part: json.loads(subprocess.run([*child, json.dumps(job | {"part": part})], check=True, stdout=subprocess.PIPE).stdout)
-                for part in ("compress", "floor")
-            }
-            run, floor = spent["compress"], spent["floor"]
-            seconds = sum(floor["seconds"].values())
-            print(
-                f"{case:20} {run['total']:10.2f} {seconds:8.2f} {run['total'] / seconds:6.2f} "
-                f"{run['peak'] / 2**20:9.0f} {run['base'] / 2**20:9.0f} {run['peak'] / run['base']:6.2f}"
-            )
-            print(f"    compress {rounded(run['seconds'])}\n    floor    {rounded(floor['seconds'])}", flush=True)
+        for case in chosen:
+            if case in CASES:
+                compare(case, Path(temporary))
+            else:
+                subprocess.run([sys.executable, "-m", "benchmarks.dictionary", "--part", DICTIONARY[case]], check=True)
+
+
+def compare(case: str, folder: Path) -> None:
+    """Print time and memory of one case and of its floor, each measured in a process of its own."""
+    recipe, model, windows = CASES[case]
+    name = model if model == "reference" else str(wide_llama(folder / "wide"))
+    job = {"recipe": recipe, "model": name, "source": tokens_file(folder, windows), "windows": windows}
+    child = [sys.executable, "-m", "benchmarks.run", "--one"]
+    spent = {
+        part: json.loads(subprocess.run([*child, json.dumps(job | {"part": part})], check=True, stdout=subprocess.PIPE).stdout)
+        for part in ("compress", "floor")
+    }
+    run, floor = spent["compress"], spent["floor"]
+    seconds = sum(floor["seconds"].values())
+    print(
+        f"{case:20} {run['total']:10.2f} {seconds:8.2f} {run['total'] / seconds:6.2f} "
+        f"{run['peak'] / 2**20:9.0f} {run['base'] / 2**20:9.0f} {run['peak'] / run['base']:6.2f}"
+    )
+    print(f"    compress {rounded(run['seconds'])}\n    floor    {rounded(floor['seconds'])}", flush=True)
 
 
 def rounded(seconds: dict[str, float]) -> str:

@@ -38,9 +38,15 @@ DAMPING = 1e-6  # added to each atom's own energy in S Sᵀ, relative: two atoms
 RATIOS = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0)  # atoms to nonzeros; the optimum is flat (card §9.6)
 ATOM_COUNTS = 32  # dictionaries of this many sizes are offered unless a step is given
 
+Law = Callable[[np.ndarray, np.ndarray, int, int], np.ndarray]  # (atoms, nonzeros, r, n) → expected θ, see `profiled`
 Ratio = Annotated[float, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 MetricName = Literal["gram", "weighted_gram"]
+
+
+def no_law(atoms: np.ndarray, nonzeros: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """Nothing is expected: the start is as good as a fit."""
+    return np.ones(len(atoms))
 
 
 @dataclass(frozen=True)
@@ -125,62 +131,72 @@ def grid(method: str, dense: Dense, ratios: Sequence[float], step: int | None, m
     return sorted((size for size in sizes if size.bits < dense.bits and size.parameters < dense.parameters), key=lambda size: size.bits)
 
 
-def screened(sizes: Sequence[Candidate], coordinates: Tensor) -> list[Candidate]:
-    """Sizes with the relative error of the orthonormal start, by (0.2): one sort for each number of atoms gives all its nonzeros."""
+def start_errors(sizes: Sequence[Candidate], coordinates: Tensor) -> np.ndarray:
+    """Relative errors of the orthonormal start, by (0.2): one sort for each number of atoms gives all its nonzeros."""
     energies, whole = coordinates.square().T.contiguous(), coordinates.square().sum().item()  # (n, r)
     lost = {}
     for atoms in {size.setting["atoms"] for size in sizes}:
         kept = ascending(energies[:, :atoms], 1).sum(0).flip(0).cumsum(0)  # by 1, 2, … k nonzeros
         lost[atoms] = (1 - kept / whole).clamp(min=0).tolist() if whole > 0 else [0.0] * atoms
-    return [replace(size, error=lost[size.setting["atoms"]][size.setting["nonzeros"] - 1]) for size in sizes]
+    return np.array([lost[size.setting["atoms"]][size.setting["nonzeros"] - 1] for size in sizes])
 
 
-def front(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Candidates in order of bits without those that a smaller one matches or beats; at zero energy all are equal, and all stay."""
-    chosen: list[Candidate] = []
-    for candidate in sorted(candidates, key=lambda candidate: (candidate.bits, candidate.error)):
-        if not chosen or (candidate.bits > chosen[-1].bits and (candidate.error < chosen[-1].error or candidate.error == 0)):
-            chosen.append(candidate)
+def front(sizes: Sequence[Candidate], errors: Sequence[float]) -> list[int]:
+    """Places of the sizes, in order of bits, without those that a smaller one matches or beats; exact ones all stay."""
+    places = np.lexsort((errors, [size.bits for size in sizes]))
+    chosen: list[int] = []
+    for place in places.tolist():
+        last = chosen[-1] if chosen else None
+        if last is None or (sizes[place].bits > sizes[last].bits and (errors[place] < errors[last] or errors[place] == 0)):
+            chosen.append(place)
     return chosen
 
 
-def spread(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
-    """At most `count` candidates: those nearest to the middles of as many equal intervals of size. candidates: in order of bits."""
-    if not candidates:
+def spread(bits: Sequence[int], count: int) -> list[int]:
+    """At most `count` places: those nearest to the middles of as many equal intervals of size. bits: ascending."""
+    if not bits:
         return []
-    bits = np.array([candidate.bits for candidate in candidates])
     middles = bits[0] + (bits[-1] - bits[0]) * (np.arange(count) + 0.5) / max(1, count)
-    return [candidates[index] for index in sorted({int(np.abs(bits - size).argmin()) for size in middles})]
+    return sorted({int(np.abs(np.array(bits) - size).argmin()) for size in middles})
 
 
-def profiled(sizes: Sequence[Candidate], coordinates: Tensor, anchors: int | None, fit: Callable[[int, int], float]) -> list[Candidate]:
+def profiled(
+    sizes: Sequence[Candidate],
+    coordinates: Tensor,
+    anchors: int | None,
+    fit: Callable[[int, int], float],
+    law: Law = no_law,
+    tails: Tensor | None = None,
+) -> list[Candidate]:
     """The front of sizes by the errors that fits will have. fit: (atoms, nonzeros) → relative error of a finished fit.
 
     A fit of k atoms lies between the truncated decomposition at rank k, its error with all codes kept, and the orthonormal start of the
-    same nonzeros. How far up, θ, hardly depends on the atoms and slowly on the size: it is measured at `anchors` sizes of the front,
-    linear in bits between them, twice, since better codes move the front to more atoms with fewer nonzeros (half as many the first
-    time). anchors: 0 leaves the errors of the start, None fits the whole front of the start.
+    same nonzeros. How far up, θ, is what `law` expects times what is found at `anchors` sizes of the front, linear in bits between
+    them, twice, since better codes move the front to more atoms with fewer nonzeros (half as many the first time).
+    anchors: 0 leaves the law alone, None fits the whole front of the start. tails (r,): errors of the truncated decompositions at ranks
+    1, 2, …, where the error is not the one that the start is known in.
     """
-    starts, energies = screened(sizes, coordinates), coordinates.square().sum(1)
-    if energies.sum() == 0:  # every size is exact
-        return front(starts)
-    if anchors is None:
-        return front([replace(size, error=fit(**size.setting)) for size in front(starts)])
-    tails = (1 - energies.cumsum(0) / energies.sum()).clamp(min=0).tolist()
-    lows, highs = [tails[size.setting["atoms"] - 1] for size in starts], [size.error for size in starts]
-    limits = {tuple(size.setting.values()): pair for size, *pair in zip(starts, lows, highs, strict=True)}
-    open_ = {setting for setting, (low, high) in limits.items() if high - low > 1e-9}  # elsewhere the start is the best there is
-    found = front(starts)
+    if not sizes:
+        return []
+    starts, energies = start_errors(sizes, coordinates), coordinates.square().sum(1)
+    if energies.sum() == 0 or anchors is None:
+        chosen = front(sizes, starts)
+        errors = {place: fit(**sizes[place].setting) if energies.sum() > 0 else 0.0 for place in chosen}
+        found = [replace(sizes[place], error=error) for place, error in errors.items()]
+        return [found[place] for place in front(found, list(errors.values()))]
+    atoms, nonzeros, bits = (np.array(column) for column in zip(*((*size.setting.values(), size.bits) for size in sizes), strict=True))
+    truncated = (1 - energies.cumsum(0) / energies.sum()).clamp(min=0)
+    gaps = (starts - truncated.numpy(force=True)[atoms - 1]).clip(min=0)
+    lows = (truncated if tails is None else tails).numpy(force=True)[atoms - 1]
+    raised = gaps * law(atoms, nonzeros, *coordinates.shape)
+    errors = lows + raised
     for count in (anchors // 2, anchors):
-        measured = []
-        for size in spread([size for size in found if tuple(size.setting.values()) in open_], count):
-            low, high = limits[tuple(size.setting.values())]
-            measured.append((size.bits, min(1.0, max(0.0, (fit(**size.setting) - low) / (high - low)))))
-        if measured:
-            levels = np.interp([size.bits for size in starts], *zip(*measured, strict=True))
-            errors = (np.array(lows) + levels * (np.array(highs) - np.array(lows))).tolist()
-            found = front([replace(size, error=error) for size, error in zip(starts, errors, strict=True)])
-    return found
+        open_ = [place for place in front(sizes, errors) if gaps[place] > 1e-9]  # elsewhere the start is the best there is
+        places = [open_[index] for index in spread(bits[open_].tolist(), count)]
+        if places:
+            levels = [max(0.0, (fit(**sizes[place].setting) - lows[place]) / raised[place]) for place in places]
+            errors = lows + raised * np.interp(bits, bits[places], levels)
+    return [replace(sizes[place], error=float(errors[place])) for place in front(sizes, errors)]
 
 
 def curve_of(basis: Basis, method: str, candidates: Sequence[Candidate]) -> Curve:

@@ -37,12 +37,10 @@ from compressor.methods.dictionary import (
     best_dictionary,
     curve_of,
     fitted_error,
-    front,
     grid,
     needs_of,
     profiled,
     require_atoms,
-    screened,
     store,
 )
 from compressor.plan import Candidate, Curve
@@ -127,19 +125,20 @@ class Rocket(Method[Basis]):
         return basis.coordinates[:atoms] * mask, mask
 
     def candidates(self, state: Basis) -> Curve:
-        """Errors with the best dictionary, reactivation and ridge; all sizes are fitted for the published weight-space error."""
-        scores, sizes, targets = self.scores(state), self.sizes(state.dense), state.coordinates.T
+        """Errors with the best dictionary, reactivation and ridge: of the outputs, or of the weights as published."""
+        scores, sizes = self.scores(state), self.sizes(state.dense)
+        targets = state.coordinates.T if self.profile == "gram" else state.weight
+
+        def fit(atoms: int, nonzeros: int) -> float:
+            return fitted_error(self.codes(state, scores, atoms, nonzeros)[0], targets, self.ridge)
+
         if self.profile == "gram":
-
-            def fit(atoms: int, nonzeros: int) -> float:
-                return fitted_error(self.codes(state, scores, atoms, nonzeros)[0], targets, self.ridge)
-
             return curve_of(state, self.name, profiled(sizes, state.coordinates, self.anchors, fit))
-        found = [
-            replace(size, error=fitted_error(self.codes(state, scores, **size.setting)[0], state.weight, self.ridge) ** 0.5)
-            for size in front(screened(sizes, state.coordinates))
-        ]
-        return replace(curve_of(state, self.name, front(found)), energy=Metric().energy(state.weight))
+        energy = Metric().energy(state.weight)
+        kept = (state.vectors.T @ state.weight).square().sum(1).cumsum(0)  # of ‖W‖², by 1, 2, … leading directions
+        tails = (1 - kept / energy).clamp(min=0) if energy > 0 else torch.zeros_like(kept)
+        found = profiled(sizes, state.coordinates, self.anchors, fit, tails=tails)
+        return replace(curve_of(state, self.name, [replace(size, error=size.error**0.5) for size in found]), energy=energy)
 
     def compress(self, state: Basis, setting: dict[str, Any]) -> Dictionary:
         codes, mask = self.codes(state, self.scores(state), *require_atoms(state.linear, setting, len(state.values)))

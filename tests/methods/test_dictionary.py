@@ -23,8 +23,8 @@ from compressor.methods.dictionary import (
     grid,
     profiled,
     require_atoms,
-    screened,
     spread,
+    start_errors,
     store,
     stored_size,
     unwhitened,
@@ -157,8 +157,8 @@ def test_14_all_codes_kept_is_the_truncated_svd(kind):
     ranks = {candidate.setting["rank"]: candidate.error for candidate in curve.candidates}
     for rank in (3, 7):
         assert fitted_error(coded(basis, rank, rank), basis.coordinates.T) == pytest.approx(ranks[rank], rel=1e-7)
-        (size,) = screened([Candidate("any", {"atoms": rank, "nonzeros": rank}, 1, 1, math.nan)], basis.coordinates)
-        assert size.error == pytest.approx(ranks[rank], rel=1e-7)
+        (error,) = start_errors([Candidate("any", {"atoms": rank, "nonzeros": rank}, 1, 1, math.nan)], basis.coordinates)
+        assert error == pytest.approx(ranks[rank], rel=1e-7)
     full = len(basis.values)
     torch.testing.assert_close(coded(basis, full, full).T @ unwhitened(basis, torch.eye(full)), basis.weight, rtol=1e-6, atol=1e-6)
     assert fitted_error(coded(basis, full, full), basis.coordinates.T) < EXACT
@@ -167,7 +167,7 @@ def test_14_all_codes_kept_is_the_truncated_svd(kind):
 def test_screening_is_0_2_for_every_size_and_15_falls_with_atoms_and_with_nonzeros():
     basis = based(cases.make("wide"))
     sizes = [Candidate("any", {"atoms": k, "nonzeros": s}, 1, 1, math.nan) for k in range(1, 21) for s in range(1, k + 1)]
-    errors = {tuple(size.setting.values()): size.error for size in screened(sizes, basis.coordinates)}
+    errors = {tuple(size.setting.values()): error for size, error in zip(sizes, start_errors(sizes, basis.coordinates), strict=True)}
     for (atoms, nonzeros), error in errors.items():
         assert error == pytest.approx(1 - square(coded(basis, atoms, nonzeros)) / basis.energy, rel=EXACT, abs=1e-12)
         assert error <= errors.get((atoms, nonzeros - 1), 1.0) + 1e-12
@@ -248,16 +248,15 @@ def candidate(bits: int, error: float) -> Candidate:
 
 
 def test_front_drops_what_a_smaller_or_equal_size_beats():
-    kept = front([candidate(3, 0.2), candidate(1, 0.5), candidate(2, 0.5), candidate(3, 0.1), candidate(4, 0.1), candidate(5, 0.0)])
-    assert [(one.bits, one.error) for one in kept] == [(1, 0.5), (3, 0.1), (5, 0.0)]
-    assert len(front([candidate(bits, 0.0) for bits in (1, 2, 3)])) == 3  # a zero weight keeps its sizes
+    sizes = [candidate(bits, math.nan) for bits in (3, 1, 2, 3, 4, 5)]
+    assert front(sizes, [0.2, 0.5, 0.5, 0.1, 0.1, 0.0]) == [1, 3, 5]
+    assert front(sizes[:3], [0.0, 0.0, 0.0]) == [1, 2, 0]  # a zero weight keeps its sizes
 
 
 def test_anchors_spread_over_the_middles_of_equal_intervals():
-    sizes = [candidate(bits, 1 / bits) for bits in (10, 11, 19, 30, 41, 50)]
-    assert [one.bits for one in spread(sizes, 2)] == [19, 41]
-    assert [one.bits for one in spread(sizes, 1)] == [30]
-    assert spread(sizes, 0) == spread([], 3) == []
+    assert spread([10, 11, 19, 30, 41, 50], 2) == [2, 4]
+    assert spread([10, 11, 19, 30, 41, 50], 1) == [3]
+    assert spread([10, 11], 0) == spread([], 3) == []
 
 
 def lattice(most: int) -> list[Candidate]:
@@ -271,7 +270,7 @@ def lattice(most: int) -> list[Candidate]:
 def test_profiles_lie_between_the_truncated_decomposition_and_the_start_where_the_anchors_say():
     """Fits 30 % of the way up: two anchors predict all of them, and the front moves to more atoms with fewer nonzeros."""
     basis, sizes, asked = based(cases.make("tall")), lattice(20), []
-    start = {tuple(size.setting.values()): size.error for size in screened(sizes, basis.coordinates)}
+    start = {tuple(size.setting.values()): error for size, error in zip(sizes, start_errors(sizes, basis.coordinates), strict=True)}
     tails = 1 - basis.values.cumsum(0) / basis.energy
 
     def fit(atoms: int, nonzeros: int) -> float:
@@ -282,8 +281,8 @@ def test_profiles_lie_between_the_truncated_decomposition_and_the_start_where_th
     found = profiled(sizes, basis.coordinates, 2, fit)
     assert 1 <= len(asked) <= 3
     assert [size.error for size in found] == pytest.approx([fit(**size.setting) for size in found], rel=1e-6, abs=1e-9)
-    best = front([replace(size, error=fit(**size.setting)) for size in sizes])
-    assert [size.setting for size in found] == [size.setting for size in best]
+    best = front(sizes, [fit(**size.setting) for size in sizes])
+    assert [size.setting for size in found] == [sizes[place].setting for place in best]
     plain = profiled(sizes, basis.coordinates, 0, None)
     assert [size.error for size in plain] == [start[tuple(size.setting.values())] for size in plain]
 

@@ -120,13 +120,22 @@ def test_the_papers_claim_closer_than_svd_llm_at_equal_parameters(kind):
 
 
 def test_published_profile_is_the_error_of_the_weights():
-    method, state = prepared("tall", profile="weight")
+    method, state = prepared("tall", profile="weight", anchors=None)
     curve = method.candidates(state)
     assert curve.energy == pytest.approx(state.weight.square().sum().item())
     assert all(later.error < earlier.error and later.bits > earlier.bits for earlier, later in pairwise(curve.candidates))
     for candidate in curve.candidates[::9]:
         module = method.compress(state, candidate.setting)
         assert candidate.error == pytest.approx((state.weight - module.to_dense()).norm().item() / state.weight.norm().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("profile", ["gram", "weight"])
+@pytest.mark.parametrize("kind", SHAPES)
+def test_four_anchors_predict_every_fit(kind, profile):
+    method, state = prepared(kind, profile=profile)
+    curve = [one for one in method.candidates(state).candidates if 0.4 < one.parameters / state.dense.parameters < 0.95]
+    ratios = [method.measure(state, method.compress(state, one.setting)) / one.error for one in curve]
+    assert sum(abs(ratio - 1) for ratio in ratios) / len(ratios) < 0.05
 
 
 @pytest.mark.parametrize("kind", SHAPES)
