@@ -32,7 +32,7 @@ VARIANTS += [
     )
 ]
 FITTED = {"anchors": None}  # every size of the curve fitted
-VARIANTS += [("rocket", options) for options in (FITTED, {"metric": "weighted_gram"} | FITTED, {"profile": "weight"})]
+VARIANTS += [("rocket", options) for options in (FITTED, {"metric": "weighted_gram"} | FITTED, {"profile": "weight"} | FITTED)]
 VARIANTS += [("cospadi", {"rounds": 2} | options | FITTED) for options in ({}, {"metric": "weighted_gram"}, {"solver": "ksvd"})]
 VARIANTS += [("compot", options | FITTED) for options in ({}, {"free": True}, {"metric": "weighted_gram"})]
 VARIANTS += [("dsformer", {"metric": metric, "group": 4} | FITTED) for metric in ("identity", "gram", "weighted_gram")]
