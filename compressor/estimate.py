@@ -24,6 +24,7 @@ from compressor.weights import DTYPES
 
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 WRITES = "weights (*.safetensors), config.json, tokenizer, recipe.yaml, plan.json, report.json, README.md, manifest.json, timings.json"
+PASSES_IN_ORDER = 2.5  # forward passes that a sequential solve takes for each stream
 SAMPLE = 384  # side of the matrices whose products and eigenpairs are timed here, to scale the estimates by
 
 
@@ -135,7 +136,14 @@ def memory(recipe: Recipe, source: ModelFolder, assignments: dict[str, Assignmen
         "statistics": sums,
         "decompositions": bases,
         "one_pass": size_in_bytes(recipe.calibration.memory),
-    }
+    } | ({"streams": streams(recipe, assignments)} if recipe.calibration.sequential else {})
+
+
+def streams(recipe: Recipe, assignments: dict[str, Assignment]) -> int:
+    """Bytes, about, of the block outputs that sequential solves carry, in float32: one stream, and with anchoring a second."""
+    section, hidden = recipe.calibration, min(a.info.in_features for a in assignments.values())
+    tokens = (section.windows - heldout_count(section.windows, section.heldout)) * section.length
+    return 4 * tokens * hidden * (2 if section.anchor else 1)
 
 
 def seconds(recipe: Recipe, source: ModelFolder, assignments: dict[str, Assignment], depth: int) -> dict[str, float]:
@@ -154,7 +162,13 @@ def seconds(recipe: Recipe, source: ModelFolder, assignments: dict[str, Assignme
     probing = recipe.allocation.kind == "knapsack" and recipe.allocation.damage == "kl_probe"
     windows = recipe.allocation.probe.windows or heldout
     passes = sum((depth - info.block) / depth for info in infos) if probing else 0.0
-    return {"calibrate": calibrate, "decompose": decompose, "probe": passes * windows * section.length * parameters / rate}
+    found = {"calibrate": calibrate, "decompose": decompose, "probe": passes * windows * section.length * parameters / rate}
+    if section.sequential:  # each stream goes through a block once as a whole and, group by group, through parts of it
+        streams = 2 if section.anchor else 1
+        found["solve_in_order"] = (
+            fitted * streams * (PASSES_IN_ORDER * parameters + sum(width**2 for width in inputs.values())) / rate + decompose
+        )
+    return found
 
 
 def gemm_rate() -> float:

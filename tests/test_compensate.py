@@ -12,7 +12,7 @@ from compressor import compensate, linalg, pipeline
 from compressor import model as models
 from compressor.compensate import Offer, spend
 from compressor.config import load_recipe
-from compressor.errors import ConfigError
+from compressor.errors import BudgetError, ConfigError
 from compressor.linears import Adapted, Dense, Dictionary, LowRank, Sparse, build_empty
 from compressor.linears.masks import pack_mask
 from compressor.methods import build
@@ -194,6 +194,16 @@ def test_contradictions_are_refused_while_reading(sets, message):
 def test_residuals_that_do_not_fit_are_refused(tiny_llama, text_file, sets, message):
     with pytest.raises(ConfigError, match=message):
         built(job_of(tiny_llama, text_file, *BASE, *sets, config="default"))
+
+
+def test_the_outline_counts_residuals_and_sequential_passes(tiny_llama, text_file):
+    made = recipe(tiny_llama, text_file, *BASE, "allocation.keep=0.8", "compensation.rank=2", "calibration.sequential=true")
+    outline = pipeline.plan(made)
+    assert outline["kept"] == pytest.approx(0.8, abs=1e-4)
+    assert outline["estimated_seconds"]["solve_in_order"] > outline["estimated_seconds"]["calibrate"]
+    assert outline["memory_bytes"]["streams"] == 2 * 4 * 8 * 32 * 32
+    with pytest.raises(BudgetError):
+        pipeline.plan(recipe(tiny_llama, text_file, *BASE, "allocation.keep=0.6", "compensation.rank=2"))
 
 
 def test_candidates_with_residuals_of_their_own_are_refused(tiny_llama, text_file):
