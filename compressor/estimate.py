@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 
+from compressor.assignments import Assignment, Group, assign, groups
 from compressor.calibrate import GRADIENT_FIELDS
 from compressor.data import heldout_count
-from compressor.decompose import Assignment, Group, assign, groups, stacked
+from compressor.decompose import stacked
 from compressor.errors import CheckpointError, ConfigError
 from compressor.folder import ModelFolder
 from compressor.knapsack import Row, check_budget
 from compressor.linears import Dense, build_empty
+from compressor.methods.base import Engine, ModuleMethod
 from compressor.model import blocks, covered_share, fused, skeleton
 from compressor.plan import Candidate
 from compressor.planning import budgets, reserved
@@ -94,11 +96,17 @@ def rows_of(
     rows = []
     for group in (group for group in sharing if set(group.members) <= set(names)):
         apart = [costs.pop(name) for name in group.members]
-        dense = stacked([denses[name] for name in group.members])
-        together = [cost(size) for method in group.methods for size in method.sizes(dense)]
+        together = [cost(size) for method in group.methods for size in sizes_of(method, group, assignments, denses)]
         least, most = sum(map(min, apart)), sum(map(max, apart))
-        rows.append(Row(tuple(sorted([*together, least, most])), (0.0,) * (len(together) + 2), cost(dense)))
+        rows.append(Row(tuple(sorted([*together, least, most])), (0.0,) * (len(together) + 2), sum(cost(denses[n]) for n in group.members)))
     return rows + [Row(own, (0.0,) * len(own), cost(denses[name])) for name, own in costs.items()]
+
+
+def sizes_of(method: Engine, group: Group, assignments: dict[str, Assignment], denses: dict[str, Dense]) -> list[Candidate]:
+    """Sizes that a method offers for a group."""
+    if isinstance(method, ModuleMethod):
+        return method.sizes({assignments[name].info.role: denses[name] for name in group.members})
+    return method.sizes(stacked([denses[name] for name in group.members]))
 
 
 def costs_of(sizes: list[Candidate], whole: int, keep_dense: bool, bits: bool) -> tuple[int, ...]:

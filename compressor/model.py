@@ -27,7 +27,7 @@ from compressor.errors import CheckpointError, ConfigError
 from compressor.folder import read, read_headers, resolve
 from compressor.hf import out_in
 from compressor.linears import CompressedLinear, Dense
-from compressor.roles import roles_of
+from compressor.roles import GROUPS, ROLES, roles_of
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 LISTED = 10  # names printed in an error before "and n more"
@@ -144,8 +144,8 @@ def _holds_linears(module: nn.Module) -> bool:
 def linears(model: PreTrainedModel, patterns: Iterable[str] | None = None) -> dict[str, LinearInfo]:
     """Dense linears by name, in the order of the model: those in decoder blocks, or those that `patterns` select.
 
-    A pattern is a glob (`*q_proj`, `model.layers.0.*`) or `re:` and a regular expression, either for the whole module name. A linear
-    outside the blocks is selected by its exact name only. Works on the meta device. Raises ConfigError for a pattern that selects nothing.
+    A pattern is a glob (`*q_proj`, `model.layers.0.*`) or `re:` and a regular expression, either for the whole module name, or `role:`
+    and a role or a group of roles (`role:v`, `role:ffn`). A linear outside the blocks is selected by its exact name only. Works on the meta device. Raises ConfigError for a pattern that selects nothing.
     """
     prefix, members = blocks(model)
     modules = {name: module for name, module in model.named_modules() if _is_linear(module) and not isinstance(module, CompressedLinear)}
@@ -163,7 +163,8 @@ def linears(model: PreTrainedModel, patterns: Iterable[str] | None = None) -> di
     patterns = list(patterns)
     for pattern in patterns:
         if not any(selects(pattern, info) for info in infos.values()):
-            raise ConfigError(f"target '{pattern}' selects no linear; the nearest is '{_nearest(pattern, infos)}'")
+            known = [f"role:{role}" for role in (*GROUPS, *ROLES)] if pattern.startswith("role:") else infos
+            raise ConfigError(f"target '{pattern}' selects no linear; the nearest is '{_nearest(pattern, known)}'")
     return {name: info for name, info in infos.items() if any(selects(pattern, info) for pattern in patterns)}
 
 
@@ -171,6 +172,8 @@ def selects(pattern: str, info: LinearInfo) -> bool:
     """Whether a target pattern selects this linear. Raises ConfigError for an invalid regular expression."""
     if info.outside:
         return pattern == info.name
+    if pattern.startswith("role:"):
+        return info.role in GROUPS.get(pattern.removeprefix("role:"), (pattern.removeprefix("role:"),))
     if not pattern.startswith("re:"):
         return fnmatchcase(info.name, pattern)
     try:

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from compressor import allocate, knapsack
-from compressor.decompose import Assignment, Decomposition, Group
+from compressor.assignments import Assignment, Group
+from compressor.decompose import Decomposition
 from compressor.errors import ConfigError
 from compressor.knapsack import Limit, Row
 from compressor.linears import CompressedLinear
@@ -172,8 +173,9 @@ def solve(problem: Problem, options: Mapping[str, list[Option]]) -> Solution:
         else:
             table = rows_of(problem, options, names, sharing=None)
             rows = [row_of(problem, row) for row in table]
+            units = [row[0][0].unit for row in table]
             picks = RULES[recipe.allocation.kind](
-                Rule(recipe, names, assignments, problem.found, options, rows, keep, budget, problem.tokens)
+                Rule(recipe, units, assignments, problem.found, options, rows, keep, budget, problem.tokens)
             )
             bundles = [row[pick] for row, pick in zip(table, picks, strict=True)]
         chosen += bundles

@@ -133,7 +133,7 @@ class Target(Section):
     """Some linears and the decompositions that compete for them."""
 
     targets: Pattern = "*"
-    """Module names, as a glob or as `re:` and a regular expression; a linear belongs to the first entry that matches."""
+    """Module names, as a glob or as `re:` and a regular expression, or `role:` and a role; a linear belongs to the first that matches."""
     candidates: Annotated[Many[Engine], Field(min_length=1)] = (Engine(),)
     """Decompositions; the allocation chooses among their settings."""
     dense: bool = True
@@ -171,7 +171,7 @@ class Allocation(Section):
     depth_bias: NonNegative = 0.0
     """Weight γ of the factor 1 + γh by which damage in early blocks counts more (kl_probe)."""
     roles: dict[str, Annotated[float, Field(gt=0)]] = {"q": 1.0, "k": 1.0, "v": 3.0, "o": 3.0}
-    """Relative rank of each role (by_role); roles not named have weight 1."""
+    """Relative fraction kept of each role (by_role); linears of other roles keep the whole fraction each."""
     tie: Many[Literal["qkv", "gate_up"]] = ()
     """Linears with the same inputs that must get the same method and setting (knapsack)."""
     limits: dict[Literal["parameters", "multiply_adds"], Annotated[float, Field(gt=0, le=1)]] = {}

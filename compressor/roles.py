@@ -20,7 +20,12 @@ ROLES = {  # role: endings of the module path inside a block
     "fc2": ("fc2", "mlp.c_proj", "fc_out", "dense_4h_to_h"),
 }
 
-GROUPS = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}  # linears that read the same inputs, as recipes name them
+GROUPS = {  # linears with a decision in common
+    "qkv": ("q", "k", "v"),  # these two read the same inputs, and recipes may let them share or tie them
+    "gate_up": ("gate", "up"),
+    "ffn": ("gate", "up", "gate_up", "down", "fc1", "fc2"),  # these two are what module methods work on
+    "attention": ("q", "k", "v", "qkv", "o"),
+}
 
 
 def roles_of(names: Iterable[str], feeds: dict[str, str]) -> dict[str, str]:

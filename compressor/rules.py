@@ -5,7 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from compressor import allocate
-from compressor.decompose import Assignment, Decomposition
+from compressor.assignments import Assignment
+from compressor.decompose import Decomposition
 from compressor.errors import ConfigError
 from compressor.knapsack import Row, check_budget
 from compressor.recipe import Recipe
@@ -27,7 +28,7 @@ class Rule:
     tokens: int
 
     def role(self, name: str) -> str:
-        role = self.assignments[name].info.role
+        role = self.assignments[name].info.role if name in self.assignments else name  # groups have no role, and weight 1
         if role is None:
             raise ConfigError(f"{name}: its role is unknown, and allocation '{self.recipe.allocation.kind}' goes by roles; use 'knapsack'")
         return role
@@ -61,8 +62,19 @@ class Rule:
         return allocate.threshold(self.rows, thresholds, self.budget)
 
     def by_role(self) -> list[int]:
-        roles = self.recipe.allocation.roles
-        return allocate.by_role(self.rows, [roles.get(self.role(name), 1.0) for name in self.names], self.budget)
+        """LoRAP: linears of the weighted roles share what all of them keep, the others keep that fraction each."""
+        roles, picks = self.recipe.allocation.roles, [0] * len(self.rows)
+        parts: tuple[list[int], list[int]] = ([], [])
+        for index, name in enumerate(self.names):
+            parts[self.role(name) in roles].append(index)
+        for weighted, part in enumerate(parts):
+            rows = [self.rows[index] for index in part]
+            if rows:
+                weights = [roles[self.role(self.names[index])] if weighted else 1.0 for index in part]
+                budget = int(self.keep * sum(row.whole for row in rows) + 1e-6)
+                for index, pick in zip(part, allocate.by_role(rows, weights, budget), strict=True):
+                    picks[index] = pick
+        return picks
 
     def svd_llm_v2(self) -> list[int]:
         picks = self.uniform()

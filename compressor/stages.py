@@ -13,8 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compressor import data, folder
 from compressor import model as models
+from compressor.assignments import Assignment, Group, assign, groups
 from compressor.calibrate import collect
-from compressor.decompose import Assignment, Group, assign, decompose_group, decompose_one, gram_error, groups
+from compressor.decompose import decompose_group, decompose_one, gram_error
 from compressor.errors import ConfigError
 from compressor.linears import CompressedLinear
 from compressor.plan import Plan

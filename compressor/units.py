@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from compressor.decompose import Assignment, Decomposition, Group
+from compressor.assignments import Assignment, Group
+from compressor.decompose import Decomposition
 from compressor.errors import ConfigError
 from compressor.plan import DENSE, Candidate
 

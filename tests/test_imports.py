@@ -18,7 +18,7 @@ LEVELS = (
     ("knapsack", "compensate", "allocate"),
     ("manifest", "folder", "staging", "weights", "artifacts", "hf", "model", "data", "calibrate"),
     ("scoring", "checkpoint", "export", "report", "speed", "lm_eval_bridge", "restart", "sequential"),
-    ("decompose", "probe", "units", "rules", "planning"),
+    ("assignments", "decompose", "probe", "units", "rules", "planning"),
     ("stages", "selection", "refine", "estimate", "pipeline"),
     ("options", "verbs", "cli", "__main__"),
 )

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from compressor.decompose import Group
+from compressor.assignments import Group
 from compressor.errors import ConfigError
 from compressor.plan import Candidate
 from compressor.units import Option, cost_of, damage_of, hull, joint, tied

@@ -10,11 +10,12 @@ from compressor.linears.base import CompressedLinear, Dense
 from compressor.linears.dictionary import Dictionary
 from compressor.linears.low_rank import LowRank
 from compressor.linears.packed import Packed
+from compressor.linears.pruned import Pruned
 from compressor.linears.sparse import Sparse
 
-KINDS: dict[str, type[CompressedLinear]] = {kind.kind: kind for kind in (LowRank, Sparse, Adapted, Dictionary, Packed)}
+KINDS: dict[str, type[CompressedLinear]] = {kind.kind: kind for kind in (LowRank, Sparse, Adapted, Dictionary, Packed, Pruned)}
 
-__all__ = ["KINDS", "Adapted", "CompressedLinear", "Dense", "Dictionary", "LowRank", "Packed", "Sparse", "build_empty"]
+__all__ = ["KINDS", "Adapted", "CompressedLinear", "Dense", "Dictionary", "LowRank", "Packed", "Pruned", "Sparse", "build_empty"]
 
 
 def build_empty(spec: dict[str, Any], dtype: torch.dtype, device: torch.device | str = "meta") -> CompressedLinear:
