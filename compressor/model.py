@@ -145,7 +145,8 @@ def linears(model: PreTrainedModel, patterns: Iterable[str] | None = None) -> di
     """Dense linears by name, in the order of the model: those in decoder blocks, or those that `patterns` select.
 
     A pattern is a glob (`*q_proj`, `model.layers.0.*`) or `re:` and a regular expression, either for the whole module name, or `role:`
-    and a role or a group of roles (`role:v`, `role:ffn`). A linear outside the blocks is selected by its exact name only. Works on the meta device. Raises ConfigError for a pattern that selects nothing.
+    and a role or a group of roles (`role:v`, `role:ffn`). A linear outside the blocks is selected by its exact name only. Works on the
+    meta device. Raises ConfigError for a pattern that selects nothing.
     """
     prefix, members = blocks(model)
     modules = {name: module for name, module in model.named_modules() if _is_linear(module) and not isinstance(module, CompressedLinear)}
