@@ -11,7 +11,9 @@ from torch import Tensor
 from compressor import compensate, linalg
 from compressor.decompose import Decomposition, built, dense_weight, stacked, stacked_stats
 from compressor.errors import ConfigError
-from compressor.linears import CompressedLinear, Dense
+from compressor.linears import CompressedLinear, Dense, Pruned
+from compressor.methods.base import ModuleMethod, Part
+from compressor.methods.channels import CONSUMERS
 from compressor.plan import Choice, Plan
 from compressor.planning import Found
 from compressor.progress import Progress, silent
@@ -61,6 +63,7 @@ def ranks_of(job: Job, plan: Plan, modules: Modules, stats: dict[str, LinearStat
     section, ranks = job.recipe.compensation, {}
     if not section.enabled:
         return ranks
+    modules = {name: module for name, module in modules.items() if not isinstance(module, Pruned)}  # what is gone is not to come back
     limits = {name: compensate.largest_rank(module, dense_weight(job.assignments[name])) for name, module in modules.items()}
     if section.rank is not None:
         for name, limit in limits.items():
@@ -113,18 +116,47 @@ class _Run:
         self.job, self.found, self.stats, self.ranks = job, found, stats, ranks
         self.section = job.recipe.calibration
         self.choices, self.modules = dict(plan.linears), dict(modules)
+        self.waiting: dict[str, Part] = {}  # linears of feed-forward blocks whose last one has not been reached
 
     def solve(self, names: Sequence[str], sums: LinearStats | None) -> Modules:
         """Final modules of linears that read the same inputs, from their sums; None: those of the dense model, the plan's modules serve."""
         shift, took = None, {}
         if sums is not None and sums.cross_gram is not None:
             shift, took["anchor_damping"] = linalg.drift(sums.gram, sums.cross_gram, self.section.anchor_damping, names[0])
-        for part in self.parts(names):
+        placed = self.solve_modules(names, sums, shift)
+        for part in self.parts([name for name in names if self.module_of(name) is None]):
             targets = {name: self.target(name, shift) for name in part.members}
             stats = {name: self.stats[name] if sums is None else over(self.stats[name], sums) for name in part.members}
             state = part.state if sums is None else self.solve_part(part, targets, stats, took)
             self.compensate(part, state, targets, stats)
-        return {name: self.modules[name] for name in names}
+        return placed | {name: self.modules[name] for name in names if self.module_of(name) is None}
+
+    def module_of(self, name: str) -> Decomposition | None:
+        """The decomposition that compresses this linear with the rest of its module, if one does."""
+        members = self.choices[name].setting.get("shared")
+        part = None if members is None else next(self.parts(members))
+        return part if part is not None and isinstance(part.method, ModuleMethod) else None
+
+    def solve_modules(self, names: Sequence[str], sums: LinearStats | None, shift: Tensor | None) -> Modules:
+        """Feed-forward blocks, once the sums of the linear that ends them are known; before, their linears run as they were.
+
+        That linear reads kept channels only, which are the same whether the others have been removed or not. Attention stays as planned:
+        what its last linear reads changes with the first ones.
+        """
+        found: Modules = {}
+        for name, part in ((name, part) for name in names if (part := self.module_of(name))):
+            role = self.job.assignments[name].info.role
+            stats = self.stats[name] if sums is None else over(self.stats[name], sums)
+            self.waiting[name] = Part(name, self.target(name, shift if role in CONSUMERS else None), stats)
+            if part.method.unit == "ffn" and role in CONSUMERS and sums is not None:
+                state = part.method.prepare(part.curve.linear, {part.members[each]: self.waiting[each] for each in part.members})
+                modules, error = built(part.method, state, setting_of(self.choices[name]), part.members)
+                self.modules |= modules
+                for each in modules:
+                    self.choices[each] = replace(self.choices[each], measured=error, sequential={})
+            if part.method.unit != "ffn" or role in CONSUMERS:
+                found |= {each: self.modules[each] for each in part.members}
+        return found
 
     def parts(self, names: Sequence[str]) -> Iterator[Decomposition]:
         """The decompositions behind the choices of some linears, those that share one together."""

@@ -34,6 +34,7 @@ from compressor.methods.elimination import dropped_errors, eliminate, refit
 from compressor.plan import Candidate, Curve
 
 CONSUMERS = ("down", "fc2")
+DEAD = 1e-13  # share of its mean square below which the variance of a channel is rounding
 LEAST = 0.01  # share of the channels, the least important ones, that LoRAP keeps
 
 
@@ -46,6 +47,7 @@ class Block:
     consumer: str  # its role
     metric: Metric  # of the hidden activations, with mean and ridge as the refit wants them
     root: Tensor | None  # L: (out, out), L Lᵀ = H of the consumer's output gradients; None where it is the identity
+    moment: Tensor  # (m, m) that metric as a matrix, 1 on the diagonal for channels that are always the same: they cost nothing
     order: Tensor  # (m,) channels, first to leave first
     errors: Tensor  # (m,) error after each has left
     energy: float
@@ -122,12 +124,13 @@ class Channels(ModuleMethod[Block]):
             grads = linalg.shrink(stats.grad_gram.double() / stats.grad_tokens, self.shrink_grad_gram)
             root = linalg.cholesky(grads, f"{parts[consumer].linear}: the output-gradient moment", "shrink_grad_gram")
             weight = root.T @ weight
-        dead = moment.diagonal() == 0  # such a channel costs nothing to remove, and must not make the moment singular
+        squares = moment.diagonal().clone()
         if mean is not None:
             moment = moment - torch.outer(mean, mean)
-        moment = moment + torch.diag(torch.full_like(moment.diagonal(), ridge) + dead)
-        order, errors = self.eliminated(module, parts, consumer, weight, moment)
-        return Block(module, dict(parts), consumer, metric, root, order, errors, metric.energy(weight))
+        dead = moment.diagonal() <= DEAD * squares if ridge == 0 else torch.zeros_like(squares, dtype=torch.bool)
+        moment = moment + torch.diag(torch.full_like(squares, ridge)) + torch.diag(dead.double())
+        order, errors = self.eliminated(module, parts, consumer, weight * ~dead, moment)
+        return Block(module, dict(parts), consumer, metric, root, moment, order, errors, metric.energy(weight))
 
     def eliminated(self, module: str, parts: Mapping[str, Part], consumer: str, weight: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
         """Order in which channels leave, and the error after each."""
@@ -193,11 +196,9 @@ class Channels(ModuleMethod[Block]):
         weight, bias = dense.weight.double(), dense.bias
         if self.refit == "none":
             return Pruned.of(dense.weight, bias, None, kept, dense.dtype)
-        metric = state.metric
-        moment = metric.weigh(torch.eye(state.hidden, dtype=torch.float64, device=weight.device))
-        new = refit(weight, moment + torch.diag((moment.diagonal() == 0).double()), kept)
-        if metric.mean is not None:
-            lost = (weight - new) @ metric.mean
+        new = refit(weight, state.moment, kept)
+        if state.metric.mean is not None:
+            lost = (weight - new) @ state.metric.mean
             bias = lost if bias is None else bias.double() + lost
         return Pruned.of(new, bias, None, kept, dense.dtype)
 
