@@ -87,7 +87,7 @@ def assign(recipe: Recipe, model: torch.nn.Module) -> dict[str, Assignment]:
         if recipe.allocation.count == "parameters" and any(method.integers for method in assignment.competing):
             raise ConfigError(f"{name}: integers are not counted as parameters; set allocation.count to bits")
         if recipe.compensation.enabled and any(max(getattr(method, "residual", (0,))) for method in assignment.competing):
-            raise ConfigError(f"{name}: its candidates list residual ranks of their own; leave out compensation, or their option 'residual'")
+            raise ConfigError(f"{name}: its candidates list residual ranks themselves; leave out compensation, or their option 'residual'")
         if len(assignment.competing) > 1 and recipe.allocation.kind != "knapsack":
             raise ConfigError(f"{name}: several candidates compete, which needs allocation.kind 'knapsack', not '{recipe.allocation.kind}'")
     return assignments
@@ -106,7 +106,8 @@ def groups(recipe: Recipe, assignments: dict[str, Assignment]) -> dict[str, Grou
     for kind in sorted(wanted):
         for parent, members in sites(kind, assignments).items():
             name = f"{parent}.{{{','.join(member.rpartition('.')[2] for member in members)}}}"
-            methods = tuple(method for each, method in assignments[members[0]].shared if each == kind)
+            offered = (tuple(method for each, method in assignments[member].shared if each == kind) for member in members)
+            methods = next(filter(None, offered), ())
             group = Group(name, tuple(members), methods, kind in recipe.allocation.tie)
             if methods or group.tied:
                 check_group(group, kind, [assignments[member] for member in members])

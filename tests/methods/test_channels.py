@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import VOCABULARY, save_tiny, tiny_model
+from safetensors.torch import save_file
 from torch.nn import functional
 
 from compressor.errors import ConfigError
@@ -28,9 +29,7 @@ def parts_of(weights, x, biases=None) -> dict[str, Part]:
     for role, weight in weights.items():
         inputs = hidden if role == "down" else x
         gradients = random(len(x), len(weight), seed=5)
-        stats = LinearStats(
-            tokens=len(x), gram=inputs.T @ inputs, sum=inputs.sum(0), grad_gram=gradients.T @ gradients, grad_tokens=len(x)
-        )
+        stats = LinearStats(tokens=len(x), gram=inputs.T @ inputs, sum=inputs.sum(0), grad_gram=gradients.T @ gradients, grad_tokens=len(x))
         found[role] = Part(f"mlp.{role}", Dense(weight, None if biases is None else biases.get(role), torch.float64), stats)
     return found
 
@@ -58,12 +57,14 @@ OPTIONS = pytest.mark.parametrize(
 
 @OPTIONS
 def test_contract(block, options):
-    weights, x = block
+    weights, _ = block
     method, parts = build("channels", options), parts_of(*block)
     state = method.prepare("mlp", parts)
     curve = method.candidates(state)
     assert [size.setting["channels"] for size in curve.candidates] == list(range(1, 1 + len(curve.candidates)))
-    assert all(one.error >= two.error - 1e-12 for one, two in zip(curve.candidates, curve.candidates[1:], strict=False)) or "none" in str(options)
+    assert all(one.error >= two.error - 1e-12 for one, two in zip(curve.candidates, curve.candidates[1:], strict=False)) or "none" in str(
+        options
+    )
     dense = {role: part.dense for role, part in parts.items()}
     offered = {size.setting["channels"]: size for size in method.sizes(dense)}
     for candidate in curve.candidates:
@@ -115,7 +116,9 @@ def test_lorap_scores_by_hand_and_the_least_important_are_kept(block):
     hidden = hidden_of(weights, x)
     s_x, s_h = x.square().mean(0), hidden.square().mean(0)
     score = [
-        (weights["gate"][c] ** 2 * s_x).sum().sqrt() + (weights["up"][c] ** 2 * s_x).sum().sqrt() + weights["down"][:, c].norm() * s_h[c].sqrt()
+        (weights["gate"][c] ** 2 * s_x).sum().sqrt()
+        + (weights["up"][c] ** 2 * s_x).sum().sqrt()
+        + weights["down"][:, c].norm() * s_h[c].sqrt()
         for c in range(12)
     ]
     by_score = sorted(range(12), key=lambda c: float(score[c]))
@@ -164,21 +167,23 @@ def test_what_is_no_feed_forward_block_is_refused(block):
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2", "phi3", "gpt2", "opt", "gpt_neox"])
 @torch.no_grad()
-def test_a_pruned_model_is_the_model_with_its_channels_masked(kind, text_file, tmp_path):
+def test_a_pruned_model_is_the_model_with_its_channels_masked(kind, tmp_path):
     """Through a whole run: logits equal those of the dense model with zeros, also token by token with a cache."""
     import compressor
     from compressor import pipeline
     from compressor.config import load_recipe
     from compressor.model import dense_of, linears
 
-    source = tmp_path / kind
-    model = tiny_model(kind)
-    model.save_pretrained(source)
-    from conftest import tiny_tokenizer
-
-    tiny_tokenizer().save_pretrained(source)
+    source, model = save_tiny(tmp_path / kind, kind), tiny_model(kind)
+    save_file(
+        {"windows": torch.randint(3, VOCABULARY, (12, 32), generator=torch.Generator().manual_seed(0))}, tmp_path / "tokens.safetensors"
+    )
     small = ["calibration.windows=8", "calibration.length=32", "calibration.heldout=2", "evaluation.enabled=false", "model.device=cpu"]
-    recipe = load_recipe("channels", [*small, "allocation.keep=0.6"], {"model.name": str(source), "calibration.source": str(text_file)})
+    recipe = load_recipe(
+        "channels",
+        [*small, "allocation.keep=0.6"],
+        {"model.name": str(source), "calibration.source": f"{tmp_path / 'tokens.safetensors'}:windows"},
+    )
     pipeline.compress(recipe, tmp_path / "out")
     pruned, _ = compressor.load(tmp_path / "out")
     ids = torch.arange(3, 19).view(1, -1)

@@ -12,7 +12,9 @@ EXACT = {"rtol": 1e-9, "atol": 1e-12}
 
 def case(seed: int, width: int = 8, outputs: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(60, width, generator=generator, dtype=torch.float64) @ torch.randn(width, width, generator=generator, dtype=torch.float64)
+    x = torch.randn(60, width, generator=generator, dtype=torch.float64) @ torch.randn(
+        width, width, generator=generator, dtype=torch.float64
+    )
     return torch.randn(outputs, width, generator=generator, dtype=torch.float64), x.T @ x / 60
 
 
