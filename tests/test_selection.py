@@ -13,7 +13,7 @@ from compressor.linears import Dictionary
 
 SMALL = ["calibration.windows=12", "calibration.length=32", "calibration.heldout=4", "calibration.batch_size=4", "evaluation.windows=6"]
 SEVERAL = "method=[{candidates: [{name: low_rank}, {name: sparse, options: {step: 0.05}}]}]"
-SHARED = "method=[{candidates: [{name: cospadi, share: [qkv, gate_up], options: {rounds: 2}}]}]"
+SHARED = "method=[{candidates: [{name: cospadi, share: [qkv, gate_up], options: {rounds: 2, anchors: null}}]}]"
 
 
 @pytest.fixture
