@@ -7,6 +7,7 @@ import conftest
 import pytest
 import torch
 from conftest import tiny_model
+from handmade import low_rank_like
 from observed import windows
 from test_pipeline import recipe
 
@@ -229,3 +230,39 @@ def test_routed_tokens_cannot_be_anchored_and_nothing_stays_behind():
         solve_in_order(model, found, tokens, dict.fromkeys(found, frozenset()), True, solve)
     assert all("forward" not in block.__dict__ and not block._forward_hooks for block in blocks(model)[1])
     assert all(model.get_submodule(name) is info.module and not info.module._forward_pre_hooks for name, info in found.items())
+
+
+def test_linears_that_share_a_dictionary_are_solved_and_compensated_together(tiny_llama, text_file, tmp_path):
+    share = "method=[{dense: false, candidates: [{name: compot, options: {rounds: 3}, share: [qkv, gate_up]}]}]"
+    sets = [share, "allocation.keep=0.8", "calibration.sequential=true", "compensation.keep=0.1", "output.dtype=bfloat16"]
+    made = recipe(tiny_llama, text_file, *sets, config="default")
+    report = pipeline.compress(made, tmp_path / "out")
+    plan = conftest.read_json(tmp_path / "out" / "plan.json")["linears"]
+    gate, up = (plan[f"model.layers.1.mlp.{part}_proj"] for part in ("gate", "up"))
+    assert gate["setting"] == up["setting"] and gate["setting"]["shared"][0].endswith("gate_proj")
+    assert gate["measured"] == up["measured"] and gate["sequential"] == {"anchor_damping": 0.01}
+    assert any(choice["residual"] for choice in plan.values())
+    assert report["kept"]["targets"] <= 0.8 and report["kl"] > 0
+
+
+def test_offloaded_models_are_solved_alike():
+    from accelerate import cpu_offload
+
+    def statistics(model, found):
+        seen = {}
+
+        def solve(names, stats):
+            seen.update(dict.fromkeys(names, stats))
+            return {name: low_rank_like(modules[name], 5, False) for name in names}
+
+        solve_in_order(model, found, [windows()[:3], windows()[3:]], dict.fromkeys(found, frozenset()), True, solve)
+        return seen
+
+    modules = {name: info.module for name, info in linears(tiny_model("llama")).items()}
+    model, offloaded = tiny_model("llama"), tiny_model("llama")
+    expected, found = statistics(model, linears(model)), linears(offloaded)
+    cpu_offload(offloaded, execution_device="cpu")
+    again = statistics(offloaded, found)
+    assert sum(stats is not None for stats in expected.values()) == 11
+    for name, stats in expected.items():
+        assert stats is None or torch.equal(stats.cross_gram, again[name].cross_gram)

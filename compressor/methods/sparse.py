@@ -11,7 +11,7 @@ Glossary
     pattern      where the kept entries may be: `rows` equally many in each output (Wanda's choice), `layer` anywhere (SparseGPT's,
                  within each block of columns), or N of M consecutive ones in each output
 
-Differs from the papers: all statistics are of the dense model; the papers prune block after block and collect on the pruned prefix.
+Differs from the papers: all statistics are of the dense model; the papers collect on the pruned prefix, as sequential runs do.
 Sizes are met exactly; the authors' codes round what is dropped down (Wanda) or drop ties besides (SparseGPT). ADMM minimises the two-sided
 error by default, which knows how much the loss depends on each output; ALPS has the Gram alone.
 """
