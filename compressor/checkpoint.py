@@ -3,6 +3,7 @@
 import copy
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,13 +48,18 @@ def write_model(
     write_companions(folder, model, tokenizer, source_folder)
 
 
-def write_config(folder: Path, model: PreTrainedModel) -> None:
-    """Write config.json: the model's own, with the stored dtype, the specs of compressed linears, and ties only where they hold."""
+def write_config(folder: Path, model: PreTrainedModel, quantization: dict[str, Any] | None = None) -> None:
+    """Write config.json: the model's own, with the stored dtype, the specs of compressed linears, and ties only where they hold.
+
+    quantization: what it says in place of those specs, for a layout that is not ours.
+    """
     config = copy.deepcopy(model.config)
     config.dtype = stored_dtype(stored_tensors(model).values())
     config.architectures = [type(model).__name__]
     specs = {name: module.spec() for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
-    if specs:
+    if quantization:
+        config.quantization_config = quantization
+    elif specs:
         config.quantization_config = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "linears": specs}
     elif hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -142,7 +142,10 @@ def verify(checkpoint: CHECKPOINT) -> Outcome:
 def export(
     checkpoint: CHECKPOINT,
     output: Annotated[Path, Argument(metavar="OUTPUT", help="Folder to write.", show_default=False)],
-    format_: Annotated[Literal["dense"], Option("--format", help="dense: ordinary weights that any reader understands.")] = "dense",
+    format_: Annotated[
+        Literal["dense", "compressed-tensors", "peft"],
+        Option("--format", help="Ordinary weights; integers as compressed-tensors reads them; the same with residuals as an adapter."),
+    ] = "dense",
     overwrite: OVERWRITE = False,
 ) -> Outcome:
     """Write a compressed checkpoint in another format."""

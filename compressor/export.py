@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
@@ -30,15 +31,13 @@ def export_dense(path: Path, output: Path, overwrite: bool = False, shard_size: 
     The weights are rounded to the dtype of the checkpoint. Raises CheckpointError if `path` holds nothing compressed by this package,
     or the export does not reload bit for bit.
     """
-    folder = read(path)
-    if folder.quantization.get("quant_method") != QUANT_METHOD:
-        raise CheckpointError(f"{path}: is not a checkpoint of this package, so there is nothing to make dense")
-    stock = skeleton(path)
+    stock = compressed_skeleton(path)
     size = sum(tensor.nbytes for tensor in stored_tensors(stock).values())
     preflight(output, path, overwrite, size)
     model, tokenizer = load(path)
     dtype = stored_dtype(stored_tensors(model).values())
-    for name in folder.quantization["linears"]:
+    compressed = sum(tensor.nbytes for tensor in stored_tensors(model).values())
+    for name in [name for name, module in model.named_modules() if isinstance(module, CompressedLinear)]:
         model.set_submodule(name, dense_module(model.get_submodule(name), stock.get_submodule(name), dtype))
     with Staging(output, overwrite) as staging:
         write_config(staging.folder, model)
@@ -49,7 +48,14 @@ def export_dense(path: Path, output: Path, overwrite: bool = False, shard_size: 
             (staging.folder / "README.md").write_text(README, encoding="utf-8")
         compare_reload(staging.folder, model)
         staging.commit()
-    return f"{output}: dense export, quality-equal to {path}, not smaller ({size:,} bytes of weights; compressed {folder.weight_bytes:,})"
+    return f"{output}: dense export, quality-equal to {path}, not smaller ({size:,} bytes of weights; compressed {compressed:,})"
+
+
+def compressed_skeleton(path: Path) -> PreTrainedModel:
+    """The dense architecture of a compressed checkpoint, on the meta device. Raises CheckpointError if it is not one of this package."""
+    if read(path).quantization.get("quant_method") != QUANT_METHOD:
+        raise CheckpointError(f"{path}: is not a checkpoint of this package, so there is nothing to export")
+    return skeleton(path)
 
 
 def dense_module(compressed: CompressedLinear, stock: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -57,6 +57,16 @@ def load(
     missing, unexpected or of another shape, by name.
     """
     folder = read(resolve(name)).path
+    model = from_pretrained(folder, device, device_map, dtype)
+    tokenizer = None
+    if any((folder / file).exists() for file in TOKENIZER_FILES):
+        with _quiet(), _refusing(folder):
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    return model, tokenizer
+
+
+def from_pretrained(folder: Path, device: str = "cpu", device_map: Any = None, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Load a folder as transformers does, an adapter beside the model included. Raises CheckpointError for tensors that do not fit."""
     placement = device_map if device_map is not None else None if torch.device(device).type == "cpu" else {"": device}
     with _quiet(), _refusing(folder):
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -69,16 +79,13 @@ def load(
             ignore_mismatched_sizes=True,  # they are listed in `info`, and refused here with their names
             output_loading_info=True,
         )
-        tokenizer = None
-        if any((folder / file).exists() for file in TOKENIZER_FILES):
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     wrong = [f"missing {key}" for key in sorted(info["missing_keys"])]
     wrong += [f"unexpected {key}" for key in sorted(info["unexpected_keys"])]
     wrong += [f"{key} is {list(stored)}, not {list(shape)}" for key, stored, shape in sorted(info["mismatched_keys"])]
     if wrong:
         more = f" and {len(wrong) - LISTED} more" if len(wrong) > LISTED else ""
         raise CheckpointError(f"{folder}: tensors do not fit the model of config.json: {', '.join(wrong[:LISTED])}{more}")
-    return model, tokenizer
+    return model
 
 
 def skeleton(folder: Path) -> PreTrainedModel:

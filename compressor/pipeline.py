@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compressor import artifacts, checkpoint, data, estimate, folder, lm_eval_bridge, refine, report, scoring, selection, stages
+from compressor import artifacts, checkpoint, data, estimate, exchange, folder, lm_eval_bridge, refine, report, scoring, selection, stages
 from compressor import export as exporting
 from compressor import model as models
 from compressor.config import dump_yaml
-from compressor.errors import CheckpointError, CompressorError, ConfigError
+from compressor.errors import CheckpointError, CompressorError, ConfigError, did_you_mean
 from compressor.linears import CompressedLinear
 from compressor.plan import Plan
 from compressor.progress import Progress, silent
@@ -252,7 +252,13 @@ def verify(path: str | Path) -> list[str]:
 
 
 def export(path: str | Path, output: str | Path, format: str = "dense", overwrite: bool = False) -> dict[str, Any]:
-    """Write a compressed checkpoint as a stock one that plain transformers loads: equal in quality, not smaller."""
-    if format != "dense":
-        raise ConfigError(f"there is no export format '{format}'; choose 'dense'")
-    return {"output": str(output), "format": format, "note": exporting.export_dense(folder.resolve(path), Path(output), overwrite)}
+    """Write a compressed checkpoint in a layout that loads without this package: `dense` (equal in quality, not smaller),
+    `compressed-tensors` (integers), or `peft` (a base with residuals as an adapter)."""
+    path, output = folder.resolve(path), Path(output)
+    if format == "dense":
+        note = exporting.export_dense(path, output, overwrite)
+    elif format in exchange.FORMATS:
+        note = exchange.export_packed(path, output, exchange.FORMATS[format], overwrite)
+    else:
+        raise ConfigError(f"there is no export format '{format}'; {did_you_mean(format, ['dense', *exchange.FORMATS])}")
+    return {"output": str(output), "format": format, "note": note}

@@ -97,22 +97,24 @@ def write_shard(path: Path, tensors: dict[str, Tensor], model: PreTrainedModel) 
         os.fsync(stream.fileno())
 
 
-def write_weights(folder: Path, model: PreTrainedModel, shard_size: int, tensors: dict[str, Tensor] | None = None) -> None:
-    """Write the stored tensors of a model (or `tensors` in their place), with an index if they take more than one file."""
+def write_weights(
+    folder: Path, model: PreTrainedModel, shard_size: int, tensors: dict[str, Tensor] | None = None, index: bool = False
+) -> None:
+    """Write the stored tensors of a model (or `tensors` in their place), with an index if they take more than one file or if wanted."""
     tensors = stored_tensors(model) if tensors is None else tensors
     groups = split(tensors, shard_size)
-    if len(groups) == 1:
+    if len(groups) == 1 and not index:
         write_shard(folder / SINGLE, tensors, model)
         return
     weight_map = {}
     for number, group in enumerate(groups, 1):
-        file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        file = SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         write_shard(folder / file, group, model)
         weight_map |= dict.fromkeys(group, file)
     metadata = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
     with naming(folder / INDEX):
-        index = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True)
-        (folder / INDEX).write_text(index + "\n", encoding="utf-8")
+        text = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True)
+        (folder / INDEX).write_text(text + "\n", encoding="utf-8")
 
 
 def stored_dtype(tensors: Iterable[Tensor]) -> torch.dtype:

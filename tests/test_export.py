@@ -61,5 +61,5 @@ def test_export_into_the_checkpoint_is_refused(tmp_path, tiny_llama, output):
 
 
 def test_dense_input_is_refused(tiny_llama, tmp_path):
-    with pytest.raises(CheckpointError, match="nothing to make dense"):
+    with pytest.raises(CheckpointError, match="nothing to export"):
         export_dense(Path(tiny_llama), tmp_path / "dense")
