@@ -73,6 +73,13 @@ class Problem:
         values, vectors = linalg.eigh_descending(self.grad_gram, f"{self.linear}: the output-gradient moment")
         return values.clamp(min=0), vectors
 
+    def of_outputs(self, rows: Tensor) -> "Problem":
+        """The problem of some outputs alone, (k,) indices; it has the same inputs, so their eigenbasis is shared."""
+        grad_gram = None if self.grad_gram is None else self.grad_gram[rows][:, rows]
+        part = Problem(self.linear, self.weight[rows], self.inputs, self.outputs[rows], self.gram, grad_gram)
+        vars(part)["input_basis"] = self.input_basis
+        return part
+
     def weigh(self, lost: Tensor) -> Tensor:
         """H D M for D (…, out, in)."""
         weighted = lost @ self.gram

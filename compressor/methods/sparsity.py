@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import numpy as np
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -61,6 +62,22 @@ def weigh(linear: str, dense: Dense, stats: LinearStats, metric: MetricName, shr
     problem = pose(linear, dense.weight, moment, grad_gram)
     energy = inputs.energy(dense.weight.double() if root is None else root.T @ dense.weight.double())
     return Weighed(linear, dense, inputs, root, energy, problem)
+
+
+def evenly(height: int, count: int) -> Tensor:
+    """Indices (count,) of outputs, evenly spaced."""
+    return (torch.arange(count) + 0.5).mul(height / count).long()
+
+
+def outputs_of(weighed: Weighed, count: int) -> Weighed:
+    """The linear of evenly spaced outputs alone, each weighed as before."""
+    rows = evenly(len(weighed.dense.weight), count).to(weighed.dense.weight.device)
+    problem, dense = weighed.problem.of_outputs(rows), Dense(weighed.dense.weight[rows], None, weighed.dense.dtype)
+    root, weight = None, dense.weight.double()
+    if weighed.root is not None:
+        root = linalg.cholesky(weighed.root[rows] @ weighed.root[rows].T, weighed.linear, "shrink_grad_gram")
+    energy = weighed.metric.energy(weight if root is None else root.T @ weight)
+    return Weighed(weighed.linear, dense, weighed.metric, root, energy, problem)
 
 
 def require_divisible(pattern: Pattern, width: int, linear: str) -> None:
