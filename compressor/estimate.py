@@ -76,7 +76,8 @@ def meta_dense(name: str, assignment: Assignment, source: ModelFolder, dtype: to
     info = assignment.info
     found = source.tensors.get(f"{name}.weight") or next(iter(source.tensors.values()))
     bias = None if info.module.bias is None else torch.empty(info.out_features, device="meta")
-    return Dense(torch.empty(info.out_features, info.in_features, device="meta"), bias, dtype or TORCH_DTYPES[found.dtype])
+    weight = torch.empty(info.out_features, info.in_features, device="meta")
+    return Dense(weight, bias, dtype or TORCH_DTYPES[found.dtype], head_dim=info.head_dim)
 
 
 def rows_of(

@@ -27,7 +27,7 @@ from compressor.errors import CheckpointError, ConfigError
 from compressor.folder import read, read_headers, resolve
 from compressor.hf import out_in
 from compressor.linears import CompressedLinear, Dense
-from compressor.roles import GROUPS, ROLES, roles_of
+from compressor.roles import GROUPS, roles_of
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 LISTED = 10  # names printed in an error before "and n more"
@@ -46,6 +46,7 @@ class LinearInfo:
     conv1d: bool  # the weight is kept as (in, out)
     feeds: str  # name of the first linear that receives the very same input tensor; its own name if it is the first
     outside: bool = False  # not in a decoder block, such as lm_head; such modules must be targeted by their exact name
+    head_dim: int = 0  # of attention projections, see `Dense`; 0 for q and k whose heads are normalised
 
 
 def load(
@@ -165,15 +166,28 @@ def linears(model: PreTrainedModel, patterns: Iterable[str] | None = None) -> di
         block = inside.get(name, entered.get(name, 0))
         height, width = out_in(module)
         conv1d, outside = isinstance(module, Conv1D), name not in inside
-        infos[name] = LinearInfo(name, module, roles.get(name), block, height, width, conv1d, feeds.get(name, name), outside)
+        role, heads = roles.get(name), head_dim(model, name, roles.get(name))
+        infos[name] = LinearInfo(name, module, role, block, height, width, conv1d, feeds.get(name, name), outside, heads)
     if patterns is None:
         return {name: info for name, info in infos.items() if not info.outside}
     patterns = list(patterns)
     for pattern in patterns:
         if not any(selects(pattern, info) for info in infos.values()):
-            known = [f"role:{role}" for role in (*GROUPS, *ROLES)] if pattern.startswith("role:") else infos
-            raise ConfigError(f"target '{pattern}' selects no linear; the nearest is '{_nearest(pattern, known)}'")
+            known = ", ".join(sorted({info.role for info in infos.values() if info.role})) or "none that are known"
+            cure = f"its roles are {known}" if pattern.startswith("role:") else f"the nearest is '{_nearest(pattern, infos)}'"
+            raise ConfigError(f"target '{pattern}' selects no linear of this model; {cure}")
     return {name: info for name, info in infos.items() if any(selects(pattern, info) for pattern in patterns)}
+
+
+def head_dim(model: PreTrainedModel, name: str, role: str | None) -> int:
+    """Width of an attention head of a projection; 0 for other linears, and for q and k beside norms of their own."""
+    if role not in ("q", "k", "v", "o"):
+        return 0
+    siblings = [child for child, _ in model.get_submodule(name.rpartition(".")[0]).named_children()]
+    if role in ("q", "k") and any("norm" in child for child in siblings):
+        return 0
+    config = model.config.get_text_config()
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def selects(pattern: str, info: LinearInfo) -> bool:
@@ -249,7 +263,7 @@ def dense_of(info: LinearInfo, dtype: torch.dtype) -> Dense:
     with align_module_device(info.module):
         weight = info.module.weight.detach()
         bias = None if info.module.bias is None else info.module.bias.detach()
-    return Dense(weight.T.contiguous() if info.conv1d else weight, bias, dtype)
+    return Dense(weight.T.contiguous() if info.conv1d else weight, bias, dtype, head_dim=info.head_dim)
 
 
 def fitted(model: PreTrainedModel, name: str, module: nn.Module) -> nn.Module:

@@ -23,8 +23,10 @@ ROLES = {  # role: endings of the module path inside a block
 GROUPS = {  # linears with a decision in common
     "qkv": ("q", "k", "v"),  # these two read the same inputs, and recipes may let them share or tie them
     "gate_up": ("gate", "up"),
-    "ffn": ("gate", "up", "gate_up", "down", "fc1", "fc2"),  # these two are what module methods work on
+    "ffn": ("gate", "up", "gate_up", "down", "fc1", "fc2"),  # these are what module methods work on
     "attention": ("q", "k", "v", "qkv", "o"),
+    "vo": ("v", "o"),
+    "qk": ("q", "k"),
 }
 
 

@@ -155,7 +155,7 @@ def test_patterns_select_whole_names():
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("q_proj", r"target 'q_proj' selects no linear; the nearest is 'model\.layers\.\d\.self_attn\.q_proj'"),
+        ("q_proj", r"target 'q_proj' selects no linear of this model; the nearest is 'model\.layers\.\d\.self_attn\.q_proj'"),
         ("re:q_proj", "selects no linear"),
         ("model.layers.7.self_attn.v_proj", r"the nearest is 'model\.layers\.\d\.self_attn\.v_proj'"),
         ("lm_haed", "the nearest is 'lm_head'"),

@@ -19,6 +19,7 @@ class Dense:
     bias: Tensor | None  # (out,)
     dtype: torch.dtype
     heights: tuple[int, ...] = ()  # outputs of each linear where several are stacked
+    head_dim: int = 0  # outputs (of q, k, v) or inputs (of o) of one attention head; 0 where there are none, or they are not known
 
     @property
     def parameters(self) -> int:
@@ -54,6 +55,10 @@ class CompressedLinear(nn.Linear, ABC):
     @abstractmethod
     def to_dense(self) -> Tensor:
         """Ŵ (out, in) without autograd, computed from the stored tensors in float32 (float64 if they are float64)."""
+
+    def dense_bias(self) -> Tensor | None:
+        """Bias (out,) of the dense linear that this module stands for."""
+        return self.bias
 
     def reset_parameters(self) -> None:
         """Nothing to draw at random: every stored tensor comes from a decomposition or a checkpoint."""

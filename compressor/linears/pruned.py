@@ -111,6 +111,11 @@ class Pruned(CompressedLinear):
         whole = output.new_zeros(*output.shape[:-1], self.out_features)
         return whole.index_copy(-1, self.places("rows"), output)
 
+    def dense_bias(self) -> Tensor | None:
+        if self.bias is None or self.rows is None:
+            return self.bias
+        return self.bias.new_zeros(self.out_features).index_copy(0, self.places("rows"), self.bias.detach())
+
     def multiply_adds(self) -> int:
         return self.weight.numel()
 
