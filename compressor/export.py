@@ -67,5 +67,6 @@ def dense_module(compressed: CompressedLinear, stock: nn.Module, dtype: torch.dt
         else:
             module = nn.Linear(compressed.in_features, compressed.out_features, bias=compressed.bias is not None)
     module.weight = nn.Parameter(weight, requires_grad=False)
-    module.bias = compressed.bias
+    bias = compressed.dense_bias()
+    module.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
     return module

@@ -27,7 +27,7 @@ from compressor.errors import CheckpointError, ConfigError
 from compressor.folder import read, read_headers, resolve
 from compressor.hf import out_in
 from compressor.linears import CompressedLinear, Dense
-from compressor.roles import GROUPS, roles_of
+from compressor.roles import GROUPS, head_dim, roles_of
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 LISTED = 10  # names printed in an error before "and n more"
@@ -177,17 +177,6 @@ def linears(model: PreTrainedModel, patterns: Iterable[str] | None = None) -> di
             cure = f"its roles are {known}" if pattern.startswith("role:") else f"the nearest is '{_nearest(pattern, infos)}'"
             raise ConfigError(f"target '{pattern}' selects no linear of this model; {cure}")
     return {name: info for name, info in infos.items() if any(selects(pattern, info) for pattern in patterns)}
-
-
-def head_dim(model: PreTrainedModel, name: str, role: str | None) -> int:
-    """Width of an attention head of a projection; 0 for other linears, and for q and k beside norms of their own."""
-    if role not in ("q", "k", "v", "o"):
-        return 0
-    siblings = [child for child, _ in model.get_submodule(name.rpartition(".")[0]).named_children()]
-    if role in ("q", "k") and any("norm" in child for child in siblings):
-        return 0
-    config = model.config.get_text_config()
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def selects(pattern: str, info: LinearInfo) -> bool:

@@ -5,6 +5,7 @@ MLPs are fc1 and fc2, also where a model calls them up and down without a gate.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 ROLES = {  # role: endings of the module path inside a block
     "q": ("q_proj",),
@@ -52,3 +53,14 @@ def roles_of(names: Iterable[str], feeds: dict[str, str]) -> dict[str, str]:
 
 def _fed_together(named: dict[str, str], feeds: dict[str, str], members: set[str]) -> bool:
     return members <= named.keys() and len({feeds.get(named[role]) for role in members}) == 1
+
+
+def head_dim(model: Any, name: str, role: str | None) -> int:
+    """Width of an attention head of a projection; 0 for other linears, and for q and k beside norms of their own."""
+    if role not in ("q", "k", "v", "o"):
+        return 0
+    siblings = [child for child, _ in model.get_submodule(name.rpartition(".")[0]).named_children()]
+    if role in ("q", "k") and any("norm" in child for child in siblings):
+        return 0
+    config = model.config.get_text_config()
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -27,6 +27,7 @@ PRESETS = [
     "lord",
     "mixed",
     "mlorq",
+    "modules",
     "oats",
     "rocket",
     "rocket_uniform",
