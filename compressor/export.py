@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
@@ -12,15 +12,16 @@ from compressor.checkpoint import compare_reload, write_companions, write_config
 from compressor.errors import CheckpointError
 from compressor.folder import read
 from compressor.hf import QUANT_METHOD
-from compressor.linears import CompressedLinear
-from compressor.model import load, skeleton
+from compressor.linears import CompressedLinear, Pruned
+from compressor.model import blocks, load, skeleton
 from compressor.staging import Staging, naming, preflight
 from compressor.weights import stored_dtype, stored_tensors, write_weights
 
 SHARD_SIZE = 5_000_000_000
+WIDTHS = ("intermediate_size", "ffn_dim", "n_inner")  # what configs call the width of feed-forward blocks
 README = """# Dense export
 
-The dense form of a checkpoint compressed with `compressor`: quality-equal to it, **not smaller** than the original model.
+The dense form of a checkpoint compressed with `compressor`: quality-equal to it, {size}.
 It loads with plain transformers. Sizes and scores that count are those of the compressed checkpoint.
 """
 
@@ -28,6 +29,7 @@ It loads with plain transformers. Sizes and scores that count are those of the c
 def export_dense(path: Path, output: Path, overwrite: bool = False, shard_size: int = SHARD_SIZE) -> str:
     """Multiply out every compressed linear and write a stock checkpoint; return one line that says what it is.
 
+    Feed-forward blocks that all keep equally many channels stay as narrow as they are: the config says so, and the files are smaller.
     The weights are rounded to the dtype of the checkpoint. Raises CheckpointError if `path` holds nothing compressed by this package,
     or the export does not reload bit for bit.
     """
@@ -37,18 +39,65 @@ def export_dense(path: Path, output: Path, overwrite: bool = False, shard_size: 
     model, tokenizer = load(path)
     dtype = stored_dtype(stored_tensors(model).values())
     compressed = sum(tensor.nbytes for tensor in stored_tensors(model).values())
+    width = narrow(model, stock)
     for name in [name for name, module in model.named_modules() if isinstance(module, CompressedLinear)]:
         model.set_submodule(name, dense_module(model.get_submodule(name), stock.get_submodule(name), dtype))
+    written = sum(tensor.nbytes for tensor in stored_tensors(model).values())
+    kind = "**not smaller** than the original model" if width is None else f"with feed-forward blocks of {width} channels"
     with Staging(output, overwrite) as staging:
         write_config(staging.folder, model)
         # `stock`, unlike `model`, does not remember having been loaded from our names, so this gives the architecture's own.
         write_weights(staging.folder, model, shard_size, revert_weight_conversion(stock, stored_tensors(model)))
         write_companions(staging.folder, model, tokenizer, path)
         with naming(staging.folder / "README.md"):
-            (staging.folder / "README.md").write_text(README, encoding="utf-8")
+            (staging.folder / "README.md").write_text(README.format(size=kind), encoding="utf-8")
         compare_reload(staging.folder, model)
         staging.commit()
-    return f"{output}: dense export, quality-equal to {path}, not smaller ({size:,} bytes of weights; compressed {compressed:,})"
+    kind = kind.replace("*", "")
+    return f"{output}: dense export, quality-equal to {path}, {kind} ({written:,} bytes of weights; compressed {compressed:,})"
+
+
+def narrow(model: PreTrainedModel, stock: PreTrainedModel) -> int | None:
+    """Make feed-forward blocks that all keep equally many channels narrow linears of the architecture; return the width, else None."""
+    config, members = model.config.get_text_config(), blocks(model)[1]
+    found = [feed_forward(member) for member in members]
+    shapes = {(part[1], part[2]) for part in found if part}
+    if not all(found) or len(shapes) != 1:
+        return None
+    hidden, width = shapes.pop()
+    named = [field for field in WIDTHS if hasattr(config, field)]
+    field = next((field for field in named if (getattr(config, field) or 4 * config.hidden_size) == hidden), None)  # GPT-2's None is 4
+    if field is None:
+        return None
+    for member, dense, (names, *_) in zip(members, blocks(stock)[1], found, strict=True):
+        for name in names:
+            module = member.get_submodule(name)
+            member.set_submodule(name, linear_like(dense.get_submodule(name), module.matrix().detach(), module.bias))
+    setattr(config, field, width)
+    return width
+
+
+def feed_forward(member: nn.Module) -> tuple[list[str], int, int] | None:
+    """Pruned linears of a decoder block that share their channels, the reader of these last; how many there were and are. None without."""
+    pruned = {name: module for name, module in member.named_modules() if isinstance(module, Pruned)}
+    for name, reader in pruned.items():
+        if reader.columns is None or reader.rows is not None:
+            continue
+        kept, parent = reader.places("columns").tolist(), name.rpartition(".")[0]
+        siblings = [other for other in pruned if other != name and other.rpartition(".")[0] == parent]
+        if siblings and all(channels_of(pruned[other], reader.in_features) == kept for other in siblings):
+            return [*siblings, name], reader.in_features, len(kept)
+    return None
+
+
+def channels_of(module: Pruned, width: int) -> list[int] | None:
+    """Channels that a linear writes, where it is one of a feed-forward block (once, or twice for gate and up in one)."""
+    if module.rows is None or module.columns is not None or module.out_features % width:
+        return None
+    rows = torch.zeros(module.out_features, dtype=torch.bool)
+    rows[module.places("rows").cpu()] = True
+    parts = rows.view(-1, width)
+    return parts[0].nonzero().flatten().tolist() if (parts == parts[0]).all() else None
 
 
 def compressed_skeleton(path: Path) -> PreTrainedModel:
@@ -60,13 +109,16 @@ def compressed_skeleton(path: Path) -> PreTrainedModel:
 
 def dense_module(compressed: CompressedLinear, stock: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Build what the architecture has in this place, nn.Linear or Conv1D (weight (in, out)), with Ŵ rounded to `dtype`."""
-    weight = compressed.to_dense().to(dtype)  # (out, in)
+    return linear_like(stock, compressed.to_dense().to(dtype), compressed.dense_bias())
+
+
+def linear_like(stock: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """nn.Linear or Conv1D, as `stock` is, of a weight (out, in)."""
     with torch.device("meta"):
         if isinstance(stock, Conv1D):
-            module, weight = Conv1D(*weight.shape), weight.T.contiguous()  # (in, out)
+            module, weight = Conv1D(*weight.shape), weight.T  # (in, out)
         else:
-            module = nn.Linear(compressed.in_features, compressed.out_features, bias=compressed.bias is not None)
-    module.weight = nn.Parameter(weight, requires_grad=False)
-    bias = compressed.dense_bias()
+            module = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    module.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
     module.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
     return module

@@ -205,3 +205,28 @@ def test_a_pruned_model_is_the_model_with_its_channels_masked(kind, tmp_path):
         cache = out.past_key_values
         steps.append(out.logits)
     torch.testing.assert_close(torch.cat(steps, 1), logits, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi3", "gpt2", "opt"])
+@torch.no_grad()
+def test_uniform_widths_export_as_a_smaller_stock_model(kind, tmp_path):
+    import compressor
+    from compressor import pipeline
+    from compressor.config import load_recipe
+
+    save_file(
+        {"windows": torch.randint(3, VOCABULARY, (12, 32), generator=torch.Generator().manual_seed(0))}, tmp_path / "tokens.safetensors"
+    )
+    small = ["calibration.windows=8", "calibration.length=32", "calibration.heldout=2", "evaluation.enabled=false", "model.device=cpu"]
+    named = {"model.name": str(save_tiny(tmp_path / kind, kind)), "calibration.source": f"{tmp_path / 'tokens.safetensors'}:windows"}
+    recipe = load_recipe("channels", [*small, "allocation.kind=uniform", "allocation.keep=0.6"], named)
+    pipeline.compress(recipe, tmp_path / "out")
+    note = pipeline.export(tmp_path / "out", tmp_path / "dense")["note"]
+    model, _ = compressor.load(tmp_path / "dense")
+    ids = torch.arange(3, 19).view(1, -1)
+    torch.testing.assert_close(model(ids).logits, compressor.load(tmp_path / "out")[0](ids).logits, rtol=1e-4, atol=1e-5)
+    config = model.config
+    width = next(getattr(config, field) for field in ("intermediate_size", "ffn_dim", "n_inner") if getattr(config, field, None))
+    assert f"feed-forward blocks of {width} channels" in note
+    size = [sum(path.stat().st_size for path in (tmp_path / name).glob("*.safetensors")) for name in ("dense", kind)]
+    assert size[0] < 0.97 * size[1]
