@@ -23,6 +23,7 @@ from benchmarks.dictionary import PARTS
 CASES = {  # name: (recipe, model, calibration windows)
     "svd_llm-reference": ("svd_llm", "reference", 128),
     "default-reference": ("default", "reference", 128),
+    "eora_w4_r32-reference": ("eora_w4_r32", "reference", 128),
     "svd_llm-wide": ("svd_llm", "wide", 16),
 }
 DICTIONARY = {f"dictionary-{part}": part for part in PARTS}

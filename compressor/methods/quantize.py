@@ -73,26 +73,37 @@ def scheme_of(setting: dict[str, Any]) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
+class Feedback:
+    """Orders of inputs and outputs and the factors of error feedback in them, see `rounding`; the damping that they took."""
+
+    order: Tensor  # (in,)
+    inner: Tensor  # (in, in) U
+    rows: Tensor | None  # (out,); None for feedback among inputs alone
+    outer: Tensor | None  # (out, out) V
+    damping: float
+
+
+@dataclass(frozen=True)
 class Scheme:
     """One weight rounded in one way, what the residual starts from."""
 
     module: Packed
     error: float  # relative, of the module as it is stored
     residual: Residual | None  # None where none is offered
+    damping: float | None  # None without feedback
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """One linear in its metric, the factors of error feedback with the damping they took, and the schemes solved so far."""
+    """One linear in its metric, and the schemes solved so far; factors as large as a Gram are made when they are needed, and let go."""
 
     weighed: Weighed
-    importance: Tensor  # (in,) what a squared error of an input counts in the clip search
-    order: Tensor  # (in,) in which inputs are rounded
-    inner: Tensor | None  # (in, in) U
-    rows: Tensor | None  # (out,) in which outputs are rounded
-    outer: Tensor | None  # (out, out) V
-    damping: float | None
     schemes: dict[tuple[int, int], Scheme] = field(default_factory=dict)
+
+    @property
+    def damping(self) -> float | None:
+        """What error feedback took, once something is solved; None without it."""
+        return next((scheme.damping for scheme in self.schemes.values()), None)
 
 
 @register
@@ -110,11 +121,11 @@ class QuantizeMethod(Method[Prepared]):
     group: tuple[Group, ...] = ("auto:32",)  # inputs that share a scale, each as a number, 'auto:N' or 'channel'
     symmetric: bool = True  # no zero points
     residual: tuple[Annotated[int, Field(ge=0)], ...] = (0,)  # ranks of the residual that are offered; 0 is none
-    clip: Annotated[float, Field(gt=0, le=1)] = 0.4  # smallest part of a group's range that the clip search tries; 1 keeps the whole range
-    clips: Annotated[int, Field(ge=1)] = 31  # ranges that it tries, evenly spaced
+    clip: Annotated[float, Field(gt=0, le=1)] = 0.4  # smallest part of a range that the clip search tries; 1 for none
+    clips: Annotated[int, Field(ge=1)] = 31  # ranges that it tries, evenly spaced from the whole one
     ordering: Literal["moment", "natural"] = "moment"  # `gptq` only: inputs of large second moment first, or as they stand
     damping: tuple[Annotated[float, Field(ge=0)], ...] = (0.01, 0.1, 1.0)  # `gptq` only: over the mean diagonal, the first that works
-    block: Annotated[int, Field(ge=1)] = 128  # `gptq` only: columns whose feedback is applied together
+    block: Annotated[int, Field(ge=1)] = 64  # `gptq` only: columns, and rows of the two-sided metric, whose feedback is applied together
     shrink_gram: Fraction = 0.01  # `two_sided` only: shrinkage of the input Gram
     shrink_grad_gram: Fraction = 0.1  # `two_sided` only: shrinkage of the output-gradient moment
 
@@ -143,18 +154,19 @@ class QuantizeMethod(Method[Prepared]):
         return sorted(smaller, key=lambda size: size.bits)
 
     def prepare(self, linear: str, dense: Dense, stats: LinearStats) -> Prepared:
-        weighed = weigh(linear, dense, stats, self.metric, self.shrink_gram, self.shrink_grad_gram)
-        moment = linalg.shrink(stats.gram.double() / stats.tokens, self.shrink_gram if self.metric == "two_sided" else 0.0)
-        diagonal = moment.diagonal()
-        if self.solver == "rtn":
-            return Prepared(weighed, diagonal, torch.arange(len(moment)), None, None, None, None)
-        order, rows, outer, taken = self.arrange(diagonal), None, None, 0.0
-        inner, damping = obs_factor(moment[order][:, order], self.damping, linear)
+        linalg.require_finite(dense.weight, f"{linear}: the weight")
+        return Prepared(weigh(linear, dense, stats, self.metric, self.shrink_gram, self.shrink_grad_gram, posed=False))
+
+    def feedback(self, weighed: Weighed) -> Feedback:
+        moment = weighed.metric.scale * weighed.metric.moment.double()
+        moment.diagonal().add_(weighed.metric.shift)
+        order, rows, outer, taken = self.arrange(moment.diagonal()), None, None, 0.0
+        inner, damping = obs_factor(moment[order][:, order], self.damping, weighed.linear)
         if weighed.root is not None:
             grad_gram = weighed.root @ weighed.root.T
             rows = self.arrange(grad_gram.diagonal())
-            outer, taken = obs_factor(grad_gram[rows][:, rows], self.damping, linear)
-        return Prepared(weighed, diagonal, order, inner, rows, outer, max(damping, taken))
+            outer, taken = obs_factor(grad_gram[rows][:, rows], self.damping, weighed.linear)
+        return Feedback(order, inner, rows, outer, max(damping, taken))
 
     def arrange(self, moments: Tensor) -> Tensor:
         """Order in which inputs or outputs of these second moments are rounded."""
@@ -164,27 +176,37 @@ class QuantizeMethod(Method[Prepared]):
 
     def solve(self, state: Prepared, schemes: Sequence[tuple[int, int]]) -> None:
         """Round the weight in these schemes, pairs of bits and group, some of them together, and remember the results in the state."""
-        weighed, weight = state.weighed, state.weighed.dense.weight.double()
-        clips = torch.linspace(1, self.clip, self.clips) if self.clip < 1 else torch.ones(1)
-        new, together = [scheme for scheme in schemes if scheme not in state.schemes], max(1, TOGETHER // weight.numel())
+        weighed, dense = state.weighed, state.weighed.dense
+        weight, new = dense.weight.double(), [scheme for scheme in schemes if scheme not in state.schemes]
+        if not new:
+            return
+        feedback = self.feedback(weighed) if self.solver == "gptq" else None
+        importance = weighed.metric.scale * weighed.metric.moment.diagonal().double() + weighed.metric.shift
+        clips, together = torch.linspace(1, self.clip, self.clips if self.clip < 1 else 1), max(1, TOGETHER // weight.numel())
         for start in range(0, len(new), together):
             part = new[start : start + together]
-            grids = [fit_grid(weight, *scheme, self.symmetric, state.importance, clips, weighed.dense.dtype) for scheme in part]
-            for scheme, grid, codes in zip(part, grids, self.codes(state, weight, grids), strict=True):
-                linalg.require_finite(grid.scales, f"{weighed.linear}: scales in {weighed.dense.dtype}")
-                bias = None if weighed.dense.bias is None else weighed.dense.bias.to(weighed.dense.dtype, copy=True)
-                module = Packed.of_codes(codes, grid.scales.to(weighed.dense.dtype), grid.zeros, bias, grid.bits)
-                lost, most = weight - module.to_dense(), min(max(self.residual), *weight.shape)
-                residual = decompose(lost, weighed.metric, weighed.root, most, f"{weighed.linear}: residual") if most else None
-                state.schemes[scheme] = Scheme(module, weighed.error(module.to_dense()), residual)
+            grids = [fit_grid(weight, *scheme, self.symmetric, importance, clips, dense.dtype) for scheme in part]
+            for scheme, grid, codes in zip(part, grids, self.codes(weight, grids, feedback), strict=True):
+                linalg.require_finite(grid.scales, f"{weighed.linear}: scales in {dense.dtype}")
+                bias = None if dense.bias is None else dense.bias.to(dense.dtype, copy=True)
+                module = Packed.of_codes(codes, grid.scales.to(dense.dtype), grid.zeros, bias, grid.bits)
+                state.schemes[scheme] = self.scheme(weighed, module, feedback and feedback.damping)
 
-    def codes(self, state: Prepared, weight: Tensor, grids: Sequence[Grid]) -> Tensor:
+    def codes(self, weight: Tensor, grids: Sequence[Grid], feedback: Feedback | None) -> Tensor:
         """Codes (K, out, in) on K grids."""
-        if state.inner is None:
+        if feedback is None:
             return torch.stack([nearest(weight, *grid.columns(), 2 ** (grid.bits - 1)) for grid in grids])
-        if state.outer is None:
-            return round_columns(weight, grids, state.inner, state.order, self.block)
-        return round_entries(weight, grids, state.inner, state.order, state.outer, state.rows, self.block)
+        if feedback.outer is None:
+            return round_columns(weight, grids, feedback.inner, feedback.order, self.block)
+        return round_entries(weight, grids, feedback.inner, feedback.order, feedback.outer, feedback.rows, self.block)
+
+    def scheme(self, weighed: Weighed, module: Packed, damping: float | None) -> Scheme:
+        """Measure a rounded weight, and decompose what it lost where residuals are offered."""
+        dense, weight = module.to_dense(), weighed.dense.weight
+        most = min(max(self.residual), *weight.shape)
+        what = f"{weighed.linear}: residual"
+        residual = decompose(weight.double() - dense, weighed.metric, weighed.root, most, what) if most else None
+        return Scheme(module, weighed.error(dense), residual, damping)
 
     def candidates(self, state: Prepared) -> Curve:
         """Every scheme and rank that no smaller one matches; errors are measured on the codes, residuals follow in closed form."""

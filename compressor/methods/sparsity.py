@@ -43,23 +43,30 @@ class Weighed:
     metric: Metric  # M, per token
     root: Tensor | None  # L: (out, out), L Lᵀ = H, per token; None where H is the identity
     energy: float  # tr(H W M Wᵀ)
-    problem: Problem
+    problem: Problem | None  # None where nothing is to be solved in it
 
     def error(self, approximation: Tensor) -> float:
         """Relative error of Ŵ (out, in)."""
         return linalg.relative_error(self.dense.weight, approximation, self.metric, self.root, self.energy)
 
 
-def weigh(linear: str, dense: Dense, stats: LinearStats, metric: MetricName, shrink_gram: float, shrink_grad_gram: float) -> Weighed:
-    """Form the metric from statistics; `two_sided` shrinks both moments as the low-rank method does, `gram` is taken as it is."""
+def weigh(
+    linear: str, dense: Dense, stats: LinearStats, metric: MetricName, shrink_gram: float, shrink_grad_gram: float, posed: bool = True
+) -> Weighed:
+    """Form the metric from statistics; `two_sided` shrinks both moments as the low-rank method does, `gram` is taken as it is.
+
+    posed: whether to pose the problem as well, which takes a copy of the Gram.
+    """
     stats.require(linear, NEEDS[metric])
-    inputs, moment, root = Metric(stats.gram, 1 / stats.tokens), stats.gram.double() / stats.tokens, None
-    grad_gram = None
+    inputs, grad_gram, root = Metric(stats.gram, 1 / stats.tokens), None, None
     if metric == "two_sided":
-        inputs, moment = inputs.shrunk(shrink_gram), linalg.shrink(moment, shrink_gram)
+        inputs = inputs.shrunk(shrink_gram)
         grad_gram = linalg.shrink(stats.grad_gram.double() / stats.grad_tokens, shrink_grad_gram)
         root = linalg.cholesky(grad_gram, f"{linear}: the output-gradient moment", "shrink_grad_gram")
-    problem = pose(linear, dense.weight, moment, grad_gram)
+    problem = None
+    if posed:
+        moment = linalg.shrink(stats.gram.double() / stats.tokens, shrink_gram if metric == "two_sided" else 0.0)
+        problem = pose(linear, dense.weight, moment, grad_gram)
     energy = inputs.energy(dense.weight.double() if root is None else root.T @ dense.weight.double())
     return Weighed(linear, dense, inputs, root, energy, problem)
 

@@ -288,7 +288,8 @@ def test_the_damping_rung_is_the_first_that_works_and_is_reported():
     method, state = prepared(case, damping=[0.0, 0.1])
     assert [candidate.setting["damping"] for candidate in method.candidates(state).candidates] == [0.1]
     with pytest.raises(NumericalError, match=r"the Gram is singular at dampings \[0\.0\].*'damping'"):
-        prepared(case, damping=[0.0])
+        method, state = prepared(case, damping=[0.0])
+        method.candidates(state)
     method, state = prepared(case, solver="rtn")
     assert "damping" not in method.candidates(state).candidates[0].setting
 
@@ -338,3 +339,10 @@ def test_modules_are_their_own():
         modules[0].scales.zero_()
         modules[1].weight.zero_()
     assert torch.equal(method.compress(state, {"bits": 3, "group": 16, "rank": 4}).to_dense(), modules[2].to_dense())
+
+
+def test_a_weight_that_is_not_finite_names_the_linear():
+    case = cases.make("square")
+    case.dense.weight[3, 4] = float("nan")
+    with pytest.raises(NumericalError, match="linear: the weight holds NaN"):
+        prepared(case)
