@@ -1,13 +1,14 @@
 # make run    install, compress the bundled reference checkpoint with the default recipe, print the before/after table
 # make test   install and run the tests          make slow    the tests that take minutes
 # make check  style of the code                  make bench   time and memory against their floors
+# make gate   compress the reference checkpoint for CI and hold its report against benchmarks/gate/baseline.json
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: install run test slow check bench clean
+.PHONY: install run test slow check gate bench clean
 
 install: $(INSTALLED)
 
@@ -29,6 +30,10 @@ slow: install
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+gate: install
+	$(BIN)/compressor compress reference out/ci -c ci --overwrite --quiet
+	$(BIN)/compressor gate out/ci --baseline benchmarks/gate/baseline.json --limits benchmarks/gate/limits.yaml
 
 bench: install
 	$(BIN)/python -m benchmarks.run

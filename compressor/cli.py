@@ -1,6 +1,7 @@
 """The command line: one function for each verb, which calls the package and says how its result is shown.
 
-Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage or recipe, 130 interrupted, 143 terminated.
+Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage or recipe, 3 a quality gate
+that does not hold, 130 interrupted, 143 terminated.
 """
 
 from pathlib import Path
@@ -10,7 +11,7 @@ import typer
 from typer import Argument, Option
 
 from compressor import __version__
-from compressor.options import CHECKPOINT, DANGER, DEVICE, MODEL, OVERWRITE
+from compressor.options import CHECKPOINT, DANGER, DEVICE, LIMITS, MAX_HELP, MIN_HELP, MODEL, OVERWRITE, TOLERANCE_HELP
 from compressor.progress import Progress
 from compressor.verbs import Outcome, errors_in_one_line, verb
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="Compress Hugging Face causal language models without retraining, and report what it cost.",
+    epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or recipe, 3 a quality gate that does not hold, 130 interrupted, 143 terminated.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -152,6 +154,38 @@ def export(
     from compressor import pipeline
 
     return Outcome(pipeline.export(checkpoint, output, format=format_, overwrite=overwrite))
+
+
+@app.command()
+@verb
+def gate(
+    report: Annotated[Path, Argument(metavar="CHECKPOINT|REPORT", help="Checkpoint folder, or its report.json.", show_default=False)],
+    baseline: Annotated[Path, Option(metavar="FILE", help="Report to compare with.", show_default=False)],
+    max_perplexity_increase: Annotated[str | None, Option(metavar="2%|0.5", help="Rise allowed.", rich_help_panel=LIMITS)] = None,
+    max_kl: Annotated[str | None, Option(metavar="0.05|1.5x", help="Largest KL, in nats per token.", rich_help_panel=LIMITS)] = None,
+    max_: Annotated[list[str] | None, Option("--max", metavar="SCORE=0.05|1.02x", help=MAX_HELP, rich_help_panel=LIMITS)] = None,
+    min_: Annotated[list[str] | None, Option("--min", metavar="SCORE=0.4|0.95x", help=MIN_HELP, rich_help_panel=LIMITS)] = None,
+    tolerance: Annotated[list[str] | None, Option(metavar="SCORE=2%|0.5", help=TOLERANCE_HELP, rich_help_panel=LIMITS)] = None,
+    limits: Annotated[
+        Path | None, Option(metavar="FILE", help="YAML file of limits; options add to it and win.", rich_help_panel=LIMITS)
+    ] = None,
+    junit: Annotated[Path | None, Option(metavar="FILE", help="Also write the checks as JUnit XML.")] = None,
+    github: Annotated[bool, Option("--github", help="Print broken limits as GitHub annotations.")] = False,
+    update: Annotated[bool, Option("--update", help="Write the scores of this report to the baseline; nothing is compared.")] = False,
+) -> Outcome:
+    """Hold a report against a baseline. Exit code 3 if a limit is broken; without limits, if perplexity rose by over 2 %."""
+    from compressor import gate
+
+    ceilings = [*(max_ or ()), *([f"kl={max_kl}"] if max_kl is not None else ())]
+    named = gate.named_limits(ceilings, min_ or (), tolerance or (), max_perplexity_increase)
+    if update:
+        gate.refuse_limits(named, limits, junit, github)
+        return Outcome(gate.update(report, baseline))
+    given = gate.merge(gate.read_limits(limits), named) if limits else named or None
+    found = gate.compare(report, baseline, given)
+    if junit:
+        gate.write_junit(junit, found)
+    return Outcome(found, gate.render(found), broken=[gate.line(message, github) for message in found["broken"]])
 
 
 @app.command()

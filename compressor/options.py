@@ -4,7 +4,11 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-RECIPE, DANGER, OUTPUT = "Recipe", "Dangerous", "Output"
+RECIPE, DANGER, OUTPUT, LIMITS = "Recipe", "Dangerous", "Output", "Limits"
+
+MAX_HELP = "Largest score (perplexity, kl, bytes, task.metric), or multiple of the baseline's; repeatable."
+MIN_HELP = "Smallest score, or multiple of the baseline's; repeatable."
+TOLERANCE_HELP = "Change allowed up or down, so that improvements are named too; repeatable."
 
 MODEL = Annotated[
     str, Argument(metavar="MODEL", help="Model folder, hub identifier, or 'reference' for the bundled model.", show_default=False)

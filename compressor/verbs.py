@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import wraps
@@ -19,6 +19,7 @@ from compressor.errors import CompressorError
 from compressor.options import FLAGS, RECIPE_OPTIONS, read_recipe
 from compressor.progress import shown
 
+BROKEN = 3  # exit code of a quality gate that did not hold
 PIPE_WIDTH = 140  # columns of a table that is not printed on a terminal
 
 
@@ -29,6 +30,7 @@ class Outcome:
     data: dict[str, Any]
     shown: Any = None  # text, or anything that rich prints
     failure: str | None = None
+    broken: Sequence[str] = ()  # limits that do not hold, one line each: printed last, and the exit code is BROKEN
 
 
 def verb(function: Callable[..., Outcome]) -> Callable[..., None]:
@@ -48,8 +50,12 @@ def verb(function: Callable[..., Outcome]) -> Callable[..., None]:
             with _terminable(), redirect_stdout(sys.stderr), _compiled_code_on_stderr(), shown(quiet) as progress:
                 outcome = function(**arguments, **({"progress": progress} if "progress" in parameters else {}))
             _print(outcome, as_json, results)
+            for line in outcome.broken:
+                print(line, file=sys.stderr if as_json else results)
             if outcome.failure:
                 raise CompressorError(outcome.failure)
+            if outcome.broken:
+                raise typer.Exit(BROKEN)
 
     options = [*_options(parameters), *(_option(name, hint, False) for name, hint in FLAGS.items())]
     run.__signature__ = inspect.Signature(options)  # both are what typer reads

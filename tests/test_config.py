@@ -11,6 +11,7 @@ PRESETS = [
     "asvd",
     "awsvd",
     "channels",
+    "ci",
     "compot",
     "cospadi",
     "default",

@@ -17,13 +17,13 @@ LEVELS = (
     ("methods",),
     ("knapsack", "compensate", "allocate"),
     ("manifest", "folder", "staging", "weights", "artifacts", "hf", "model", "data", "calibrate"),
-    ("scoring", "checkpoint", "export", "exchange", "report", "speed", "lm_eval_bridge", "restart", "sequential"),
+    ("scoring", "checkpoint", "export", "exchange", "report", "speed", "lm_eval_bridge", "restart", "sequential", "gate"),
     ("assignments", "decompose", "probe", "units", "rules", "planning"),
     ("stages", "selection", "refine", "estimate", "pipeline"),
     ("options", "verbs", "cli", "__main__"),
 )
 ORDER = [module for level in LEVELS for module in level]
-NO_TORCH = LEVELS[0][:4] + LEVELS[0][5:] + ("plan", "roles", "shards", "manifest", "folder", "staging", "options", "verbs", "cli")
+NO_TORCH = LEVELS[0][:4] + LEVELS[0][5:] + ("plan", "roles", "shards", "manifest", "folder", "staging", "gate", "options", "verbs", "cli")
 UNITS = sorted({path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")} - {"__init__"})
 
 
