@@ -32,6 +32,7 @@ class Curve:
     dense_parameters: int
     energy: float  # what an error of 1 means, in the metric of the method (for the Gram metric tr(W G Wᵀ), per token)
     spectrum: tuple[float, ...] = ()  # squared singular values ÷ energy, descending; low-rank methods only
+    screened: bool = False  # whether errors have the shape of the real ones only: what is built tells how large they are
     thresholds: tuple[float, ...] = ()  # of every candidate and of dense, descending: too large under a global threshold above it
 
 

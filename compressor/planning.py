@@ -216,9 +216,16 @@ def limit_of(problem: Problem, name: str, fraction: float, table: Sequence[Seque
 
 
 def to_plan(
-    solution: Solution, problem: Problem, modules: Mapping[str, CompressedLinear], measured: Mapping[str, float], contest: dict[str, float]
+    solution: Solution,
+    problem: Problem,
+    modules: Mapping[str, CompressedLinear],
+    expected: Mapping[str, float],
+    measured: Mapping[str, float],
+    contest: dict[str, float],
 ) -> Plan:
-    """The solution as plain data; the price in nats for each MiB where both are known. measured: error of each linear or group as stored.
+    """The solution as plain data; the price in nats for each MiB where both are known.
+
+    expected, measured: error of each linear or group before and after it was built.
 
     Linears that share a decomposition are listed one by one: what each stores, the errors of all, and an equal part of the damage.
     """
@@ -234,7 +241,7 @@ def to_plan(
                 candidate.parameters if alone else modules[name].stored_parameters(),
                 dense.bits,
                 dense.parameters,
-                predicted=candidate.error,
+                predicted=expected.get(option.unit, 0.0),
                 measured=measured.get(option.unit, 0.0),
                 kl=option.damage / len(members) if solution.in_nats else None,
             )

@@ -4,24 +4,26 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from compressor import model as models
-from compressor.decompose import Decomposition
 from compressor.errors import BudgetError, ConfigError
 from compressor.linears import CompressedLinear
 from compressor.plan import DENSE, Candidate, Plan
-from compressor.planning import Found, Problem, ResultOf, Solution, damages_of, options_of, solve, to_plan
+from compressor.planning import Found, Problem, Solution, damages_of, options_of, solve, to_plan
 from compressor.stages import Job, Probes, other_bytes, output_dtype
-from compressor.units import Option, correct, without
+from compressor.units import Option, without
 from compressor.weights import stored_tensors
+from compressor.workshop import Workshop
 
-REMEASURE = 0.05  # a chosen candidate whose stored error departs by more than this from its curve is entered anew, and solved again
+REMEASURE = 0.05  # a chosen candidate whose stored error departs by more than this from what was expected is entered anew
+ROUNDS = 3  # solutions at most
 
 
 class Settled(NamedTuple):
-    """A solution and what it built: module of every compressed linear, error of each linear or group in the metric of its method."""
+    """A solution and what it built: modules of linears; errors of linears and groups, as expected and as stored, in the method's metric."""
 
     solution: Solution
     problem: Problem
     modules: dict[str, CompressedLinear]
+    expected: dict[str, float]
     measured: dict[str, float]
 
 
@@ -34,50 +36,34 @@ def choose(job: Job, found: Found, probed: Probes) -> tuple[Plan, dict[str, Comp
     damages = damages_of(job.recipe, job.block_of, found, probed.results, len(models.blocks(job.model)[1]))
     others = other_bytes(stored_tensors(job.model), job.assignments, output_dtype(job.recipe))
     problem = Problem(job.recipe, job.assignments, job.groups, found, others, job.calibration.tokens.numel())
-    options = options_of(problem, damages)
-    together = settle(problem, options, probed.results)
+    options, workshop = options_of(problem, damages), Workshop(found, probed.results)
     methods = sorted({part.method.name for parts in found.values() for part in parts})
     if probed.prober is None or len(methods) == 1:
-        return to_plan(*together, {}), together.modules
-    entrants = {"all": together}
+        alone = settle(problem, options, workshop)
+        return to_plan(*alone, {}), alone.modules
+    entrants = {}
     for method in methods:
         try:
-            entrants[method] = settle(problem, without(options, {*methods} - {method}), probed.results)
+            entrants[method] = settle(problem, without(options, {*methods} - {method}), workshop)
         except BudgetError:  # it offers nothing small enough by itself
             continue
+    entrants["all"] = settle(problem, options, workshop)  # last: by now the curves have been corrected near what each method chose
     with job.computing():
         contest = {name: probed.prober.kl(settled.modules, 0) for name, settled in entrants.items()}
     best = entrants[min(contest, key=contest.__getitem__)]
     return to_plan(*best, contest), best.modules
 
 
-def settle(problem: Problem, options: dict[str, list[Option]], probed: ResultOf) -> Settled:
-    """Solve and build; where what is stored departs from its curve, enter what was measured and solve once more."""
-    solution = solve(problem, options)
-    modules, measured = build(solution)
-    expected = {name: expected_error(solution.options[name], problem.found[name], probed) for name in measured}
-    off = [name for name, error in measured.items() if abs(error - expected[name]) > REMEASURE * expected[name] > 0]
-    if off and problem.recipe.allocation.kind == "knapsack":
-        changed = {name: correct(options[name], solution.options[name].candidate, measured[name] / expected[name]) for name in off}
-        solution = solve(problem, options | changed)
-        modules, measured = build(solution)
-    return Settled(solution, problem, modules, measured)
-
-
-def expected_error(option: Option, parts: list[Decomposition], probed: ResultOf) -> float:
-    """Error of a candidate as its curve has it, corrected by what its probe showed the curve to be off by."""
-    key = option.unit, next(index for index, part in enumerate(parts) if part is option.decomposition)
-    return option.candidate.error * (probed[key].departure if key in probed else 1.0)
-
-
-def build(solution: Solution) -> tuple[dict[str, CompressedLinear], dict[str, float]]:
-    """Modules of the chosen candidates as they will be stored, and the error of each linear or group in the metric of its method."""
-    modules, measured = {}, {}
-    for unit, option in solution.options.items():
-        if option.decomposition is not None:
-            made, measured[unit] = option.decomposition.build(option.candidate)
-            modules |= made
-    return modules, measured
+def settle(problem: Problem, options: dict[str, list[Option]], workshop: Workshop) -> Settled:
+    """Solve and build; where what is stored departs from what was expected, correct its curve and solve again, ROUNDS times at most."""
+    for last in (*(False,) * (ROUNDS - 1), True):
+        solution = solve(problem, workshop.corrected(options))
+        chosen = {unit: option for unit, option in solution.options.items() if option.decomposition is not None}
+        expected = {unit: option.candidate.error * workshop.ratio(option) for unit, option in chosen.items()}
+        modules, measured = workshop.build_all(solution)
+        off = any(abs(error - expected[unit]) > REMEASURE * expected[unit] > 0 for unit, error in measured.items())
+        if last or not off or problem.recipe.allocation.kind != "knapsack":
+            return Settled(solution, problem, modules, expected, measured)
 
 
 def build_plan(job: Job, plan: Plan, found: Found) -> tuple[Plan, dict[str, CompressedLinear]]:
@@ -102,6 +88,7 @@ def build_plan(job: Job, plan: Plan, found: Found) -> tuple[Plan, dict[str, Comp
         if chosen.setdefault(unit, Option(unit, 0, 0.0, candidate, part)).candidate is not candidate:
             raise ConfigError(f"{name}: shares what it stores with others of {unit}, but their settings differ; make them equal")
     solution = Solution(chosen, None, in_nats=False)
-    modules, measured = build(solution)
+    modules, measured = Workshop(found, {}).build_all(solution)
     problem = Problem(job.recipe, job.assignments, job.groups, found, 0, 0)
-    return replace(to_plan(solution, problem, modules, measured, {}), recipe=plan.recipe), modules
+    expected = {unit: option.candidate.error for unit, option in chosen.items()}
+    return replace(to_plan(solution, problem, modules, expected, measured, {}), recipe=plan.recipe), modules

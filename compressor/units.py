@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 from compressor.assignments import Assignment, Group
@@ -103,8 +103,3 @@ def tied(group: Group, members: Sequence[Sequence[Option]]) -> list[Bundle]:
 def without(options: dict[str, list[Option]], methods: set[str]) -> dict[str, list[Option]]:
     """Options of some methods taken out, dense ones kept."""
     return {unit: [option for option in found if option.candidate.method not in methods] for unit, found in options.items()}
-
-
-def correct(options: list[Option], candidate: Candidate, factor: float) -> list[Option]:
-    """Options with the damage of one candidate multiplied by what its stored error departs by from the expected one."""
-    return [replace(option, damage=option.damage * factor) if option.candidate is candidate else option for option in options]

@@ -19,7 +19,7 @@ LEVELS = (
     ("manifest", "folder", "staging", "weights", "artifacts", "hf", "model", "data", "calibrate"),
     ("scoring", "checkpoint", "export", "exchange", "report", "speed", "lm_eval_bridge", "restart", "sequential", "gate"),
     ("assignments", "decompose", "probe", "units", "rules", "planning"),
-    ("stages", "selection", "refine", "estimate", "pipeline"),
+    ("stages", "workshop", "selection", "refine", "estimate", "pipeline"),
     ("options", "verbs", "cli", "__main__"),
 )
 ORDER = [module for level in LEVELS for module in level]

@@ -106,7 +106,7 @@ class Compot(Method[Basis]):
                 return fitted_error(codes, coordinates.T)
             return max(0.0, 1 - codes.square().sum().item() / energy)
 
-        return curve_of(state, self.name, profiled(self.sizes(state.dense), coordinates, self.anchors, fit))
+        return curve_of(state, self.name, profiled(self.sizes(state.dense), coordinates, self.anchors, fit), self.anchors is not None)
 
     def compress(self, state: Basis, setting: dict[str, Any]) -> Dictionary:
         atoms, nonzeros = require_atoms(state.linear, setting, len(state.values))

@@ -136,7 +136,9 @@ class Cospadi(Method[Basis]):
                 return fitted_error(codes, coordinates.T)
             return (coordinates - dictionary.double() @ codes.double()).square().sum().item() / state.energy
 
-        return curve_of(state, self.name, profiled(self.sizes(state.dense), coordinates, self.anchors, fit, expected_level))
+        return curve_of(
+            state, self.name, profiled(self.sizes(state.dense), coordinates, self.anchors, fit, expected_level), self.anchors is not None
+        )
 
     def codes(self, coordinates: Tensor, atoms: int, nonzeros: int) -> tuple[Tensor, Tensor | None]:
         """Fitted codes (k, out), float32, and K-SVD's own dictionary (r, k) where that is the solver."""

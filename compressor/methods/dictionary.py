@@ -199,8 +199,8 @@ def profiled(
     return [replace(sizes[place], error=float(errors[place])) for place in front(sizes, errors)]
 
 
-def curve_of(basis: Basis, method: str, candidates: Sequence[Candidate]) -> Curve:
-    return Curve(basis.linear, method, tuple(candidates), basis.dense.bits, basis.dense.parameters, basis.energy)
+def curve_of(basis: Basis, method: str, candidates: Sequence[Candidate], screened: bool) -> Curve:
+    return Curve(basis.linear, method, tuple(candidates), basis.dense.bits, basis.dense.parameters, basis.energy, screened=screened)
 
 
 def require_atoms(linear: str, setting: dict[str, Any], most: int) -> tuple[int, int]:

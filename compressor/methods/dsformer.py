@@ -136,7 +136,7 @@ class DSFormer(Method[Slices]):
             )
 
         found = profiled(self.sizes(dense), state.coordinates, self.anchors, fit)
-        return Curve(state.linear, self.name, tuple(found), dense.bits, dense.parameters, state.energy)
+        return Curve(state.linear, self.name, tuple(found), dense.bits, dense.parameters, state.energy, screened=self.anchors is not None)
 
     def compress(self, state: Slices, setting: dict[str, Any]) -> Dictionary:
         require_atoms(state.linear, setting, len(state.coordinates))

@@ -166,7 +166,7 @@ class LowRankMethod(Method[Factors]):
         ranks = [size.setting["rank"] for size in candidates]
         thresholds = (*tuple(normalised[rank - 1] for rank in ranks), normalised[ranks[-1] if ranks else 0])
         bits, parameters = state.dense.bits, state.dense.parameters
-        return Curve(state.linear, self.name, candidates, bits, parameters, energy, tuple(spectrum.tolist()), thresholds)
+        return Curve(state.linear, self.name, candidates, bits, parameters, energy, tuple(spectrum.tolist()), thresholds=thresholds)
 
     def compress(self, state: Factors, setting: dict[str, Any]) -> LowRank:
         up, down = state.factors(setting["rank"])

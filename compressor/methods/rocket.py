@@ -133,12 +133,14 @@ class Rocket(Method[Basis]):
             return fitted_error(self.codes(state, scores, atoms, nonzeros)[0], targets, self.ridge)
 
         if self.profile == "gram":
-            return curve_of(state, self.name, profiled(sizes, state.coordinates, self.anchors, fit))
+            return curve_of(state, self.name, profiled(sizes, state.coordinates, self.anchors, fit), self.anchors is not None)
         energy = Metric().energy(state.weight)
         kept = (state.vectors.T @ state.weight).square().sum(1).cumsum(0)  # of ‖W‖², by 1, 2, … leading directions
         tails = (1 - kept / energy).clamp(min=0) if energy > 0 else torch.zeros_like(kept)
         found = profiled(sizes, state.coordinates, self.anchors, fit, tails=tails)
-        return replace(curve_of(state, self.name, [replace(size, error=size.error**0.5) for size in found]), energy=energy)
+        return replace(
+            curve_of(state, self.name, [replace(size, error=size.error**0.5) for size in found], self.anchors is not None), energy=energy
+        )
 
     def compress(self, state: Basis, setting: dict[str, Any]) -> Dictionary:
         codes, mask = self.codes(state, self.scores(state), *require_atoms(state.linear, setting, len(state.values)))

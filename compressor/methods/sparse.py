@@ -13,8 +13,7 @@ Glossary
 
 Differs from the papers: all statistics are of the dense model; the papers collect on the pruned prefix, as sequential runs do.
 Sizes are met exactly; the authors' codes round what is dropped down (Wanda) or drop ties besides (SparseGPT). ADMM minimises the two-sided
-error by default, which knows how much the loss depends on each output; ALPS has the Gram alone. Its curve is measured on a sample of the
-outputs: coupling them to fewer others raises all errors by 5 to 25 %, alike at all sizes, which probes correct.
+error by default, which knows how much the loss depends on each output; ALPS has the Gram alone.
 """
 
 from collections.abc import Sequence
@@ -36,9 +35,6 @@ from compressor.methods.sparsity import (
     MetricName,
     Pattern,
     Weighed,
-    diagonal_errors,
-    evenly,
-    outputs_of,
     pattern_count,
     payloads,
     require_divisible,
@@ -132,8 +128,7 @@ class SparseMethod(Method[Prepared]):
     growth: Annotated[float, Field(ge=1)] = 1.2  # `admm` only: factor of the penalty from one iteration to the next
     refit: Annotated[int, Field(ge=0)] = 10  # `admm` only: conjugate-gradient steps on the final mask
     step: Annotated[float, Field(gt=0, lt=1)] = 0.01  # sizes offered, as a fraction of the dense bits
-    anchors: Annotated[int, Field(ge=2)] | None = 4  # sizes whose error is measured, the others interpolated; None measures all
-    sample: Annotated[int, Field(ge=1)] = 64  # `admm` only: outputs that anchors are measured on
+    anchors: Annotated[int, Field(ge=0)] | None = 0  # sizes of the curve whose error is measured, see `sparsity`; None measures all
 
     def __post_init__(self):
         if self.solver != "admm" and self.metric != "gram":
@@ -166,29 +161,11 @@ class SparseMethod(Method[Prepared]):
         return screened(state.weighed, self.name, sizes, counts, self.pattern, self.anchors, lambda chosen: self.errors(state, chosen))
 
     def errors(self, state: Prepared, sizes: list[Candidate]) -> list[float]:
-        """Relative error of what the solver makes of each size; of ADMM, which couples outputs, as a sample of them has it."""
-        if self.solver == "admm" and self.anchors is not None and self.sample < len(state.weighed.dense.weight):
-            return self.sampled(state, sizes)
+        """Relative error of what the solver makes of each size."""
         together = max(1, TOGETHER // state.weighed.dense.weight.numel())
         counts = [size.setting["nonzeros"] for size in sizes]
         parts = [self.solve(state, counts[place : place + together])[0] for place in range(0, len(counts), together)]
         return [state.weighed.error(values) for part in parts for values in part]
-
-    def sampled(self, state: Prepared, sizes: list[Candidate]) -> list[float]:
-        """Relative errors of sizes, if ADMM leaves the same share of the diagonal error (see `sparsity`) as for `sample` of the outputs.
-
-        The sample keeps as many of the largest entries as are in its rows when the whole weight keeps `nonzeros`.
-        """
-        whole, part = state.weighed, outputs_of(state.weighed, self.sample)
-        counts = [size.setting["nonzeros"] for size in sizes]
-        masks = projection(self.pattern, counts)(whole.problem.weight.expand(len(counts), -1, -1))
-        kept = [max(1, int(count)) for count in masks[:, evenly(len(masks[0]), self.sample)].sum((1, 2))]
-        values = self.solve(Prepared(part, None, None), kept)[0]
-        own, other = diagonal_errors(part.problem, self.pattern, kept), diagonal_errors(whole.problem, self.pattern, counts)
-        if whole.energy == 0:
-            return [0.0] * len(sizes)
-        errors = [part.error(one) * part.energy for one in values]
-        return [error / mine * all_ / whole.energy if mine > 0 else 0.0 for error, mine, all_ in zip(errors, own, other, strict=True)]
 
     def solve(self, state: Prepared, counts: list[int]) -> tuple[Tensor, Tensor]:
         """Values and masks (K, out, in) of all sizes, values zero off the mask."""

@@ -109,7 +109,7 @@ class SparseLowRankMethod(Method[Weighed]):
     rounds: Annotated[int, Field(ge=1)] = 2  # `admm` only: exact low-rank fits after the loop, each followed by least squares on the mask
     refit: Annotated[int, Field(ge=0)] = 10  # `admm` only: conjugate-gradient steps of each of those
     step: Annotated[float, Field(gt=0, lt=1)] = 0.01  # sizes offered, as a fraction of the dense bits
-    anchors: Annotated[int, Field(ge=2)] | None = 4  # sizes whose error is measured, the others interpolated; None measures all
+    anchors: Annotated[int, Field(ge=0)] | None = 0  # sizes of the curve whose error is measured, see `sparsity`; None measures all
 
     def __post_init__(self):
         if self.solver == "oats" and self.metric != "gram":

@@ -3,9 +3,10 @@
 Glossary
     payload     numbers that may be stored at a size, once mask and bias are paid for
     screening   error(size) = diagonal(size) · share(size). `diagonal`, the error if entries did not interact, is a sum of dropped squares,
-                known for all sizes from one sort. `share`, the part of it that the solver leaves, is measured at a few sizes, the anchors,
-                by the very function that builds modules; its log is interpolated over the log of the numbers stored. It varies by a
-                factor of two while the error varies by four orders of magnitude.
+                known for all sizes from one sort. `share`, the part of it that the solver leaves, varies by a factor of two to four while
+                the error varies by four orders of magnitude. It is 1 without anchors: the curve has the right shape, and what is
+                probed and built later tells the rest (`Curve.screened`). Otherwise it is measured at a few sizes, the anchors, by the
+                very function that builds modules; its log is interpolated over the log of the numbers stored.
 """
 
 import math
@@ -14,7 +15,6 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import numpy as np
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -69,22 +69,6 @@ def weigh(
         problem = pose(linear, dense.weight, moment, grad_gram)
     energy = inputs.energy(dense.weight.double() if root is None else root.T @ dense.weight.double())
     return Weighed(linear, dense, inputs, root, energy, problem)
-
-
-def evenly(height: int, count: int) -> Tensor:
-    """Indices (count,) of outputs, evenly spaced."""
-    return (torch.arange(count) + 0.5).mul(height / count).long()
-
-
-def outputs_of(weighed: Weighed, count: int) -> Weighed:
-    """The linear of evenly spaced outputs alone, each weighed as before."""
-    rows = evenly(len(weighed.dense.weight), count).to(weighed.dense.weight.device)
-    problem, dense = weighed.problem.of_outputs(rows), Dense(weighed.dense.weight[rows], None, weighed.dense.dtype)
-    root, weight = None, dense.weight.double()
-    if weighed.root is not None:
-        root = linalg.cholesky(weighed.root[rows] @ weighed.root[rows].T, weighed.linear, "shrink_grad_gram")
-    energy = weighed.metric.energy(weight if root is None else root.T @ weight)
-    return Weighed(weighed.linear, dense, weighed.metric, root, energy, problem)
 
 
 def require_divisible(pattern: Pattern, width: int, linear: str) -> None:
@@ -157,7 +141,9 @@ def screened(
 
     errors: the solver's errors of some sizes; asked for `anchors` of them, evenly spaced, or for all if None.
     """
-    diagonal = diagonal_errors(weighed.problem, pattern, entries)
+    diagonal = [error / (weighed.energy or 1.0) for error in diagonal_errors(weighed.problem, pattern, entries)]
+    if anchors == 0:
+        return falling(weighed, method, sizes, diagonal, screened=True)
     count = len(sizes) if anchors is None else min(anchors, len(sizes))
     places = sorted({round(place) for place in np.linspace(0, len(sizes) - 1, count)}) if sizes else []
     measured = dict(zip(places, errors([sizes[place] for place in places]) if places else [], strict=True))
@@ -166,11 +152,17 @@ def screened(
     numbers = np.log([size.parameters for size in sizes])
     rates = np.exp(np.interp(numbers, numbers[known], shares)) if known else np.zeros(len(sizes))
     found = [measured.get(place, float(rate) * part) for place, (rate, part) in enumerate(zip(rates, diagonal, strict=True))]
+    return falling(weighed, method, sizes, found, screened=anchors is not None)
+
+
+def falling(weighed: Weighed, method: str, sizes: list[Candidate], errors: Sequence[float], screened: bool) -> Curve:
+    """Curve of sizes without those that a smaller one matches."""
     candidates: list[Candidate] = []
-    for size, error in zip(sizes, found, strict=True):
+    for size, error in zip(sizes, errors, strict=True):
         if not candidates or error < candidates[-1].error or error == 0:
             candidates.append(replace(size, error=error))
-    return Curve(weighed.linear, method, tuple(candidates), weighed.dense.bits, weighed.dense.parameters, weighed.energy)
+    dense = weighed.dense
+    return Curve(weighed.linear, method, tuple(candidates), dense.bits, dense.parameters, weighed.energy, screened=screened)
 
 
 def store(weighed: Weighed, values: Tensor, mask: Tensor) -> Sparse:

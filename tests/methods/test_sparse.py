@@ -241,17 +241,6 @@ def test_screened_errors_are_near_and_anchors_exact(solver):
         assert (one.setting, one.bits, one.parameters) == (two.setting, two.bits, two.parameters)
 
 
-def test_a_sample_of_the_outputs_has_the_shape_of_the_curve():
-    """A quarter of the outputs: ratios of errors within 10 %, which probes and plans go by, the level within a third."""
-    case = correlated(96, 48)
-    full, state = prepared(case, "admm", "two_sided", sample=96)
-    sampled, _ = prepared(case, "admm", "two_sided", sample=24)
-    pairs = list(zip(full.candidates(state).candidates, sampled.candidates(state).candidates, strict=True))
-    ratios = [two.error / one.error for one, two in pairs if one.bits > 0.2 * state.weighed.dense.bits]
-    assert max(ratios) / min(ratios) < 1.1 and 0.75 < fmean(ratios) < 1.33
-    assert full.compress(state, pairs[50][0].setting).to_dense().equal(sampled.compress(state, pairs[50][1].setting).to_dense())
-
-
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
