@@ -142,6 +142,8 @@ def screened(
     errors: the solver's errors of some sizes; asked for `anchors` of them, evenly spaced, or for all if None.
     """
     diagonal = [error / (weighed.energy or 1.0) for error in diagonal_errors(weighed.problem, pattern, entries)]
+    if anchors == 0 and n_of_m(pattern) and len(sizes) > 1:  # the same entries at every size: nothing to go by
+        anchors = 4
     if anchors == 0:
         return falling(weighed, method, sizes, diagonal, screened=True)
     count = len(sizes) if anchors is None else min(anchors, len(sizes))

@@ -1,0 +1,66 @@
+"""Corrections of curves by what has been built: screening curves along their length, exact ones at the point, everything built once."""
+
+import math
+
+import pytest
+
+from compressor.decompose import Decomposition
+from compressor.plan import Candidate, Curve
+from compressor.probe import ProbeResult
+from compressor.units import Option
+from compressor.workshop import Workshop
+
+
+class Counting:
+    """A method whose stored error is `off` times the predicted one, and which counts what it builds."""
+
+    def __init__(self, off):
+        self.off, self.builds = off, 0
+
+    def compress(self, state, setting):
+        self.builds += 1
+        return setting
+
+    def measure(self, state, module):
+        return self.off(module["rank"]) / module["rank"]
+
+
+def decomposition(off, screened: bool) -> Decomposition:
+    candidates = tuple(Candidate("m", {"rank": rank}, 16 * rank, rank, error=1 / rank) for rank in (10, 20, 40, 80))
+    return Decomposition(Counting(off), None, Curve("linear", "m", candidates, 1600, 100, 1.0, screened=screened), {"linear": 8})
+
+
+def options_of(part: Decomposition) -> list[Option]:
+    """Damages that follow from a probe at rank 20 with a divergence of 1, as if the whole curve were off by what the probe was."""
+    return [Option("linear", c.bits, 20 * c.error, c, part) for c in part.curve.candidates]
+
+
+def workshop_of(part: Decomposition, departure: float) -> Workshop:
+    probe = ProbeResult({"rank": 20}, predicted=1 / 20, measured=departure / 20, kl=1.0)
+    return Workshop({"linear": [part]}, {("linear", 0): probe})
+
+
+def test_a_screening_curve_is_corrected_between_what_was_measured():
+    part = decomposition(lambda rank: 0.5 if rank <= 20 else 0.5 * (20 / rank), screened=True)  # the share falls with the size
+    workshop, options = workshop_of(part, 0.5), options_of(part)
+    assert [option.damage for option in workshop.corrected({"linear": options})["linear"]] == pytest.approx([2, 1, 0.5, 0.25])
+    assert workshop.ratio(options[3]) == pytest.approx(0.5)
+    workshop.build(options[3])  # rank 80: a quarter of the share at the probe
+    corrected = workshop.corrected({"linear": options})["linear"]
+    assert [option.damage for option in corrected] == pytest.approx([2, 1, 0.25, 0.0625])  # rank 40 half way, on a log scale
+    assert workshop.ratio(options[2]) == pytest.approx(0.5 * math.sqrt(0.25))
+
+
+def test_an_exact_curve_is_corrected_at_the_point_alone():
+    part = decomposition(lambda rank: 3.0 if rank == 80 else 1.0, screened=False)
+    workshop, options = workshop_of(part, 1.0), options_of(part)
+    workshop.build(options[3])
+    assert [option.damage for option in workshop.corrected({"linear": options})["linear"]] == pytest.approx([2, 1, 0.5, 0.75])
+
+
+def test_each_candidate_is_built_once():
+    part = decomposition(lambda rank: 1.0, screened=True)
+    workshop, options = workshop_of(part, 1.0), options_of(part)
+    first = workshop.build(options[0])
+    assert workshop.build(options[0]) is first and part.method.builds == 1
+    assert first == ({"linear": {"rank": 10}}, pytest.approx(0.1))
