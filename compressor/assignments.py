@@ -13,6 +13,7 @@ from compressor.model import LinearInfo, linears, selects
 from compressor.recipe import Recipe
 from compressor.roles import GROUPS
 
+PAIR = "pair"  # the one kind of group whose linears lie in several blocks; all of them have the same role
 ALWAYS = frozenset({"gram"})  # what the reported error of every linear is measured with
 
 
@@ -48,7 +49,7 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Group:
-    """Linears of one block that have a decision in common."""
+    """Linears that have a decision in common."""
 
     name: str
     members: tuple[str, ...]  # names, in the order of the model
@@ -78,7 +79,10 @@ def assign(recipe: Recipe, model: torch.nn.Module) -> dict[str, Assignment]:
                 alone.append(method)
         if not alone and not shared:
             units = ", ".join(f"{method.unit} ({', '.join(GROUPS[method.unit])})" for method in methods)
-            raise ConfigError(f"{name}: the methods of its entry work on other modules: {units}; narrow the targets or add a method")
+            raise ConfigError(
+                f"{name}: its role is {info.role or 'unknown'}, and the methods of its entry work on other modules: {units}; "
+                "narrow the targets or add a method"
+            )
         residual_needs = compensate.needs(recipe.compensation)
         assignments[name] = Assignment(info, tuple(alone), entry.dense, dtype, tuple(shared), residual_needs)
     if not assignments:
@@ -88,6 +92,8 @@ def assign(recipe: Recipe, model: torch.nn.Module) -> dict[str, Assignment]:
             raise ConfigError(f"{name}: integers are not counted as parameters; set allocation.count to bits")
         if recipe.compensation.enabled and any(max(getattr(method, "residual", (0,))) for method in assignment.competing):
             raise ConfigError(f"{name}: its candidates list residual ranks themselves; leave out compensation, or their option 'residual'")
+        if recipe.compensation.enabled and (paired := [method.name for kind, method in assignment.shared if kind == PAIR]):
+            raise ConfigError(f"{name}: '{paired[0]}' fits pairs of linears, which get no residuals; leave out compensation")
         if len(assignment.competing) > 1 and recipe.allocation.kind != "knapsack":
             raise ConfigError(f"{name}: several candidates compete, which needs allocation.kind 'knapsack', not '{recipe.allocation.kind}'")
     return assignments
@@ -104,8 +110,7 @@ def groups(recipe: Recipe, assignments: dict[str, Assignment]) -> dict[str, Grou
     wanted |= {*recipe.allocation.tie, *(kind for assignment in assignments.values() for kind, _ in assignment.shared)}
     found: dict[str, Group] = {}
     for kind in sorted(wanted):
-        for parent, members in sites(kind, assignments).items():
-            name = f"{parent}.{{{','.join(member.rpartition('.')[2] for member in members)}}}"
+        for name, members in sites(kind, assignments).items():
             offered = (tuple(method for each, method in assignments[member].shared if each == kind) for member in members)
             methods = next(filter(None, offered), ())
             group = Group(name, tuple(members), methods, kind in recipe.allocation.tie)
@@ -121,14 +126,40 @@ def groups(recipe: Recipe, assignments: dict[str, Assignment]) -> dict[str, Grou
 
 
 def sites(kind: str, assignments: dict[str, Assignment]) -> dict[str, list[str]]:
-    """Targets with the roles of a kind of group by the module that holds them. Raises ConfigError if there are none."""
+    """Targets with the roles of a kind of group that one module holds, by the name of their group. Raises ConfigError if there are none."""
+    if kind == PAIR:
+        return pairs(assignments)
     found: dict[str, list[str]] = {}
     for name, assignment in assignments.items():
         if assignment.info.role in GROUPS[kind]:
             found.setdefault(name.rpartition(".")[0], []).append(name)
     if not found:
         raise ConfigError(f"no targets of this model have the roles {', '.join(GROUPS[kind])}; take '{kind}' out of share and tie")
+    return {f"{parent}.{{{','.join(member.rpartition('.')[2] for member in members)}}}": members for parent, members in found.items()}
+
+
+def pairs(assignments: dict[str, Assignment]) -> dict[str, list[str]]:
+    """Targets that are decomposed in pairs, by the name of their group: those of the same path in their blocks, two blocks at a time.
+
+    A last one that is left over is a group of its own.
+    """
+    lines: dict[tuple[str, str], list[str]] = {}
+    for name, assignment in assignments.items():
+        if any(kind == PAIR for kind, _ in assignment.shared):
+            head, _, path = name.partition(f".{assignment.info.block}.")
+            lines.setdefault((head, path), []).append(name)
+    found = {}
+    for (head, path), names in lines.items():
+        for start in range(0, len(names), 2):
+            blocks = ",".join(str(assignments[name].info.block) for name in names[start : start + 2])
+            found[f"{head}.{{{blocks}}}.{path}"] = names[start : start + 2]
     return found
+
+
+def keys_of(method: Engine, group: Group, assignments: dict[str, Assignment]) -> dict[str, str]:
+    """What a method of several linears knows each one of a group by: its role, in a pair its name."""
+    paired = isinstance(method, ModuleMethod) and method.unit == PAIR
+    return {name: name if paired else assignments[name].info.role for name in group.members}
 
 
 def check_group(group: Group, kind: str, members: Sequence[Assignment]) -> None:

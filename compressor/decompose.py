@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from compressor import linalg
-from compressor.assignments import Assignment, Group
+from compressor.assignments import Assignment, Group, keys_of
 from compressor.linears import CompressedLinear, Dense
 from compressor.methods.base import Engine, Method, ModuleMethod, Part
 from compressor.model import dense_of
@@ -22,7 +22,7 @@ class Decomposition:
     method: Engine
     state: Any
     curve: Curve
-    members: dict[str, Any]  # linear → what tells it apart: its number of outputs among stacked ones, its role in a module
+    members: dict[str, Any]  # linear → what tells it apart: its number of outputs among stacked ones, its key in a module
 
     def build(self, candidate: Candidate) -> tuple[dict[str, CompressedLinear], float]:
         """Module of every linear for a candidate, as it will be stored, and the error of all in the method's metric."""
@@ -71,9 +71,9 @@ def decompose_group(group: Group, assignments: dict[str, Assignment], stats: dic
     found = []
     for method in group.methods:
         if isinstance(method, ModuleMethod):
-            parts = {infos[name].role: Part(name, denses[name], stats[name]) for name in group.members}
-            state = method.prepare(group.name, parts)
-            found.append(Decomposition(method, state, method.candidates(state), {name: info.role for name, info in infos.items()}))
+            keys = keys_of(method, group, assignments)
+            state = method.prepare(group.name, {key: Part(name, denses[name], stats[name]) for name, key in keys.items()})
+            found.append(Decomposition(method, state, method.candidates(state), keys))
         else:
             heights = {name: info.out_features for name, info in infos.items()}
             joined = stacked(list(denses.values())), stacked_stats([stats[name] for name in group.members])

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from compressor.assignments import Assignment, Group, assign, groups
+from compressor.assignments import Assignment, Group, assign, groups, keys_of
 from compressor.calibrate import GRADIENT_FIELDS
 from compressor.data import heldout_count
 from compressor.decompose import stacked
@@ -106,7 +106,7 @@ def rows_of(
 def sizes_of(method: Engine, group: Group, assignments: dict[str, Assignment], denses: dict[str, Dense]) -> list[Candidate]:
     """Sizes that a method offers for a group."""
     if isinstance(method, ModuleMethod):
-        return method.sizes({assignments[name].info.role: denses[name] for name in group.members})
+        return method.sizes({key: denses[name] for name, key in keys_of(method, group, assignments).items()})
     return method.sizes(stacked([denses[name] for name in group.members]))
 
 

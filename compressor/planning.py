@@ -233,7 +233,7 @@ def to_plan(
     for option in solution.options.values():
         candidate, members = option.candidate, list(option.decomposition.members) if option.decomposition else [option.unit]
         for name in members:
-            dense, alone = problem.assignments[name], len(members) == 1
+            dense, alone = problem.assignments[name], option.unit == name
             choices[name] = Choice(
                 candidate.method,
                 candidate.setting if alone else candidate.setting | {"shared": members},

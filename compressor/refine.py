@@ -141,7 +141,7 @@ class _Run:
         """Feed-forward blocks, once the sums of the linear that ends them are known; before, their linears run as they were.
 
         That linear reads kept channels only, which are the same whether the others have been removed or not. Attention stays as planned:
-        what its last linear reads changes with the first ones.
+        what its last linear reads changes with the first ones. So do pairs in two blocks: the first is needed before the second is known.
         """
         found: Modules = {}
         for name, part in ((name, part) for name in names if (part := self.module_of(name))):

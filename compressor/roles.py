@@ -28,6 +28,7 @@ GROUPS = {  # linears with a decision in common
     "attention": ("q", "k", "v", "qkv", "o"),
     "vo": ("v", "o"),
     "qk": ("q", "k"),
+    "pair": tuple(ROLES),  # linears of one role, two at a time
 }
 
 

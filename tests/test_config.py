@@ -20,6 +20,7 @@ PRESETS = [
     "eora_w3_r64",
     "eora_w4_r32",
     "fwsvd",
+    "geopair",
     "gptq_w3",
     "gptq_w4",
     "kfac_svd",

@@ -71,7 +71,9 @@ class Part:
 
 @dataclass(frozen=True)
 class ModuleMethod(Engine[State]):
-    """Abstract decomposition of a module: linears by role (a key of `roles.ROLES`) that are compressed together."""
+    """Abstract decomposition of a module: linears by key that are compressed together. A key is a role, of `roles.ROLES`; where all
+    linears have the same one (unit "pair") it is the name of the linear.
+    """
 
     unit: ClassVar[str]  # which linears: a key of `roles.GROUPS`
 
@@ -85,7 +87,7 @@ class ModuleMethod(Engine[State]):
 
     @abstractmethod
     def compress(self, state: State, setting: dict[str, Any]) -> dict[str, CompressedLinear]:
-        """Build the linears of one candidate, by role, floating tensors already in the stored dtype."""
+        """Build the linears of one candidate, by key, floating tensors already in the stored dtype."""
 
     @abstractmethod
     def measure(self, state: State, modules: Mapping[str, CompressedLinear]) -> float:

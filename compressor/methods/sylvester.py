@@ -10,6 +10,8 @@ Differs from the paper: linears that read the same inputs have one Gram, for whi
 concatenation, whatever that Gram is; then nothing is factorised but S Sᵀ.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -30,24 +32,37 @@ def pair_basis(first: Tensor, second: Tensor, what: str, option: str) -> tuple[T
     return torch.linalg.solve_triangular(root.T, vectors, upper=True), values
 
 
-def sylvester(grams: tuple[Tensor, Tensor], moments: tuple[Tensor, Tensor], right: Tensor, what: str) -> Tensor:
-    """D (m, k) with G_1 D B_1 + G_2 D B_2 = K. grams: two (m, m); moments: two (k, k); right: K (m, k); the first of each pair is
-    positive definite, the second at least semi-definite. Raises NumericalError naming `what` otherwise.
+def gram_basis(grams: tuple[Tensor, Tensor], what: str) -> tuple[Tensor, Tensor]:
+    """P and λ of two Grams, see `pair_basis`: the same for all codes. Raises NumericalError naming `what`."""
+    return pair_basis(*grams, f"{what}: the Gram", "shrink_gram")
+
+
+def sylvester(basis: tuple[Tensor, Tensor], moments: tuple[Tensor, Tensor], right: Tensor, what: str) -> Tensor:
+    """D (m, k) with G_1 D B_1 + G_2 D B_2 = K. basis: `gram_basis` of two (m, m) Grams; moments: two (k, k), the first positive definite,
+    the second at least semi-definite; right: K (m, k). Raises NumericalError naming `what` otherwise.
     """
-    inputs, input_values = pair_basis(*grams, f"{what}: the Gram", "shrink_gram")
+    inputs, input_values = basis
     codes, code_values = pair_basis(*moments, f"{what}: the moment of the codes", "nonzeros")
     return inputs @ ((inputs.T @ right.double() @ codes) / (1 + torch.outer(input_values, code_values))) @ codes.T
 
 
-def shared_dictionary(weights: tuple[Tensor, Tensor], grams: tuple[Tensor, Tensor], codes: tuple[Tensor, Tensor], what: str) -> Tensor:
-    """Dᵀ (k, in), the best dictionary that two linears share, each in its own metric, for given codes.
+def shared_dictionary(
+    weights: Sequence[Tensor], grams: Sequence[Tensor], codes: Sequence[Tensor], what: str, basis: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """Dᵀ (k, in), the best dictionary that two linears share, each in its own metric, for given codes; or that of one alone.
 
-    weights: two (out_i, in); grams: two (in, in), sums or means alike, the first positive definite; codes: two (k, out_i).
+    weights: two (out_i, in); grams: two (in, in), sums or means alike, the first positive definite; codes: two (k, out_i); basis: that of
+    the Grams where it is known.
     """
-    if torch.equal(*grams):
-        return best_dictionary(torch.cat(codes, dim=1), torch.cat(weights))
+    if len(grams) == 1 or torch.equal(*grams):
+        return best_dictionary(torch.cat(list(codes), dim=1), torch.cat(list(weights)))
     codes = tuple(code.double() for code in codes)
-    moments = tuple(code @ code.T for code in codes)
-    moments = tuple(moment + DAMPING * moment.diagonal().mean() * torch.eye(len(moment)).to(moment) for moment in moments)
+    moments = tuple(damped(code @ code.T) for code in codes)
     right = sum(gram.double() @ (code @ weight.double()).T for weight, gram, code in zip(weights, grams, codes, strict=True))
-    return sylvester(grams, moments, right, what).T
+    return sylvester(basis or gram_basis(tuple(grams), what), moments, right, what).T
+
+
+def damped(moment: Tensor) -> Tensor:
+    """B + DAMPING · mean(diag B) · I; DAMPING · I if there are no codes at all."""
+    level = moment.diagonal().mean().item() or 1.0
+    return moment + DAMPING * level * torch.eye(len(moment)).to(moment)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from compressor.errors import NumericalError
 from compressor.methods.dictionary import best_dictionary
-from compressor.methods.sylvester import pair_basis, shared_dictionary, sylvester
+from compressor.methods.sylvester import gram_basis, pair_basis, shared_dictionary, sylvester
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -39,7 +39,7 @@ def test_pair_basis_makes_one_matrix_the_identity_and_the_other_diagonal():
 
 def test_the_equation_is_solved():
     grams, moments, right = (definite(9, 2), definite(9, 3)), (definite(5, 4), definite(5, 5)), random(9, 5)
-    solution = sylvester(grams, moments, right, "pair")
+    solution = sylvester(gram_basis(grams, "pair"), moments, right, "pair")
     residual = sum(gram @ solution @ moment for gram, moment in zip(grams, moments, strict=True)) - right
     assert residual.norm() < 1e-8 * right.norm()
 
@@ -47,7 +47,8 @@ def test_the_equation_is_solved():
 def test_one_by_one_by_hand():
     """2 · d · 3 + 5 · d · 7 = 82 gives d = 2."""
     matrices = [torch.tensor([[value]], dtype=torch.float64) for value in (2.0, 5.0, 3.0, 7.0, 82.0)]
-    assert sylvester((matrices[0], matrices[1]), (matrices[2], matrices[3]), matrices[4], "pair").item() == pytest.approx(2.0)
+    basis = gram_basis((matrices[0], matrices[1]), "pair")
+    assert sylvester(basis, (matrices[2], matrices[3]), matrices[4], "pair").item() == pytest.approx(2.0)
 
 
 def test_no_shared_dictionary_is_better():
