@@ -119,7 +119,7 @@ def profile() -> None:
     floor, total = best_of(3, lambda: curves(cases, "low_rank", LOW_RANK, build_too=True)), 0.0
     print(f"profile  full low-rank decomposition of {len(cases)} linears  {floor:8.2f} s", flush=True)
     for name, options in KINDS.items():
-        seconds = best_of(1, lambda name=name, options=options: curves(cases, name, options))
+        seconds = best_of(3, lambda name=name, options=options: curves(cases, name, options))
         total += seconds
         print(f"profile  curves of {name:28} {seconds:12.2f} s   {seconds / floor:.2f} of that", flush=True)
     print(f"profile  all kinds                    {total:18.2f} s   {total / floor:.2f} of that (bar: 2)", flush=True)

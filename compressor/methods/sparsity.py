@@ -123,9 +123,9 @@ def diagonal_errors(problem: Problem, pattern: Pattern, counts: Sequence[int]) -
         kept, group = parts
         return [ascending(squares.unflatten(1, (-1, group)), 2)[..., : group - kept].sum().item()] * len(counts)
     rows = squares if pattern == "rows" else squares.flatten()[None]
-    dropped = ascending(rows, 1).sum(0).cumsum(0).tolist()  # of the smallest 1, 2, … of each row
+    dropped = ascending(rows, 1).sum(0).cumsum(0)  # of the smallest 1, 2, … of each row
     size = rows.shape[1]
-    return [dropped[size - 1 - count // len(rows)] if count < rows.numel() else 0.0 for count in counts]
+    return [dropped[size - 1 - count // len(rows)].item() if count < rows.numel() else 0.0 for count in counts]
 
 
 def screened(
