@@ -158,6 +158,18 @@ def export(
 
 @app.command()
 @verb
+def report(
+    checkpoints: Annotated[list[Path], Argument(metavar="CHECKPOINT…", help="Folders that `compress` wrote.", show_default=False)],
+    output: Annotated[Path, Option("--output", "-o", metavar="FILE", help="Page to write: .html or .md.", show_default=False)],
+) -> Outcome:
+    """Write one page about one or several checkpoints: tables, heat maps, allocations, size against damage, recipes."""
+    from compressor import page
+
+    return Outcome(page.write(checkpoints, output))
+
+
+@app.command()
+@verb
 def gate(
     report: Annotated[Path, Argument(metavar="CHECKPOINT|REPORT", help="Checkpoint folder, or its report.json.", show_default=False)],
     baseline: Annotated[Path, Option(metavar="FILE", help="Report to compare with.", show_default=False)],

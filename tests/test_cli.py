@@ -15,7 +15,21 @@ from compressor import cli, report
 from compressor.config import dump_yaml, load_recipe, presets, schema
 from compressor.errors import EvaluationError
 
-VERBS = ["compress", "plan", "calibrate", "evaluate", "inspect", "verify", "export", "gate", "methods", "presets", "schema", "lm-eval"]
+VERBS = [
+    "compress",
+    "plan",
+    "calibrate",
+    "evaluate",
+    "inspect",
+    "verify",
+    "export",
+    "report",
+    "gate",
+    "methods",
+    "presets",
+    "schema",
+    "lm-eval",
+]
 MAX_BODY_LINES = 15
 MAX_HELP_SECONDS = 0.5  # of processor time
 

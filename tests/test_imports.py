@@ -17,7 +17,7 @@ LEVELS = (
     ("methods",),
     ("knapsack", "compensate", "allocate"),
     ("manifest", "folder", "staging", "weights", "artifacts", "hf", "model", "data", "calibrate"),
-    ("scoring", "checkpoint", "export", "exchange", "report", "speed", "lm_eval_bridge", "restart", "sequential", "gate"),
+    ("scoring", "checkpoint", "export", "exchange", "report", "plots", "page", "speed", "lm_eval_bridge", "restart", "sequential", "gate"),
     ("assignments", "decompose", "probe", "units", "rules", "planning"),
     ("stages", "workshop", "selection", "refine", "estimate", "pipeline"),
     ("options", "verbs", "cli", "__main__"),

@@ -1,0 +1,204 @@
+"""One page about one or several checkpoints, as HTML that needs no other file and no network, or as Markdown.
+
+Everything comes from `report.json`, `plan.json` and `recipe.yaml`; no model is loaded. Only HTML has figures.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
+
+from compressor import plots, report
+from compressor.errors import CheckpointError, ConfigError
+from compressor.plan import DENSE
+from compressor.shards import read_json
+from compressor.staging import replace_text
+from compressor.tables import ABSENT, number, percent, size
+
+TEMPLATES = Path(__file__).parent / "templates"
+FORMATS = (".html", ".md")
+COMPARED = ("checkpoint", "methods", "targets kept", "files", "perplexity", "KL", "best at its size")
+LINEARS = ("linear", "method", "setting", "kept", "error", "damage, nats")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a checkpoint folder says about itself."""
+
+    name: str
+    report: dict[str, Any]
+    contest: dict[str, float]  # held-out divergence of competing plans, empty if there was one only
+    recipe: str
+
+    @property
+    def methods(self) -> str:
+        """Methods chosen, as the name of a series."""
+        return " + ".join(sorted({linear["method"] for linear in self.report["linears"]} - {DENSE})) or DENSE
+
+    @property
+    def size(self) -> int:
+        """Bytes of the weight files."""
+        return self.report["bytes"]["compressed"]
+
+
+def write(folders: Sequence[Path], output: Path) -> dict[str, Any]:
+    """Write a page about these checkpoints: {output, checkpoints, bytes}.
+
+    Raises ConfigError for another ending than .html and .md and for a missing folder, CheckpointError for one that holds no report.
+    """
+    if output.suffix not in FORMATS:
+        raise ConfigError(f"{output}: a report ends in {' or '.join(FORMATS)}")
+    text = render(read(folders), output.suffix)
+    replace_text(output, text)
+    return {"output": str(output), "checkpoints": [str(folder) for folder in folders], "bytes": len(text.encode())}
+
+
+def read(folders: Sequence[Path]) -> list[Run]:
+    """Read checkpoint folders, each named by its last part, or in full where two would have one name."""
+    lasts = [folder.resolve().name for folder in folders]
+    names = [last if lasts.count(last) == 1 else str(folder) for last, folder in zip(lasts, folders, strict=True)]
+    return [_read(folder, name) for folder, name in zip(folders, names, strict=True)]
+
+
+def _read(folder: Path, name: str) -> Run:
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder; give folders that `compressor compress` wrote")
+    for needed in ("report.json", "plan.json", "recipe.yaml"):
+        if not (folder / needed).is_file():
+            raise CheckpointError(f"{folder / needed}: no such file; give folders that `compressor compress` wrote")
+    contest = read_json(folder / "plan.json").get("contest") or {}
+    run = Run(name, read_json(folder / "report.json"), contest, (folder / "recipe.yaml").read_text(encoding="utf-8"))
+    try:
+        _summary(run)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"{folder / 'report.json'}: is not a report of `compressor compress` ({error!r})") from None
+    return run
+
+
+def render(runs: Sequence[Run], ending: str) -> str:
+    """The page as text, from the template of its ending."""
+    html = ending == ".html"
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=html, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["cell"] = lambda text: text if html else text.replace("|", "\\|")
+    summaries = [_summary(run) for run in runs]
+    trade_off = None
+    if html:
+        trade_off = _trade_off(runs) if len(runs) > 1 else None
+        for index, (run, summary) in enumerate(zip(runs, summaries, strict=True)):
+            drawn = enumerate(_figures(run))
+            summary["figures"] = [(caption, Markup(plots.prefixed(svg, f"run{index}-{which}-"))) for which, (caption, svg) in drawn]
+    text = environment.get_template(f"report{ending}.j2").render(
+        runs=summaries,
+        compared=COMPARED,
+        comparison=_comparison(runs) if len(runs) > 1 else None,
+        notes=_notes(runs),
+        trade_off=trade_off and Markup(trade_off),
+        score=_score_label(runs),
+        headings=report.HEADINGS,
+        mix_headings=report.MIX,
+        linear_headings=LINEARS,
+    )
+    return text.rstrip() + "\n"
+
+
+def _summary(run: Run) -> dict[str, Any]:
+    longest = max(map(len, re.findall("`+", run.recipe)), default=0)
+    return {
+        "name": run.name,
+        "table": report.before_after(run.report),
+        "mix": report.method_mix(run.report),
+        "notes": [report.least_kept(run.report), *_run_notes(run.report)],
+        "contest": [(name, number(value)) for name, value in sorted(run.contest.items(), key=lambda item: item[1])],
+        "linears": [_linear_row(linear) for linear in run.report["linears"]],
+        "recipe": run.recipe.strip(),
+        "fence": "`" * max(3, longest + 1),
+        "figures": [],
+    }
+
+
+def _run_notes(found: Mapping[str, Any]) -> list[str]:
+    notes = [f"tokens evaluated: {number(found['tokens'])}"] if found["tokens"] else []
+    notes += [f"scores missing: {found['reason']}"] if found["reason"] else []
+    return notes + [f"warning: {warning}" for warning in found["warnings"]]
+
+
+def _linear_row(linear: Mapping[str, Any]) -> tuple[str, ...]:
+    setting = ", ".join(f"{name} {value}" for name, value in linear["setting"].items())
+    values = [ABSENT if linear[key] is None else number(linear[key]) for key in ("error", "kl")]
+    return linear["name"], linear["method"], setting, percent(linear["bits"] / linear["dense_bits"]), *values
+
+
+def _scored(runs: Sequence[Run]) -> tuple[str, list[float | None]]:
+    """KL of every run, or perplexity where one was evaluated without KL: its name and its values."""
+    divergences = [run.report["kl"] for run in runs]
+    if any(value is not None for value in divergences):
+        return "kl", divergences
+    return "perplexity", [run.report["perplexity"]["compressed"] for run in runs]
+
+
+def _score_label(runs: Sequence[Run]) -> str:
+    return "KL(original‖compressed), nats per token" if _scored(runs)[0] == "kl" else "perplexity per token"
+
+
+def _comparison(runs: Sequence[Run]) -> list[tuple[str, ...]]:
+    """Rows of COMPARED, by size of the files."""
+    measured = [(run, score) for run, score in zip(runs, _scored(runs)[1], strict=True) if score is not None]
+    front = {measured[index][0].name for index in plots.pareto_front([(run.size, score) for run, score in measured])}
+    rows = []
+    for run in sorted(runs, key=lambda run: run.size):
+        scores = [run.report["perplexity"]["compressed"], run.report["kl"]]
+        shown = [ABSENT if score is None else number(score) for score in scores]
+        kept = percent(run.report["kept"]["targets"])
+        rows.append((run.name, run.methods, kept, size(run.size), *shown, "yes" if run.name in front else ""))
+    return rows
+
+
+def _notes(runs: Sequence[Run]) -> list[str]:
+    """Why the runs may not compare."""
+    texts = {"evaluation": "were evaluated on different windows", "model": "come from different models"}
+    marks = {key: {run.report["fingerprints"].get(key) for run in runs} for key in texts}
+    return [f"These checkpoints {texts[key]}: their scores do not compare." for key in texts if len(marks[key]) > 1]
+
+
+def _trade_off(runs: Sequence[Run]) -> str | None:
+    measured = [(run, score) for run, score in zip(runs, _scored(runs)[1], strict=True) if score is not None]
+    points = [{"name": run.name, "series": run.methods, "mib": run.size / 2**20, "score": score} for run, score in measured]
+    return plots.trade_off(points, _score_label(runs)) if points else None
+
+
+def _figures(run: Run) -> list[tuple[str, str]]:
+    """Captions and figures of one run."""
+    linears = run.report["linears"]
+    maps = {
+        "Share of bits removed": ("removed", "viridis", lambda part: 1 - _sum(part, "bits") / _sum(part, "dense_bits")),
+        "Error of the output": ("relative error", "YlOrRd", lambda part: _largest(part, "error")),
+        "Damage counted by the allocation": ("nats per token", "YlOrRd", lambda part: _largest(part, "kl")),
+    }
+    found = [("Allocation, and the errors predicted and measured", plots.allocation(linears))] if linears else []
+    for caption, (label, colours, value) in maps.items():
+        cells = {place: value(part) for place, part in _by_place(linears).items()}
+        cells = {place: value for place, value in cells.items() if value is not None}
+        found += [(caption, plots.heat_map(cells, label, colours))] if cells else []
+    return found
+
+
+def _by_place(linears: Sequence[Mapping[str, Any]]) -> dict[tuple[int, str], list[Mapping[str, Any]]]:
+    """Linears by (block, projection); experts of one block share a place."""
+    found: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
+    for linear in linears:
+        if match := re.search(r"(?:^|\.)(\d+)\.(.+)", linear["name"]):
+            projection = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", match[2])
+            found.setdefault((int(match[1]), projection), []).append(linear)
+    return found
+
+
+def _sum(linears: Sequence[Mapping[str, Any]], key: str) -> float:
+    return sum(linear[key] for linear in linears)
+
+
+def _largest(linears: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    return max((linear[key] for linear in linears if linear[key] is not None), default=None)

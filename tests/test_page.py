@@ -1,0 +1,160 @@
+"""Pages about checkpoints: what they show, that they need nothing else, and that a name cannot break them."""
+
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from typer.testing import CliRunner
+
+from compressor import cli, page, plots, report
+from compressor.errors import CheckpointError, ConfigError
+from compressor.plan import Choice, Plan
+
+SIZES = report.Sizes(original_bytes=4 * 2**20, compressed_bytes=2**20, other_bits=16_000, other_parameters=1_000)
+EVALUATION = {"perplexity": 6.6, "perplexity_original": 5.5, "kl": 0.25, "tokens": 32768, "window": 512}
+MARKS = {"evaluation": "abc", "model": "def"}
+
+
+def checkpoint(folder: Path, kl: float | None = 0.25, size: int = 2**20, method: str = "low_rank", **changes) -> Path:
+    """The readable files of a compressed checkpoint of two blocks."""
+    names = [f"model.layers.{block}.{part}" for block in range(2) for part in ("attn.q_proj", "mlp.experts.0.w1", "mlp.experts.1.w1")]
+    choice = {"setting": {"rank": 4}, "parameters": 500, "dense_bits": 16_000, "dense_parameters": 1_000}
+    errors = {"predicted": 0.01, "measured": 0.02, "error": 0.02, "kl": 0.001}
+    kept = {name: Choice(method, bits=8_000 + 100 * index, **choice, **errors) for index, name in enumerate(names)}
+    plan = Plan(kept, contest={"together": 0.2, "low_rank alone": 0.3})
+    sizes = report.Sizes(SIZES.original_bytes, size, SIZES.other_bits, SIZES.other_parameters)
+    found = report.build(plan, sizes, "bits", EVALUATION | {"kl": kl}, fingerprints=MARKS, warnings=["5 % < 10 %"]) | changes
+    folder.mkdir()
+    (folder / "plan.json").write_text(json.dumps(plan.to_json()))
+    (folder / "report.json").write_text(json.dumps(found))
+    (folder / "recipe.yaml").write_text("seed: 7 # <b>bold</b>\n")
+    return folder
+
+
+@pytest.fixture
+def two(tmp_path) -> list[Path]:
+    return [checkpoint(tmp_path / "big <i>"), checkpoint(tmp_path / "small $x$", kl=0.5, size=2**19, method="sparse")]
+
+
+class Collected(HTMLParser):
+    """Ids, the tags that are open, and every address that a page names."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.ids, self.addresses, self.open = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.ids += [value for name, value in attrs if name == "id"]
+        self.addresses += [value for name, value in attrs if name in ("src", "href", "xlink:href", "srcset", "data")]
+        if tag not in ("meta", "link", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_html_holds_tables_figures_and_recipe_and_needs_nothing_else(two, tmp_path):
+    output = tmp_path / "page.html"
+    result = CliRunner().invoke(cli.app, ["report", *map(str, two), "-o", str(output)])
+    assert result.exit_code == 0, result.stderr
+    text = output.read_text()
+    collected = Collected(text)
+    assert collected.open == []
+    assert len(collected.ids) == len(set(collected.ids))
+    assert all(address.startswith(("#", "data:")) for address in collected.addresses)
+    assert not re.search(r"@import|<script|url\((?!#)", text)
+    assert text.count("<svg") == 1 + 2 * 4
+    assert "prefers-color-scheme: dark" in text and "width=device-width" in text
+    assert "big &lt;i&gt;" in text and "<i>" not in text and "<b>" not in text
+    assert "5 % &lt; 10 %" in text and "seed: 7" in text and "low_rank alone" in text
+    assert plots.INK not in text and "mathdefault" not in text
+    assert "<title>small $x$: 0.5 MiB, 0.5</title>" in text
+    assert "<title>block 1, mlp.experts.*.w1: 0.4719</title>" in text
+    assert "<title>model.layers.0.attn.q_proj: low_rank, 50.0 % kept</title>" in text
+
+
+def test_markdown_holds_the_same_tables(two, tmp_path):
+    page.write(two, tmp_path / "page.md")
+    lines = (tmp_path / "page.md").read_text().splitlines()
+    assert "| small $x$ | sparse | 51.6 % | 512.00 KiB | 6.6 | 0.5 | yes |" in lines
+    rows = [line for line in lines if line.startswith("|")]
+    tables = "\n".join(lines).split("\n\n")
+    assert all(len({row.count(" | ") for row in table.splitlines() if " | " in row}) <= 1 for table in tables if table.startswith("|"))
+    assert len(rows) > 20 and "seed: 7 # <b>bold</b>" in lines
+
+
+def test_the_same_checkpoints_give_the_same_page(two):
+    assert page.render(page.read(two), ".html") == page.render(page.read(two), ".html")
+
+
+def test_one_checkpoint_without_scores_is_shown_with_the_reason(tmp_path):
+    folder = checkpoint(tmp_path / "a", reason="overflow", kl=None, perplexity={"original": None, "compressed": None})
+    text = page.render(page.read([folder]), ".html")
+    assert "scores missing: overflow" in text
+    assert text.count("<svg") == 4
+
+
+def test_runs_without_kl_are_compared_by_perplexity_and_runs_without_scores_have_no_mark(tmp_path):
+    scored = [checkpoint(tmp_path / name, kl=None, size=size) for name, size in (("a", 2**20), ("b", 2**19))]
+    null = checkpoint(tmp_path / "c", kl=None, perplexity={"original": None, "compressed": None})
+    text = page.render(page.read([*scored, null]), ".html")
+    assert "perplexity per token, against the size" in text
+    assert text.count(" MiB, 6.6</title>") == 2
+
+
+def test_runs_that_do_not_compare_say_so(tmp_path):
+    folders = [checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b", fingerprints=MARKS | {"evaluation": "other"})]
+    assert "were evaluated on different windows" in page.render(page.read(folders), ".md")
+
+
+def test_folders_of_one_name_are_told_apart(tmp_path):
+    for parent in ("x", "y"):
+        (tmp_path / parent).mkdir()
+        checkpoint(tmp_path / parent / "out")
+    assert len({run.name for run in page.read([tmp_path / "x" / "out", tmp_path / "y" / "out"])}) == 2
+
+
+@pytest.mark.parametrize(
+    ("points", "front"),
+    [([(1, 3), (2, 2), (3, 1)], [0, 1, 2]), ([(2, 2), (1, 1)], [1]), ([(1, 1), (1, 2), (2, 1)], [0]), ([], [])],
+)
+def test_pareto_front(points, front):
+    assert plots.pareto_front(points) == front
+
+
+def test_figures_name_their_marks_and_take_the_colour_of_the_page():
+    figure = plots.heat_map({(0, "q"): 0.0, (3, "q & k"): 0.0}, "error", "viridis")
+    root = ElementTree.fromstring(figure)
+    assert [title.text for title in root.iter(f"{{{plots.SVG}}}title")] == ["block 0, q: 0", "block 3, q & k: 0"]
+    assert "currentColor" in figure and "width" not in root.attrib
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+    folder = checkpoint(tmp_path / "a")
+    with pytest.raises(ConfigError, match=r"ends in \.html or \.md"):
+        page.write([folder], tmp_path / "page.pdf")
+    with pytest.raises(ConfigError, match="no such folder"):
+        page.read([tmp_path / "none"])
+    with pytest.raises(CheckpointError, match=r"report\.json: no such file"):
+        page.read([tmp_path])
+    (folder / "report.json").write_text('{"kept": 3}')
+    with pytest.raises(CheckpointError, match="is not a report"):
+        page.read([folder])
+    assert not list(tmp_path.glob("page*"))
+
+
+def test_html_without_matplotlib_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    runs = page.read([checkpoint(tmp_path / "a")])
+    with pytest.raises(ConfigError, match=r"compressor\[report\]"):
+        page.render(runs, ".html")
+    assert page.render(runs, ".md")
