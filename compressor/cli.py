@@ -161,11 +161,22 @@ def export(
 def report(
     checkpoints: Annotated[list[Path], Argument(metavar="CHECKPOINT…", help="Folders that `compress` wrote.", show_default=False)],
     output: Annotated[Path, Option("--output", "-o", metavar="FILE", help="Page to write: .html or .md.", show_default=False)],
+    sample: Annotated[
+        list[str] | None, Option(metavar="TEXT", help="Prompt that original and compressed model continue; loads both; repeatable.")
+    ] = None,
+    tokens: Annotated[int, Option(metavar="N", min=1, help="Length of a sample.")] = 48,
+    *,
+    progress: Progress,
 ) -> Outcome:
     """Write one page about one or several checkpoints: tables, heat maps, allocations, size against damage, recipes."""
     from compressor import page
 
-    return Outcome(page.write(checkpoints, output))
+    runs = page.read(page.checked(output, checkpoints))
+    if sample:
+        from compressor import samples
+
+        runs = page.with_samples(runs, samples.side_by_side(checkpoints, sample, tokens, progress=progress))
+    return Outcome(page.write(runs, output))
 
 
 @app.command()

@@ -5,7 +5,7 @@ Everything comes from `report.json`, `plan.json` and `recipe.yaml`; no model is 
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from compressor.tables import ABSENT, number, percent, size
 TEMPLATES = Path(__file__).parent / "templates"
 FORMATS = (".html", ".md")
 COMPARED = ("checkpoint", "methods", "targets kept", "files", "perplexity", "KL", "best at its size")
+SAMPLES = ("prompt", "original", "compressed")
 LINEARS = ("linear", "method", "setting", "kept", "error", "damage, nats")
 
 
@@ -33,6 +34,7 @@ class Run:
     report: dict[str, Any]
     contest: dict[str, float]  # held-out divergence of competing plans, empty if there was one only
     recipe: str
+    samples: tuple[tuple[str, str, str], ...] = ()  # prompt, continuation by the original, by the compressed model
 
     @property
     def methods(self) -> str:
@@ -45,16 +47,11 @@ class Run:
         return self.report["bytes"]["compressed"]
 
 
-def write(folders: Sequence[Path], output: Path) -> dict[str, Any]:
-    """Write a page about these checkpoints: {output, checkpoints, bytes}.
-
-    Raises ConfigError for another ending than .html and .md and for a missing folder, CheckpointError for one that holds no report.
-    """
+def checked(output: Path, folders: Sequence[Path]) -> Sequence[Path]:
+    """The folders, once the output has an ending that can be written. Raises ConfigError otherwise."""
     if output.suffix not in FORMATS:
         raise ConfigError(f"{output}: a report ends in {' or '.join(FORMATS)}")
-    text = render(read(folders), output.suffix)
-    replace_text(output, text)
-    return {"output": str(output), "checkpoints": [str(folder) for folder in folders], "bytes": len(text.encode())}
+    return folders
 
 
 def read(folders: Sequence[Path]) -> list[Run]:
@@ -79,11 +76,24 @@ def _read(folder: Path, name: str) -> Run:
     return run
 
 
+def with_samples(runs: Sequence[Run], samples: Sequence[Sequence[tuple[str, str, str]]]) -> list[Run]:
+    """The runs with their samples, rows of SAMPLES each."""
+    return [replace(run, samples=tuple(found)) for run, found in zip(runs, samples, strict=True)]
+
+
+def write(runs: Sequence[Run], output: Path) -> dict[str, Any]:
+    """Write a page about these runs: {output, checkpoints, bytes}. Raises ConfigError for another ending than .html and .md."""
+    checked(output, ())
+    text = render(runs, output.suffix)
+    replace_text(output, text)
+    return {"output": str(output), "checkpoints": [run.name for run in runs], "bytes": len(text.encode())}
+
+
 def render(runs: Sequence[Run], ending: str) -> str:
     """The page as text, from the template of its ending."""
     html = ending == ".html"
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=html, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["cell"] = lambda text: text if html else text.replace("|", "\\|")
+    environment.filters["cell"] = lambda text: text if html else " ".join(text.split("\n")).replace("|", "\\|")
     summaries = [_summary(run) for run in runs]
     trade_off = None
     if html:
@@ -101,6 +111,7 @@ def render(runs: Sequence[Run], ending: str) -> str:
         headings=report.HEADINGS,
         mix_headings=report.MIX,
         linear_headings=LINEARS,
+        sample_headings=SAMPLES,
     )
     return text.rstrip() + "\n"
 
@@ -116,6 +127,7 @@ def _summary(run: Run) -> dict[str, Any]:
         "linears": [_linear_row(linear) for linear in run.report["linears"]],
         "recipe": run.recipe.strip(),
         "fence": "`" * max(3, longest + 1),
+        "samples": run.samples,
         "figures": [],
     }
 

@@ -2,15 +2,17 @@
 
 import json
 import re
+import shutil
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from compressor import cli, page, plots, report
+from compressor import cli, load, page, plots, report, samples
 from compressor.errors import CheckpointError, ConfigError
 from compressor.plan import Choice, Plan
 
@@ -83,7 +85,7 @@ def test_html_holds_tables_figures_and_recipe_and_needs_nothing_else(two, tmp_pa
 
 
 def test_markdown_holds_the_same_tables(two, tmp_path):
-    page.write(two, tmp_path / "page.md")
+    page.write(page.read(two), tmp_path / "page.md")
     lines = (tmp_path / "page.md").read_text().splitlines()
     assert "| small $x$ | sparse | 51.6 % | 512.00 KiB | 6.6 | 0.5 | yes |" in lines
     rows = [line for line in lines if line.startswith("|")]
@@ -116,6 +118,30 @@ def test_runs_that_do_not_compare_say_so(tmp_path):
     assert "were evaluated on different windows" in page.render(page.read(folders), ".md")
 
 
+def test_samples_stand_side_by_side_and_cannot_break_the_page(tmp_path):
+    runs = page.with_samples(page.read([checkpoint(tmp_path / "a")]), [[("a <b>", "one | two\nthree", "four")]])
+    html, markdown = (page.render(runs, ending) for ending in (".html", ".md"))
+    assert "a &lt;b&gt;" in html and "<b>" not in html
+    assert "| a <b> | one \\| two three | four |" in markdown.splitlines()
+
+
+def test_samples_are_the_continuations_of_the_original_and_of_the_checkpoint(tiny_llama, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_llama, copy)
+    (copy / "recipe.yaml").write_text(f"model: {{name: '{tiny_llama}'}}\n")
+    ((prompt, original, compressed),) = samples.side_by_side([copy], ["w3 w4 w5"], 6)[0]
+    model, tokenizer = load(tiny_llama)
+    ids = tokenizer("w3 w4 w5", return_tensors="pt").input_ids
+    for _ in range(6):
+        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+    assert prompt == "w3 w4 w5"
+    assert original == compressed == tokenizer.decode(ids[0, 3:], skip_special_tokens=True)
+    with pytest.raises(ConfigError, match="--sample needs some text"):
+        samples.side_by_side([copy], [" "], 6)
+    with pytest.raises(ConfigError, match="exceed its 128 positions"):
+        samples.side_by_side([copy], ["w3"], 128)
+
+
 def test_folders_of_one_name_are_told_apart(tmp_path):
     for parent in ("x", "y"):
         (tmp_path / parent).mkdir()
@@ -141,7 +167,7 @@ def test_figures_name_their_marks_and_take_the_colour_of_the_page():
 def test_what_is_no_checkpoint_is_refused(tmp_path):
     folder = checkpoint(tmp_path / "a")
     with pytest.raises(ConfigError, match=r"ends in \.html or \.md"):
-        page.write([folder], tmp_path / "page.pdf")
+        page.write(page.read([folder]), tmp_path / "page.pdf")
     with pytest.raises(ConfigError, match="no such folder"):
         page.read([tmp_path / "none"])
     with pytest.raises(CheckpointError, match=r"report\.json: no such file"):
