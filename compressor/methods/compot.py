@@ -20,29 +20,21 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compressor.linears import Dense, Dictionary
+from compressor.linears import Dictionary
 from compressor.methods import register
-from compressor.methods.base import Method
 from compressor.methods.coder import project_columns
 from compressor.methods.dictionary import (
-    RATIOS,
     Basis,
-    Fraction,
-    MetricName,
-    Ratio,
-    basis_of,
+    DictionaryMethod,
     best_dictionary,
     curve_of,
     fitted_error,
-    grid,
-    needs_of,
     profiled,
     require_atoms,
     store,
     unwhitened,
 )
-from compressor.plan import Candidate, Curve
-from compressor.stats import LinearStats
+from compressor.plan import Curve
 
 FLAT = 1e-4  # end when a round lowers the error by less than this, relative
 
@@ -71,31 +63,14 @@ def rotate(coordinates: Tensor, atoms: int, nonzeros: int, rounds: int) -> tuple
 
 @register
 @dataclass(frozen=True)
-class Compot(Method[Basis]):
+class Compot(DictionaryMethod):
     """Orthonormal dictionary in the whitened space, with a fixed number of atoms for each output."""
 
     name: ClassVar[str] = "compot"
     paper: ClassVar[str] = "COMPOT, arXiv 2602.15200"
-    shares: ClassVar[bool] = True
 
-    metric: MetricName = "gram"
     free: bool = False  # end with the best dictionary of the codes, no longer orthonormal
     rounds: Annotated[int, Field(ge=0)] = 20
-    ratios: tuple[Ratio, ...] = RATIOS  # atoms to nonzeros
-    atom_step: Annotated[int, Field(ge=1)] | None = None  # atom counts offered; by default at most 32 of them, evenly spaced
-    anchors: Annotated[int, Field(ge=0)] | None = 4  # sizes fitted for the curve, see `profiled`; None fits all, 0 none
-    shrink_gram: Fraction = 0.0  # shrinkage of the input Gram
-    shrink_grad_gram: Fraction = 0.1  # `weighted_gram` only: shrinkage of the outputs' weights towards equal ones
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return needs_of(self.metric)
-
-    def sizes(self, dense: Dense) -> list[Candidate]:
-        return grid(self.name, dense, self.ratios, self.atom_step, min(dense.weight.shape))
-
-    def prepare(self, linear: str, dense: Dense, stats: LinearStats) -> Basis:
-        return basis_of(linear, dense, stats, self.metric, self.shrink_gram, self.shrink_grad_gram)
 
     def candidates(self, state: Basis) -> Curve:
         coordinates, energy = state.coordinates, state.energy
@@ -113,6 +88,3 @@ class Compot(Method[Basis]):
         rotation, codes = rotate(state.coordinates, atoms, nonzeros, self.rounds)
         rows = best_dictionary(codes, state.weight) if self.free else unwhitened(state, rotation)
         return store(state.dense, state.roots, codes, project_columns(nonzeros)(codes), rows)
-
-    def measure(self, state: Basis, module: Dictionary) -> float:
-        return state.error(module)

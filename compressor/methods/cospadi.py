@@ -26,30 +26,22 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compressor.linears import Dense, Dictionary
+from compressor.linears import Dictionary
 from compressor.methods import register
-from compressor.methods.base import Method
 from compressor.methods.coder import admm_codes, column_errors, project_columns, unit_atoms
 from compressor.methods.dictionary import (
-    RATIOS,
     Basis,
-    Fraction,
-    MetricName,
-    Ratio,
-    basis_of,
+    DictionaryMethod,
     best_dictionary,
     curve_of,
     fitted_error,
-    grid,
-    needs_of,
     profiled,
     require_atoms,
     store,
     unwhitened,
 )
 from compressor.methods.ksvd import ksvd
-from compressor.plan import Candidate, Curve
-from compressor.stats import LinearStats
+from compressor.plan import Curve
 
 SPAN, FLAT = 5, 1e-3  # end when the best of so many rounds is not lower than the best of as many before by this, relative
 REFIT = 4  # conjugate-gradient steps that end a round's coding; more change nothing, since the next round starts from there
@@ -99,33 +91,17 @@ def alternate(coordinates: Tensor, codes: Tensor, nonzeros: int, rounds: int, pe
 
 @register
 @dataclass(frozen=True)
-class Cospadi(Method[Basis]):
+class Cospadi(DictionaryMethod):
     """Learned dictionary with a fixed number of atoms for each output."""
 
     name: ClassVar[str] = "cospadi"
     paper: ClassVar[str] = "CoSpaDi, arXiv 2509.22075"
-    shares: ClassVar[bool] = True
 
-    metric: MetricName = "gram"
     solver: Literal["fast", "ksvd"] = "fast"
     rounds: Annotated[int, Field(ge=0)] | None = None  # by default at most 40 of the fast solver, 60 of K-SVD
     power_iterations: Annotated[int, Field(ge=1)] = 8  # for each atom of a K-SVD sweep
     seed: Annotated[int, Field(ge=0)] = 42  # of K-SVD's first atoms
-    ratios: tuple[Ratio, ...] = RATIOS  # atoms to nonzeros
-    atom_step: Annotated[int, Field(ge=1)] | None = None  # atom counts offered; by default at most 32 of them, evenly spaced
     anchors: Annotated[int, Field(ge=0)] | None = 0  # sizes fitted for the curve, see `profiled`; None fits all
-    shrink_gram: Fraction = 0.0  # shrinkage of the input Gram
-    shrink_grad_gram: Fraction = 0.1  # `weighted_gram` only: shrinkage of the outputs' weights towards equal ones
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return needs_of(self.metric)
-
-    def sizes(self, dense: Dense) -> list[Candidate]:
-        return grid(self.name, dense, self.ratios, self.atom_step, min(dense.weight.shape))
-
-    def prepare(self, linear: str, dense: Dense, stats: LinearStats) -> Basis:
-        return basis_of(linear, dense, stats, self.metric, self.shrink_gram, self.shrink_grad_gram)
 
     def candidates(self, state: Basis) -> Curve:
         coordinates = state.coordinates
@@ -156,6 +132,3 @@ class Cospadi(Method[Basis]):
         codes, dictionary = self.codes(state.coordinates, atoms, nonzeros)
         rows = best_dictionary(codes, state.weight) if dictionary is None else unwhitened(state, dictionary)
         return store(state.dense, state.roots, codes.double(), project_columns(nonzeros)(codes), rows)
-
-    def measure(self, state: Basis, module: Dictionary) -> float:
-        return state.error(module)

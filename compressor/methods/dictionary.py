@@ -18,7 +18,7 @@ when they are stored (card §0.5; supports and dictionary change, the algorithms
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from compressor.errors import ConfigError
 from compressor.linalg import Metric
 from compressor.linears import Dense, Dictionary
 from compressor.linears.masks import pack_mask
+from compressor.methods.base import Method
 from compressor.methods.coder import ascending
 from compressor.plan import Candidate, Curve
 from compressor.stats import LinearStats
@@ -269,3 +270,30 @@ def store(dense: Dense, roots: Tensor, codes: Tensor, mask: Tensor, atoms: Tenso
         dense.weight.shape[0],
         blocks,
     )
+
+
+@dataclass(frozen=True)
+class DictionaryMethod(Method[Basis]):
+    """What methods with one dictionary for a linear have in common: their options, their sizes, their metric."""
+
+    shares: ClassVar[bool] = True
+
+    metric: MetricName = "gram"
+    ratios: tuple[Ratio, ...] = RATIOS  # atoms to nonzeros
+    atom_step: Annotated[int, Field(ge=1)] | None = None  # atom counts offered; by default at most 32 of them, evenly spaced
+    anchors: Annotated[int, Field(ge=0)] | None = 4  # sizes fitted for the curve, see `profiled`; None fits all, 0 none
+    shrink_gram: Fraction = 0.0  # shrinkage of the input Gram
+    shrink_grad_gram: Fraction = 0.1  # `weighted_gram` only: shrinkage of the outputs' weights towards equal ones
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return needs_of(self.metric)
+
+    def sizes(self, dense: Dense) -> list[Candidate]:
+        return grid(self.name, dense, self.ratios, self.atom_step, min(dense.weight.shape))
+
+    def prepare(self, linear: str, dense: Dense, stats: LinearStats) -> Basis:
+        return basis_of(linear, dense, stats, self.metric, self.shrink_gram, self.shrink_grad_gram)
+
+    def measure(self, state: Basis, module: Dictionary) -> float:
+        return state.error(module)

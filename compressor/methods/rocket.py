@@ -24,27 +24,21 @@ from torch import Tensor
 
 from compressor import linalg
 from compressor.linalg import Metric
-from compressor.linears import Dense, Dictionary
+from compressor.linears import Dictionary
 from compressor.methods import register
-from compressor.methods.base import Method
 from compressor.methods.coder import top_mask
 from compressor.methods.dictionary import (
     Basis,
-    Fraction,
-    MetricName,
+    DictionaryMethod,
     Ratio,
-    basis_of,
     best_dictionary,
     curve_of,
     fitted_error,
-    grid,
-    needs_of,
     profiled,
     require_atoms,
     store,
 )
-from compressor.plan import Candidate, Curve
-from compressor.stats import LinearStats
+from compressor.plan import Curve
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # Adam's, as in the authors' code
 
@@ -84,14 +78,12 @@ def adam_refined(coordinates: Tensor, codes: Tensor, mask: Tensor, atoms: Tensor
 
 @register
 @dataclass(frozen=True)
-class Rocket(Method[Basis]):
+class Rocket(DictionaryMethod):
     """Leading whitened directions, scored codes, and the best dictionary of those codes."""
 
     name: ClassVar[str] = "rocket"
     paper: ClassVar[str] = "ROCKET, arXiv 2602.11008"
-    shares: ClassVar[bool] = True
 
-    metric: MetricName = "gram"
     exponent: Annotated[float, Field(ge=0, le=1)] = 0.5  # λ of the score
     margin: Annotated[float, Field(ge=0, le=1)] = 5e-3  # β, fraction of the atoms
     ridge: Annotated[float, Field(ge=0)] = 1e-3  # μ of the dictionary
@@ -99,20 +91,6 @@ class Rocket(Method[Basis]):
     refine_rate: Annotated[float, Field(gt=0)] = 1e-3
     profile: Literal["gram", "weight"] = "gram"  # errors of the curve: relative output error, or ‖W − Ŵ‖ / ‖W‖ as published
     ratios: tuple[Ratio, ...] = tuple(round(1 + 0.1 * step, 1) for step in range(21))  # atoms to nonzeros
-    atom_step: Annotated[int, Field(ge=1)] | None = None  # atom counts considered; by default at most 32 of them, evenly spaced
-    anchors: Annotated[int, Field(ge=0)] | None = 4  # sizes fitted for the curve, see `profiled`; None fits all, 0 none
-    shrink_gram: Fraction = 0.0  # shrinkage of the input Gram
-    shrink_grad_gram: Fraction = 0.1  # `weighted_gram` only: shrinkage of the outputs' weights towards equal ones
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return needs_of(self.metric)
-
-    def sizes(self, dense: Dense) -> list[Candidate]:
-        return grid(self.name, dense, self.ratios, self.atom_step, min(dense.weight.shape))
-
-    def prepare(self, linear: str, dense: Dense, stats: LinearStats) -> Basis:
-        return basis_of(linear, dense, stats, self.metric, self.shrink_gram, self.shrink_grad_gram)
 
     def scores(self, basis: Basis) -> Tensor:
         """|c_ij| · ‖L⁻¹ b_i‖^λ (r, out)."""
