@@ -62,9 +62,9 @@ def options_of(problem: Problem, damages: dict[str, list[list[float]]]) -> dict[
 def damages_of(
     recipe: Recipe, blocks: Mapping[str, int], found: Mapping[str, list[Decomposition]], probes: ResultOf, depth: int
 ) -> dict[str, list[list[float]]]:
-    """Damage of every candidate: nats per token from a probe or the two-sided error as it is, or the relative error.
+    """Damage of every candidate: nats per token from a probe, an error as it is in the metric named, or the relative error.
 
-    The two-sided error is the second-order term ½ tr(H D G Dᵀ) of the loss, in nats per token. blocks: block of each linear or group;
+    The two-sided error is the second-order term ½ tr(H D G Dᵀ) of the loss, in nats per token; that of the Gram is tr(D G Dᵀ). blocks: block of each linear or group;
     depth: how many the model has. Raises ConfigError if a method's metric has no such reading.
     """
     kind, result = recipe.allocation.damage, {}
@@ -76,10 +76,11 @@ def damages_of(
                 result[name].append([candidate.error for candidate in curve.candidates])
             elif kind == "kl_probe":
                 result[name].append(damage(curve, probes[name, index], weight) if curve.candidates else [])
-            elif getattr(method, "metric", None) == "two_sided":
-                result[name].append([0.5 * curve.energy * candidate.error for candidate in curve.candidates])
+            elif getattr(method, "metric", None) == kind:
+                scale = curve.energy * (0.5 if kind == "two_sided" else 1.0)
+                result[name].append([scale * candidate.error for candidate in curve.candidates])
             else:
-                raise ConfigError(f"{name}: allocation.damage 'two_sided' needs methods with metric 'two_sided'; choose 'kl_probe'")
+                raise ConfigError(f"{name}: allocation.damage '{kind}' needs methods with metric '{kind}'; choose 'kl_probe'")
     return result
 
 
@@ -179,7 +180,7 @@ def solve(problem: Problem, options: Mapping[str, list[Option]]) -> Solution:
             )
             bundles = [row[pick] for row, pick in zip(table, picks, strict=True)]
         chosen += bundles
-    in_nats = recipe.allocation.kind == "knapsack" and recipe.allocation.damage != "relative_error"
+    in_nats = recipe.allocation.kind == "knapsack" and recipe.allocation.damage in ("kl_probe", "two_sided")
     return Solution({option.unit: option for bundle in chosen for option in bundle}, max(prices) if prices and in_nats else None, in_nats)
 
 

@@ -164,8 +164,8 @@ class Allocation(Section):
     """Size of the whole checkpoint, e.g. `3.2GiB`; takes the place of `keep`."""
     count: Literal["bits", "parameters"] = "bits"
     """Stored bits, indices and masks included, or stored real numbers only, as papers count."""
-    damage: Literal["kl_probe", "two_sided", "relative_error"] = "kl_probe"
-    """What the knapsack minimises: measured divergence in nats, the method's error as it is, or the error over the energy."""
+    damage: Literal["kl_probe", "two_sided", "gram", "relative_error"] = "kl_probe"
+    """What the knapsack minimises: measured divergence, the predicted loss or output error of methods of that metric, or relative error."""
     cap: Annotated[float, Field(gt=0)] | None = None
     """Largest damage of a linear in a knapsack, over the mean at uniform sizes; raised in steps of 0.1 until the size can be met."""
     depth_bias: NonNegative = 0.0

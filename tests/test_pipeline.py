@@ -270,6 +270,8 @@ def test_damage_in_nats_has_a_price_and_relative_error_has_none(run, tiny_llama,
     for damage, priced in (("two_sided", True), ("relative_error", False)):
         made = recipe(tiny_llama, text_file, f"allocation.damage={damage}", "allocation.keep=0.6", "evaluation.enabled=false")
         assert (pipeline.compress(made, tmp_path / damage)["price"] is not None) == priced
+    made = recipe(tiny_llama, text_file, "allocation.kind=knapsack", "allocation.damage=gram", "evaluation.enabled=false", config="svd_llm")
+    assert pipeline.compress(made, tmp_path / "gram")["price"] is None  # output energy is no divergence
     with pytest.raises(ConfigError, match="needs methods with metric 'two_sided'"):
         made = recipe(tiny_llama, text_file, "allocation.kind=knapsack", "allocation.damage=two_sided", config="svd_llm")
         pipeline.compress(made, tmp_path / "bad")
