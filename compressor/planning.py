@@ -64,8 +64,8 @@ def damages_of(
 ) -> dict[str, list[list[float]]]:
     """Damage of every candidate: nats per token from a probe, an error as it is in the metric named, or the relative error.
 
-    The two-sided error is the second-order term ½ tr(H D G Dᵀ) of the loss, in nats per token; that of the Gram is tr(D G Dᵀ). blocks: block of each linear or group;
-    depth: how many the model has. Raises ConfigError if a method's metric has no such reading.
+    The two-sided error is the second-order term ½ tr(H D G Dᵀ) of the loss, in nats per token; that of the Gram is tr(D G Dᵀ).
+    blocks: block of each linear or group; depth: how many the model has. Raises ConfigError if a method's metric has no such reading.
     """
     kind, result = recipe.allocation.damage, {}
     for name, decompositions in found.items():
