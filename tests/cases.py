@@ -56,3 +56,16 @@ def make(kind: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Case:
         weight = torch.zeros_like(weight)
     bias = normal(height).to(dtype) if kind == "biased" else None
     return Case(Dense(weight.to(dtype), bias, dtype), x, g, sums(x, g))
+
+
+def correlated(height: int = 24, width: int = 48, seed: int = 0, tokens: int = 400) -> Case:
+    """Inputs and gradients with a spread of scales and neighbours that resemble each other, as in a trained model."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(size: int) -> Tensor:
+        noise = torch.randn(tokens, size, generator=generator, dtype=torch.float64)
+        mixed = (noise + 0.8 * noise.roll(1, 1) + 0.4 * noise.roll(3, 1)) * torch.logspace(0, -1, size, dtype=torch.float64)
+        return mixed[:, torch.randperm(size, generator=generator)]
+
+    x, g = drawn(width), drawn(height)
+    return Case(Dense(torch.randn(height, width, generator=generator), None, torch.float32), x, g, sums(x, g))

@@ -39,6 +39,7 @@ PRESETS = [
     "sparsegpt",
     "svd",
     "svd_llm",
+    "svd_llm_gptq",
     "utilized_rank",
     "wanda",
     "welore",

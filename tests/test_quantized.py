@@ -11,7 +11,7 @@ from compressor import pipeline
 from compressor.checkpoint import verify
 from compressor.config import load_recipe
 from compressor.errors import ConfigError
-from compressor.linears import Adapted, CompressedLinear, Packed
+from compressor.linears import Adapted, Chained, CompressedLinear, Packed
 
 OPTIONS = "method.0.candidates.0.options"
 
@@ -44,6 +44,20 @@ def test_bits_on_disk_are_those_of_the_plan(request, tmp_path, text_file, model,
     model, _ = compressor.load(tmp_path / "out")
     kinds = {type(module) for module in model.modules() if isinstance(module, CompressedLinear)}
     assert kinds == {Adapted if "residual=[3]" in options else Packed}
+    model.generate(torch.tensor([[3, 4]]), max_new_tokens=2, do_sample=False)
+
+
+@pytest.mark.parametrize("model", ["tiny_llama", "tiny_gpt2"])
+def test_factors_of_integers_spend_a_budget_and_read_back(request, tmp_path, text_file, model):
+    source = request.getfixturevalue(model)
+    overrides = ["allocation.keep=0.2", "output.dtype=bfloat16", "evaluation.enabled=false", f"{OPTIONS}.rank_step=3"]
+    report = pipeline.compress(recipe(source, text_file, *overrides, config="svd_llm_gptq"), tmp_path / "out")
+    plan = conftest.read_json(tmp_path / "out" / "plan.json")["linears"]
+    assert all(choice["bits"] == stored_bits(tmp_path / "out", name) for name, choice in plan.items())
+    assert 0.1 < report["kept"]["bits"] <= 0.2 and verify(tmp_path / "out") == []
+    model, _ = compressor.load(tmp_path / "out")
+    chained = [module for module in model.modules() if isinstance(module, CompressedLinear)]
+    assert {type(module) for module in chained} == {Chained} and len(chained) == len(plan)
     model.generate(torch.tensor([[3, 4]]), max_new_tokens=2, do_sample=False)
 
 

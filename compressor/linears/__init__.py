@@ -7,15 +7,16 @@ import torch
 from compressor.errors import CheckpointError, did_you_mean
 from compressor.linears.adapted import Adapted
 from compressor.linears.base import CompressedLinear, Dense
+from compressor.linears.chained import Chained
 from compressor.linears.dictionary import Dictionary
 from compressor.linears.low_rank import LowRank
 from compressor.linears.packed import Packed
 from compressor.linears.pruned import Pruned
 from compressor.linears.sparse import Sparse
 
-KINDS: dict[str, type[CompressedLinear]] = {kind.kind: kind for kind in (LowRank, Sparse, Adapted, Dictionary, Packed, Pruned)}
+KINDS: dict[str, type[CompressedLinear]] = {kind.kind: kind for kind in (LowRank, Sparse, Adapted, Dictionary, Packed, Chained, Pruned)}
 
-__all__ = ["KINDS", "Adapted", "CompressedLinear", "Dense", "Dictionary", "LowRank", "Packed", "Pruned", "Sparse", "build_empty"]
+__all__ = ["KINDS", "Adapted", "Chained", "CompressedLinear", "Dense", "Dictionary", "LowRank", "Packed", "Pruned", "Sparse", "build_empty"]
 
 
 def build_empty(spec: dict[str, Any], dtype: torch.dtype, device: torch.device | str = "meta") -> CompressedLinear:

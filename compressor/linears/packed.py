@@ -58,6 +58,34 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, int]) -> Tensor:
     return library().unpack_from_int32(packed[None], bits, torch.Size((1, count))).view(shape)
 
 
+def packed_size(height: int, width: int, bits: int, group: int, symmetric: bool) -> tuple[int, int]:
+    """(bits of codes and zero points, number of scales) of a packed weight (height, width)."""
+    scales = height * width // group
+    return 32 * (words(height * width, bits) + (0 if symmetric else words(scales, bits))), scales
+
+
+def decode(packed: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Ŵ (out, width) from stored tensors, computed in `dtype` with one rounding for each product; differentiable in the scales.
+
+    packed: codes of (out, width); scales: (out, groups); zeros: packed zero points of (out, groups), or None.
+    """
+    height, groups = scales.shape
+    steps = unpack(packed, bits, (height, width)).unflatten(1, (groups, -1)).to(dtype)
+    if zeros is not None:
+        steps = steps - unpack(zeros, bits, (height, groups))[..., None].to(dtype)
+    return (steps * scales.to(dtype)[..., None]).flatten(1)
+
+
+def executed(packed: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, width: int) -> Tensor:
+    """What `decode` makes in the dtype of the scales, for multiplying; kept between forward passes unless the scales learn."""
+
+    def rebuild() -> Tensor:
+        return decode(packed, scales, zeros, bits, width, scales.dtype)
+
+    learning = torch.is_grad_enabled() and scales.requires_grad
+    return rebuild() if learning else kept([tensor for tensor in (scales, packed, zeros) if tensor is not None], rebuild)
+
+
 class Packed(CompressedLinear):
     """y = (scales · (codes − zeros)) x + bias."""
 
@@ -120,24 +148,19 @@ class Packed(CompressedLinear):
         """Zero points (out, in / group), int8, or None."""
         return None if self.zeros is None else unpack(self.zeros, self.code_bits, tuple(self.scales.shape))
 
-    def values(self, dtype: torch.dtype) -> Tensor:
-        """Ŵ (out, in), computed in `dtype` with one rounding for each product; differentiable in the scales."""
-        steps = self.codes().unflatten(1, (-1, self.group)).to(dtype)
-        if self.zeros is not None:
-            steps = steps - self.zero_points()[..., None].to(dtype)
-        return (steps * self.scales.to(dtype)[..., None]).flatten(1)
+    def leading(self, count: int) -> Self:
+        """The first `count` outputs alone, without bias; new tensors."""
+        zeros = None if self.zeros is None else self.zero_points()[:count]
+        return type(self).of_codes(self.codes()[:count], self.scales.detach()[:count].clone(), zeros, None, self.code_bits)
 
     def multiply_adds(self) -> int:
         return self.out_features * self.in_features
 
     def forward(self, input: Tensor) -> Tensor:
-        def rebuild() -> Tensor:
-            return self.values(self.scales.dtype)
-
-        learning = torch.is_grad_enabled() and self.scales.requires_grad
-        stored = [tensor for tensor in (self.scales, self.weight, self.zeros) if tensor is not None]
-        return functional.linear(input, rebuild() if learning else kept(stored, rebuild), self.bias)
+        dense = executed(self.weight, self.scales, self.zeros, self.code_bits, self.in_features)
+        return functional.linear(input, dense, self.bias)
 
     @torch.no_grad()
     def to_dense(self) -> Tensor:
-        return self.values(torch.promote_types(self.scales.dtype, torch.float32))
+        wide = torch.promote_types(self.scales.dtype, torch.float32)
+        return decode(self.weight, self.scales, self.zeros, self.code_bits, self.in_features, wide)

@@ -68,6 +68,13 @@ class Factors:
             return leading, leading.T @ weight
         return torch.linalg.solve_triangular(self.root.T, leading, upper=True), (self.root @ leading).T @ weight
 
+    def tails(self) -> tuple[float, Tensor, list[float]]:
+        """Energy Σ σᵢ², the spectrum σᵢ² ÷ energy (k,), and the error Σ_{i>r} σᵢ² ÷ energy at every rank from 0 to k."""
+        values = self.values.clamp(min=0)  # eigenvalues of a positive semi-definite matrix: negative only by rounding
+        energy = values.sum().item()
+        spectrum = values / energy if energy > 0 else torch.zeros_like(values)
+        return energy, spectrum, [*spectrum.flip(0).cumsum(0).flip(0).tolist(), 0.0]
+
 
 def pair_size(dense: Dense, rank: int, pivoted: bool, biased: bool) -> tuple[int, int, int]:
     """(bits, parameters, multiply-adds for a token) of a rank-r pair.
@@ -155,12 +162,9 @@ class LowRankMethod(Method[Factors]):
 
     def candidates(self, state: Factors) -> Curve:
         """Every rank that saves bits, with its closed-form error Σ_{i>r} σᵢ² ÷ Σ σᵢ²."""
-        values = state.values.clamp(min=0)  # eigenvalues of a positive semi-definite matrix: negative only by rounding
-        energy = values.sum().item()
-        spectrum = values / energy if energy > 0 else torch.zeros_like(values)
-        tails = [*spectrum.flip(0).cumsum(0).flip(0).tolist(), 0.0]
+        energy, spectrum, tails = state.tails()
         candidates = tuple(replace(size, error=tails[size.setting["rank"]]) for size in self.sizes(state.dense))
-        singular = values.sqrt()
+        singular = state.values.clamp(min=0).sqrt()
         span = (singular[0] - singular[-1]).clamp(min=torch.finfo(torch.float64).tiny)
         normalised = ((singular - singular[-1]) / span).tolist()  # WeLore's min–max scale (card 2.10)
         ranks = [size.setting["rank"] for size in candidates]

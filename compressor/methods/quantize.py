@@ -31,7 +31,7 @@ from torch import Tensor
 from compressor import linalg
 from compressor.errors import ConfigError
 from compressor.linears import Adapted, CompressedLinear, Dense, Packed
-from compressor.linears.packed import words
+from compressor.linears.packed import packed_size
 from compressor.methods import register
 from compressor.methods.base import Method
 from compressor.methods.residual import Residual, decompose
@@ -141,8 +141,7 @@ class QuantizeMethod(Method[Prepared]):
             raise ConfigError(f"{linear}: residual rank {min(self.residual)} is above its smaller side, {min(height, width)}")
         for bits in self.bits:
             for group in dict.fromkeys(group_size(group, width, linear) for group in self.group):
-                scales = height * width // group
-                codes = 32 * (words(height * width, bits) + (0 if self.symmetric else words(scales, bits)))
+                codes, scales = packed_size(height, width, bits, group, self.symmetric)
                 for rank in ranks:
                     numbers = scales + rank * (height + width) + (0 if dense.bias is None else height)
                     setting = {"bits": bits, "group": group, "symmetric": self.symmetric} | ({"rank": rank} if rank else {})

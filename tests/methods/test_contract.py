@@ -46,6 +46,10 @@ VARIANTS += [
         {"metric": "two_sided", "residual": [0, 2, 4], "bits": [2, 5]},
     )
 ]
+VARIANTS += [
+    ("low_rank_integers", {"clip": 1.0, "group": "auto:16"} | options | FITTED)
+    for options in ({"bits": 4}, {"bits": 3, "metric": "two_sided", "symmetric": False})
+]
 
 
 def test_every_method_is_in_this_suite():

@@ -5,6 +5,7 @@ from statistics import fmean
 import cases
 import pytest
 import torch
+from cases import correlated
 from torch import Tensor
 
 from compressor import linalg
@@ -19,19 +20,6 @@ from compressor.methods.sparse import obs_factor
 from compressor.stats import LinearStats
 
 EXACT = 1e-10  # relative, float64 identities
-
-
-def correlated(height: int = 24, width: int = 48, seed: int = 0, tokens: int = 400) -> cases.Case:
-    """Inputs and gradients with a spread of scales and neighbours that resemble each other, as in a trained model."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def drawn(size: int) -> Tensor:
-        noise = torch.randn(tokens, size, generator=generator, dtype=torch.float64)
-        mixed = (noise + 0.8 * noise.roll(1, 1) + 0.4 * noise.roll(3, 1)) * torch.logspace(0, -1, size, dtype=torch.float64)
-        return mixed[:, torch.randperm(size, generator=generator)]
-
-    x, g = drawn(width), drawn(height)
-    return cases.Case(Dense(torch.randn(height, width, generator=generator), None, torch.float32), x, g, cases.sums(x, g))
 
 
 def prepared(case: cases.Case, **options):
