@@ -105,7 +105,7 @@ def groups(recipe: Recipe, assignments: dict[str, Assignment]) -> dict[str, Grou
     Raises ConfigError for linears that cannot share: other inputs, another entry of the recipe, a method that knows one linear only.
     """
     if recipe.allocation.kind != "knapsack" and (recipe.allocation.tie or recipe.allocation.limits):
-        raise ConfigError(f"allocation.tie and allocation.limits needs allocation.kind 'knapsack', not '{recipe.allocation.kind}'")
+        raise ConfigError(f"allocation.tie and allocation.limits need allocation.kind 'knapsack', not '{recipe.allocation.kind}'")
     wanted = {kind for entry in recipe.method for engine in entry.candidates for kind in engine.share}
     wanted |= {*recipe.allocation.tie, *(kind for assignment in assignments.values() for kind, _ in assignment.shared)}
     found: dict[str, Group] = {}

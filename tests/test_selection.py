@@ -106,7 +106,7 @@ def test_sharing_is_chosen_only_where_it_is_better(run):
             "must belong to one entry of the recipe",
         ),
         (["allocation.tie=[qkv]", "allocation.keep={'*q_proj': 0.5, '*': 0.8}"], "need one budget"),
-        (["allocation.tie=[qkv]", "allocation.kind=by_role"], "needs allocation.kind"),
+        (["allocation.tie=[qkv]", "allocation.kind=by_role"], "need allocation.kind"),
     ],
 )
 def test_what_cannot_be_grouped_says_so(run, overrides, message):
