@@ -17,7 +17,7 @@ from compressor.assignments import Assignment, Group, assign, groups
 from compressor.calibrate import collect
 from compressor.decompose import decompose_group, decompose_one, gram_error
 from compressor.errors import ConfigError
-from compressor.linears import CompressedLinear
+from compressor.linears import CompressedLinear, Pruned
 from compressor.plan import Plan
 from compressor.planning import Found
 from compressor.probe import Prober, ProbeResult, probe
@@ -185,8 +185,14 @@ def output_dtype(recipe: Recipe) -> torch.dtype | None:
 
 
 def with_gram_errors(plan: Plan, job: Job, modules: dict[str, CompressedLinear], stats: dict[str, LinearStats]) -> Plan:
-    """Add the error of every module in the one metric that reports share."""
-    errors = {name: gram_error(job.assignments[name], module, stats[name]) for name, module in modules.items()}
+    """Add the error of every module in the one metric that reports share.
+
+    Linears of a pruned module are in a basis of their own and say nothing one by one: they have the error of the module.
+    """
+    errors = {
+        name: plan.linears[name].measured if isinstance(module, Pruned) else gram_error(job.assignments[name], module, stats[name])
+        for name, module in modules.items()
+    }
     return replace(plan, linears={n: replace(choice, error=errors.get(n, 0.0)) for n, choice in plan.linears.items()})
 
 
