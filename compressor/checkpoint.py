@@ -15,6 +15,7 @@ from compressor.folder import ModelFolder, non_finite, read_headers
 from compressor.hf import FORMAT_VERSION, QUANT_METHOD, CompressorConfig, CompressorQuantizer
 from compressor.linears import CompressedLinear
 from compressor.model import load, skeleton
+from compressor.progress import Progress, silent
 from compressor.shards import inside, some
 from compressor.staging import naming
 from compressor.weights import DTYPES, fetch, stored_dtype, stored_tensors, tied_names, write_weights
@@ -36,7 +37,12 @@ LICENCE = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 
 
 def write_model(
-    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, source_folder: Path | None, shard_size: int
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    source_folder: Path | None,
+    shard_size: int,
+    progress: Progress = silent,
 ) -> None:
     """Write weights, config.json, generation settings and tokenizer into an existing empty folder.
 
@@ -44,7 +50,7 @@ def write_model(
     lacks is written from the objects. Raises CheckpointError naming the file that could not be written.
     """
     write_config(folder, model)
-    write_weights(folder, model, shard_size)
+    write_weights(folder, model, shard_size, progress=progress)
     write_companions(folder, model, tokenizer, source_folder)
 
 
@@ -92,13 +98,17 @@ def copy_files(source: Path | None, folder: Path, patterns: tuple[str, ...]) -> 
     return bool(names)
 
 
-def compare_reload(folder: Path, model: PreTrainedModel) -> None:
+def compare_reload(folder: Path, model: PreTrainedModel, progress: Progress = silent) -> None:
     """Load the folder as any user would and compare every tensor bit for bit. Raises CheckpointError naming those that differ."""
     reloaded, _ = load(folder)
     expected, found = stored_tensors(model), stored_tensors(reloaded)
     if expected.keys() != found.keys():
         raise CheckpointError(f"{folder}: reload gives other tensors than were written: {some(expected.keys() ^ found.keys())}")
-    different = [name for name in expected if not same_bits(fetch(model, name, expected[name]), fetch(reloaded, name, found[name]))]
+    different = [
+        name
+        for name in progress(expected, "compare with what was written")
+        if not same_bits(fetch(model, name, expected[name]), fetch(reloaded, name, found[name]))
+    ]
     if different:
         raise CheckpointError(f"{folder}: reload differs from what was written in {some(different)}")
 
@@ -110,21 +120,21 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
 
 
-def verify(path: Path) -> list[str]:
+def verify(path: Path, progress: Progress = silent) -> list[str]:
     """List what is wrong with a checkpoint: files against the manifest, headers, tensors against specs and architecture, NaN.
 
     An empty list means that the folder is what was written. Nothing is changed, and no weights are loaded.
     """
-    found = manifest_problems(path)
+    found = manifest_problems(path, progress)
     try:
         folder = read_headers(path)
         found += tensor_problems(folder)
     except CheckpointError as error:
         return [*found, str(error)]
-    return found + [f"{path}: {name} holds NaN or infinity" for name in non_finite(folder)]
+    return found + [f"{path}: {name} holds NaN or infinity" for name in non_finite(folder, progress)]
 
 
-def manifest_problems(path: Path) -> list[str]:
+def manifest_problems(path: Path, progress: Progress = silent) -> list[str]:
     """Files that are missing, changed or not listed."""
     try:
         entries = manifest.read(path)
@@ -133,7 +143,7 @@ def manifest_problems(path: Path) -> list[str]:
     if entries is None:
         return [f"{path / manifest.NAME}: missing, so the files cannot be compared with what was written"]
     extra = set(manifest.listed(path)) - entries.keys()
-    return manifest.problems(path, entries) + [f"{path / name}: not listed in {manifest.NAME}" for name in sorted(extra)]
+    return manifest.problems(path, entries, progress) + [f"{path / name}: not listed in {manifest.NAME}" for name in sorted(extra)]
 
 
 def tensor_problems(folder: ModelFolder) -> list[str]:

@@ -130,11 +130,11 @@ def inspect(
 
 @app.command()
 @verb
-def verify(checkpoint: CHECKPOINT) -> Outcome:
+def verify(checkpoint: CHECKPOINT, *, progress: Progress) -> Outcome:
     """Check a checkpoint: checksums, headers, complete tensors, finite numbers."""
     from compressor import pipeline
 
-    problems = pipeline.verify(checkpoint)
+    problems = pipeline.verify(checkpoint, progress)
     failure = f"{checkpoint}: {len(problems)} problem{'s' * (len(problems) > 1)} found" if problems else None
     return Outcome({"checkpoint": checkpoint, "problems": problems}, "\n".join(problems) or f"{checkpoint}: no problems", failure)
 
@@ -149,11 +149,13 @@ def export(
         Option("--format", help="Ordinary weights; integers as compressed-tensors reads them; the same with residuals as an adapter."),
     ] = "dense",
     overwrite: OVERWRITE = False,
+    *,
+    progress: Progress,
 ) -> Outcome:
     """Write a compressed checkpoint in another format."""
     from compressor import pipeline
 
-    return Outcome(pipeline.export(checkpoint, output, format=format_, overwrite=overwrite))
+    return Outcome(pipeline.export(checkpoint, output, format=format_, overwrite=overwrite, progress=progress))
 
 
 @app.command()

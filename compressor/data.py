@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import DataError, NumericalError, did_you_mean
+from compressor.progress import Progress, silent
 from compressor.resources import resource_folder
 from compressor.sources import Document, read_documents
 
@@ -47,6 +48,7 @@ def load_windows(
     chat_template: bool = False,
     seed: int = 0,
     model: Any = None,
+    progress: Progress = silent,
 ) -> Windows:
     """Load up to `count` windows of `length` tokens (None: all) from a SOURCE.
 
@@ -58,7 +60,7 @@ def load_windows(
     Raises DataError naming the source when there is not one window, when window lengths differ, or when the source cannot be read.
     """
     if source == "self":
-        tokens = _sample_self(model, length, count, seed)
+        tokens = _sample_self(model, length, count, seed, progress)
     elif ".safetensors:" in source:
         tokens = _read_tokens(source, length)
     else:
@@ -202,15 +204,15 @@ def _check_positions(length: int, model: Any, source: str) -> None:
         raise DataError(f"{source}: windows of {length} tokens, but the model has {positions} positions; shorten the windows")
 
 
-def _sample_self(model: Any, length: int, count: int | None, seed: int) -> Tensor:
+def _sample_self(model: Any, length: int, count: int | None, seed: int, progress: Progress) -> Tensor:
     if model is None or count is None:
         raise DataError("self: windows can be sampled only from a loaded model, and their number must be given")
     _check_positions(length, model, "self")
-    return sample(model, count, length, seed)
+    return sample(model, count, length, seed, progress)
 
 
 @torch.no_grad()
-def sample(model: Any, count: int, length: int, seed: int) -> Tensor:
+def sample(model: Any, count: int, length: int, seed: int, progress: Progress = silent) -> Tensor:
     """Sample token windows (count, length), int64, from the model's own distribution: temperature 1, each starting with BOS.
 
     Sampling goes on after an end-of-sequence token, as in packed training text. The same seed, device and dtype give the same tokens.
@@ -221,7 +223,7 @@ def sample(model: Any, count: int, length: int, seed: int) -> Tensor:
         raise DataError("self: the model's config names neither bos_token_id nor eos_token_id, so there is no token to start from")
     generator = torch.Generator(model.device).manual_seed(seed)
     batches = []
-    for first in range(0, count, SAMPLE_BATCH):
+    for first in progress(range(0, count, SAMPLE_BATCH), "sample"):
         rows = min(SAMPLE_BATCH, count - first)
         token = torch.full((rows, 1), start[0] if isinstance(start, list) else start, device=model.device)
         columns, cache = [token], None

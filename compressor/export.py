@@ -14,6 +14,7 @@ from compressor.folder import read
 from compressor.hf import QUANT_METHOD
 from compressor.linears import CompressedLinear, Pruned
 from compressor.model import blocks, load, skeleton
+from compressor.progress import Progress, silent
 from compressor.staging import Staging, naming, preflight
 from compressor.weights import stored_dtype, stored_tensors, write_weights
 
@@ -26,7 +27,7 @@ It loads with plain transformers. Sizes and scores that count are those of the c
 """
 
 
-def export_dense(path: Path, output: Path, overwrite: bool = False, shard_size: int = SHARD_SIZE) -> str:
+def export_dense(path: Path, output: Path, overwrite: bool = False, shard_size: int = SHARD_SIZE, progress: Progress = silent) -> str:
     """Multiply out every compressed linear and write a stock checkpoint; return one line that says what it is.
 
     Feed-forward blocks that all keep equally many channels stay as narrow as they are: the config says so, and the files are smaller.
@@ -40,18 +41,19 @@ def export_dense(path: Path, output: Path, overwrite: bool = False, shard_size: 
     dtype = stored_dtype(stored_tensors(model).values())
     compressed = sum(tensor.nbytes for tensor in stored_tensors(model).values())
     width = narrow(model, stock)
-    for name in [name for name, module in model.named_modules() if isinstance(module, CompressedLinear)]:
+    names = [name for name, module in model.named_modules() if isinstance(module, CompressedLinear)]
+    for name in progress(names, "multiply out"):
         model.set_submodule(name, dense_module(model.get_submodule(name), stock.get_submodule(name), dtype))
     written = sum(tensor.nbytes for tensor in stored_tensors(model).values())
     kind = "**not smaller** than the original model" if width is None else f"with feed-forward blocks of {width} channels"
     with Staging(output, overwrite) as staging:
         write_config(staging.folder, model)
         # `stock`, unlike `model`, does not remember having been loaded from our names, so this gives the architecture's own.
-        write_weights(staging.folder, model, shard_size, revert_weight_conversion(stock, stored_tensors(model)))
+        write_weights(staging.folder, model, shard_size, revert_weight_conversion(stock, stored_tensors(model)), progress=progress)
         write_companions(staging.folder, model, tokenizer, path)
         with naming(staging.folder / "README.md"):
             (staging.folder / "README.md").write_text(README.format(size=kind), encoding="utf-8")
-        compare_reload(staging.folder, model)
+        compare_reload(staging.folder, model, progress)
         staging.commit()
     kind = kind.replace("*", "")
     return f"{output}: dense export, quality-equal to {path}, {kind} ({written:,} bytes of weights; compressed {compressed:,})"

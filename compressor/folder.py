@@ -14,6 +14,7 @@ import numpy
 
 from compressor import manifest
 from compressor.errors import CheckpointError, ConfigError
+from compressor.progress import Progress, silent
 from compressor.shards import TensorInfo, inside, read_json, read_tensors, some
 
 REFERENCE = "reference"
@@ -105,14 +106,15 @@ def download(name: str, revision: str | None) -> Path:
         ) from error
 
 
-def read(path: Path) -> ModelFolder:
+def read(path: Path, progress: Progress = silent) -> ModelFolder:
     """Read a folder as `read_headers` does; if it has a manifest, compare every byte with it, documents such as README.md apart.
 
     Raises CheckpointError naming the files that changed.
     """
     folder = read_headers(path)
     entries = manifest.read(path) or {}
-    changed = manifest.problems(path, {name: entry for name, entry in entries.items() if name not in manifest.DOCUMENTS})
+    files = {name: entry for name, entry in entries.items() if name not in manifest.DOCUMENTS}
+    changed = manifest.problems(path, files, progress) if files else []
     if changed:
         raise CheckpointError("; ".join(changed[:3]) + "; the folder is damaged or was edited")
     return folder
@@ -194,10 +196,10 @@ def raw_bytes(folder: ModelFolder) -> Iterator[tuple[str, TensorInfo, numpy.ndar
             yield name, info, numpy.empty(0, numpy.uint8)
 
 
-def non_finite(folder: ModelFolder) -> list[str]:
+def non_finite(folder: ModelFolder, progress: Progress = silent) -> list[str]:
     """Names of the floating tensors that hold NaN or infinity."""
     found = []
-    for name, info, data in raw_bytes(folder):
+    for name, info, data in progress(raw_bytes(folder), "check weights", len(folder.tensors)):
         if info.dtype not in EXPONENTS:
             continue
         kind, mask = EXPONENTS[info.dtype]
@@ -208,9 +210,9 @@ def non_finite(folder: ModelFolder) -> list[str]:
     return found
 
 
-def check_finite(folder: ModelFolder) -> None:
+def check_finite(folder: ModelFolder, progress: Progress = silent) -> None:
     """Raise CheckpointError naming the tensors that hold NaN or infinity."""
-    found = non_finite(folder)
+    found = non_finite(folder, progress)
     if found:
         raise CheckpointError(f"{folder.path}: NaN or infinity in {some(found)}; these weights cannot be compressed")
 

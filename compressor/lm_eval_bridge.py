@@ -17,7 +17,7 @@ import logging
 import math
 import numbers
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import CompressorError, EvaluationError
+from compressor.progress import Progress, counted, silent
 from compressor.scoring import in_float32
 
 BOOTSTRAP = 1000  # resamples for the standard error of metrics without a closed form
@@ -45,6 +46,7 @@ def scores(
     limit: int | None = None,
     batch_size: int = 8,
     max_length: int | None = None,
+    progress: Progress = silent,
 ) -> dict[str, dict[str, float | int | None]]:
     """Score a model on lm-eval tasks, forward pass and log-softmax in float32.
 
@@ -61,7 +63,7 @@ def scores(
     _count_no_downloads()
     with in_float32(model), contextlib.redirect_stdout(sys.stderr), _one_line_errors(f"lm-eval could not score {', '.join(tasks)}"):
         manager, specs = _resolve(tasks)
-        harness = _harness(model, tokenizer, batch_size, max_length)
+        harness = _harness(model, tokenizer, batch_size, max_length, progress)
         found = simple_evaluate(model=harness, tasks=specs, task_manager=manager, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=False)
     samples = found["n-samples"]
     return {
@@ -149,16 +151,47 @@ def _count_no_downloads() -> None:
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
 
 
-def _harness(model: nn.Module, tokenizer: Any, batch_size: int, max_length: int | None) -> Any:
+class _Counting:
+    """Stands in for lm-eval's cache, which hears of every request that is done; of rolling ones all at once, so these are counted apart."""
+
+    def __init__(self, advance: Callable[[int], None]):
+        self.advance = advance
+
+    def add_partial(self, kind: str, request: Any, found: Any) -> None:
+        if kind != "loglikelihood_rolling":
+            self.advance(1)
+
+
+def _harness(model: nn.Module, tokenizer: Any, batch_size: int, max_length: int | None, progress: Progress) -> Any:
     """Wrap a model in memory for lm-eval; the tokenizer is copied, because lm-eval sets its padding token."""
     from lm_eval.models.huggingface import HFLM
 
     class Harness(HFLM):
-        """HFLM without its progress bar per batch of rolling windows."""
+        """HFLM with our progress in place of its bars."""
+
+        def loglikelihood(self, requests, disable_tqdm=False):
+            with self.counting(len(requests)):
+                return super().loglikelihood(requests, disable_tqdm=True)
+
+        def generate_until(self, requests, disable_tqdm=False):
+            with self.counting(len(requests)):
+                return super().generate_until(requests, disable_tqdm=True)
+
+        def loglikelihood_rolling(self, requests, disable_tqdm=False):
+            with self.counting(sum(-(-len(self.tok_encode(request.args[0])) // self.max_length) for request in requests)):
+                return super().loglikelihood_rolling(requests, disable_tqdm=True)
 
         def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
-            rolling = override_bs is not None
-            return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm or rolling, override_bs=override_bs)
+            found = super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+            if override_bs is not None:
+                self.cache_hook.advance(len(requests))
+            return found
+
+        @contextlib.contextmanager
+        def counting(self, total):
+            with counted(progress, total, "lm-eval") as advance:
+                self.cache_hook = _Counting(advance)
+                yield
 
     logger = logging.getLogger(HFLM.__module__)
     level = logger.level

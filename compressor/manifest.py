@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.errors import CheckpointError
+from compressor.progress import Progress, silent
 from compressor.shards import inside, read_json
 
 NAME = "manifest.json"
@@ -52,10 +53,10 @@ def read(folder: Path) -> dict[str, dict[str, Any]] | None:
     return files
 
 
-def problems(folder: Path, files: dict[str, dict[str, Any]]) -> list[str]:
+def problems(folder: Path, files: dict[str, dict[str, Any]], progress: Progress = silent) -> list[str]:
     """Compare files with their entries, and name each that is missing, leads out of the folder or has changed."""
     found = []
-    for name, entry in sorted(files.items()):
+    for name, entry in progress(sorted(files.items()), "compare with manifest.json"):
         try:
             path = inside(folder, name)
         except CheckpointError as error:

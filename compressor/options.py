@@ -1,5 +1,6 @@
 """Options that several verbs of the command line share, and the fields of the recipe that they set."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Argument, Option
@@ -75,10 +76,21 @@ RECIPE_OPTIONS: dict[str, tuple[str | None, Any]] = {
     "overwrite": ("output.overwrite", OVERWRITE),
 }
 
-FLAGS: dict[str, Any] = {
-    "as_json": Annotated[bool, Option("--json", help="Print one JSON object instead of tables.", rich_help_panel=OUTPUT)],
-    "verbose": Annotated[bool, Option("--verbose", "-v", help="Tell more, and show tracebacks.", rich_help_panel=OUTPUT)],
-    "quiet": Annotated[bool, Option("--quiet", "-q", help="No progress and no warnings.", rich_help_panel=OUTPUT)],
+# Flag of every verb → its default and its declaration.
+FLAGS: dict[str, tuple[Any, Any]] = {
+    "as_json": (False, Annotated[bool, Option("--json", help="Print one JSON object instead of tables.", rich_help_panel=OUTPUT)]),
+    "verbose": (False, Annotated[bool, Option("--verbose", "-v", help="Tell more, and show tracebacks.", rich_help_panel=OUTPUT)]),
+    "quiet": (False, Annotated[bool, Option("--quiet", "-q", help="No progress and no warnings.", rich_help_panel=OUTPUT)]),
+    "log_file": (
+        None,
+        Annotated[Path | None, Option(metavar="FILE", help="Append stages, warnings and errors to a text file.", rich_help_panel=OUTPUT)],
+    ),
+    "events": (
+        None,
+        Annotated[
+            Path | None, Option(metavar="FILE", help="Append progress, warnings and the result as lines of JSON.", rich_help_panel=OUTPUT)
+        ],
+    ),
 }
 
 

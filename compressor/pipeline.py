@@ -50,14 +50,14 @@ def compress(
     source_path = folder.resolve(recipe.model.name, recipe.model.revision)
     preflight(output, source_path, recipe.output.overwrite, 0)
     edited = None if plan is None else read_plan(plan)
-    source = stages.open_source(recipe.model.name, recipe.model.revision)
+    source = stages.open_source(recipe.model.name, recipe.model.revision, progress)
     preflight(output, source.path, recipe.output.overwrite, source.weight_bytes + ROOM)
-    job = stages.start(recipe, source)
+    job = stages.start(recipe, source, progress)
     with watch("calibrate"):
         collected = artifacts.load_statistics(stats, stages.fingerprint(job)) if stats else stages.statistics(job, progress)
     made, modules = plan_and_build(job, collected, edited, watch, progress)
     with watch("write"):
-        found = write(job, made, modules, output, watch)
+        found = write(job, made, modules, output, watch, progress)
     if recipe.evaluation.enabled:
         with watch("evaluate"):
             found = score(job.recipe, source.path, output, job, found, made, progress)
@@ -74,26 +74,28 @@ def plan_and_build(
         if not refine.wanted(job.recipe, edited):
             collected = {name: LinearStats(tokens=one.tokens, gram=one.gram) for name, one in collected.items()}
     if edited is not None:
-        made, modules = selection.build_plan(job, edited, found)
+        made, modules = selection.build_plan(job, edited, found, progress)
     else:
         with watch("probe"):
             probed = stages.probes(job, found, progress)
         with watch("allocate"):
-            made, modules = selection.choose(job, found, probed)
+            made, modules = selection.choose(job, found, probed, progress)
     if refine.wanted(job.recipe, edited):
         with watch("decompose"):
             made, modules = refine.finish(job, made, modules, found, collected, edited, progress)
     return stages.with_gram_errors(made, job, modules, collected), modules
 
 
-def write(job: Job, made: Plan, modules: dict[str, CompressedLinear], output: Path, watch: Stopwatch) -> dict[str, Any]:
+def write(
+    job: Job, made: Plan, modules: dict[str, CompressedLinear], output: Path, watch: Stopwatch, progress: Progress = silent
+) -> dict[str, Any]:
     """Install the modules, write the folder, prove that it reloads bit for bit, and put it in place; return the report so far."""
     original_bytes = sum((job.source.path / name).stat().st_size for name in job.source.files)
     stages.install(job, modules)
     with Staging(output, job.recipe.output.overwrite) as staging:
         shard_size = size_in_bytes(job.recipe.output.shard_size)
-        checkpoint.write_model(staging.folder, job.model, job.tokenizer, job.source.path, shard_size)
-        checkpoint.compare_reload(staging.folder, job.model)
+        checkpoint.write_model(staging.folder, job.model, job.tokenizer, job.source.path, shard_size, progress)
+        checkpoint.compare_reload(staging.folder, job.model, progress)
         written = sum(path.stat().st_size for path in staging.folder.glob("*.safetensors"))
         limit = job.recipe.allocation.target_size
         if limit is not None and written > size_in_bytes(limit):
@@ -139,17 +141,17 @@ def score(recipe: Recipe, source: Path, output: Path, job: Job, found: dict[str,
         model = job.model  # bit for bit what a reload of `output` gives: `write` compared them
         text = section.source or str(data.bundled("evaluation"))
         windows = data.load_windows(
-            text, tokenizer, recipe.evaluation_window, section.windows, section.column, seed=recipe.seed, model=model
+            text, tokenizer, recipe.evaluation_window, section.windows, section.column, seed=recipe.seed, model=model, progress=progress
         )
         result = scoring.compare(original, model, windows.tokens, section.batch_size, progress)
         heldout = job.heldout.tokens
-        held = scoring.compare(original, model, heldout, section.batch_size).to_json() if len(heldout) else None
+        held = scoring.compare(original, model, heldout, section.batch_size, progress).to_json() if len(heldout) else None
         tasks = (
             {}
             if not section.tasks
             else {
                 key: lm_eval_bridge.scores(
-                    each, tokenizer, list(section.tasks), section.limit, section.batch_size, recipe.evaluation_window
+                    each, tokenizer, list(section.tasks), section.limit, section.batch_size, recipe.evaluation_window, progress
                 )
                 for key, each in (("lm_eval", model), ("lm_eval_original", original))
             }
@@ -181,7 +183,7 @@ def plan(recipe: Recipe, stats: Path | None = None, progress: Progress = silent)
     found = estimate.outline(recipe, source)
     if stats is None:
         return found
-    job = stages.start(recipe, stages.open_source(recipe.model.name, recipe.model.revision))
+    job = stages.start(recipe, stages.open_source(recipe.model.name, recipe.model.revision, progress), progress)
     made, _ = plan_and_build(job, artifacts.load_statistics(stats, stages.fingerprint(job)), None, Stopwatch(), progress)
     chosen = {name: {"method": c.method, "setting": c.setting, "bits": c.bits, "error": c.error} for name, c in made.linears.items()}
     return found | {"price": made.price, "linears": [linear | chosen[linear["name"]] for linear in found["linears"]]}
@@ -190,9 +192,9 @@ def plan(recipe: Recipe, stats: Path | None = None, progress: Progress = silent)
 def calibrate(recipe: Recipe, output: str | Path, overwrite: bool = False, progress: Progress = silent) -> dict[str, Any]:
     """Collect the statistics that a recipe needs into a new folder, with a fingerprint of what they depend on."""
     output = Path(output)
-    source = stages.open_source(recipe.model.name, recipe.model.revision)
+    source = stages.open_source(recipe.model.name, recipe.model.revision, progress)
     preflight(output, source.path, overwrite, 0)
-    job = stages.start(recipe, source)
+    job = stages.start(recipe, source, progress)
     collected = stages.statistics(job, progress)
     mark = stages.fingerprint(job)
     artifacts.save_statistics(output, collected, mark, overwrite)
@@ -227,7 +229,7 @@ def evaluate(
         paths["original"] = folder.resolve(against)
     model, tokenizer = models.load(paths["compressed"], device=device)
     window = window or min(WINDOW, getattr(model.config.get_text_config(), "max_position_embeddings", WINDOW))
-    loaded = data.load_windows(text or str(data.bundled("evaluation")), tokenizer, window, windows, column, model=model)
+    loaded = data.load_windows(text or str(data.bundled("evaluation")), tokenizer, window, windows, column, model=model, progress=progress)
     if against is None:
         found = scoring.perplexity(model, loaded.tokens, batch_size, progress).to_json()
     else:
@@ -235,9 +237,9 @@ def evaluate(
         found = scoring.compare(original, model, loaded.tokens, batch_size, progress).to_json()
     found |= {"text": loaded.source, "unit": "token", "lm_eval": None, "fingerprint": loaded.digest}
     if tasks:
-        found["lm_eval"] = lm_eval_bridge.scores(model, tokenizer, list(tasks), limit, batch_size, window)
+        found["lm_eval"] = lm_eval_bridge.scores(model, tokenizer, list(tasks), limit, batch_size, window, progress)
     if speed:
-        found["speed"] = {which: measure_speed(path, device).to_json() for which, path in paths.items()}
+        found["speed"] = {which: measure_speed(path, device).to_json() for which, path in progress(paths.items(), "speed")}
     return found
 
 
@@ -246,17 +248,19 @@ def inspect(path: str | Path, plot: Path | None = None) -> dict[str, Any]:
     return estimate.inspection(folder.read_headers(folder.resolve(path)), plot)
 
 
-def verify(path: str | Path) -> list[str]:
+def verify(path: str | Path, progress: Progress = silent) -> list[str]:
     """Problems of a checkpoint folder, one line each; none means that it is what was written."""
-    return checkpoint.verify(folder.resolve(path))
+    return checkpoint.verify(folder.resolve(path), progress)
 
 
-def export(path: str | Path, output: str | Path, format: str = "dense", overwrite: bool = False) -> dict[str, Any]:
+def export(
+    path: str | Path, output: str | Path, format: str = "dense", overwrite: bool = False, progress: Progress = silent
+) -> dict[str, Any]:
     """Write a compressed checkpoint in a layout that loads without this package: `dense` (equal in quality, not smaller),
     `compressed-tensors` (integers), or `peft` (a base with residuals as an adapter)."""
     path, output = folder.resolve(path), Path(output)
     if format == "dense":
-        note = exporting.export_dense(path, output, overwrite)
+        note = exporting.export_dense(path, output, overwrite, progress=progress)
     elif format in exchange.FORMATS:
         note = exchange.export_packed(path, output, exchange.FORMATS[format], overwrite)
     else:

@@ -43,7 +43,8 @@ def finish(
     ranks = ranks_of(job, plan, modules, stats) if edited is None else {n: c.residual or 0 for n, c in edited.linears.items()}
     run = _Run(job, plan, modules, found, stats, ranks)
     if not job.recipe.calibration.sequential:
-        run.solve(list(modules), None)
+        for name in progress(list(modules), "compensate"):
+            run.solve([name], None)
     else:
         with job.computing():
             solve_in_order(

@@ -8,6 +8,7 @@ from compressor.errors import BudgetError, ConfigError
 from compressor.linears import CompressedLinear
 from compressor.plan import DENSE, Candidate, Plan
 from compressor.planning import Found, Problem, Solution, damages_of, options_of, solve, to_plan
+from compressor.progress import Progress, silent
 from compressor.stages import Job, Probes, other_bytes, output_dtype
 from compressor.units import Option, without
 from compressor.weights import stored_tensors
@@ -27,7 +28,7 @@ class Settled(NamedTuple):
     measured: dict[str, float]
 
 
-def choose(job: Job, found: Found, probed: Probes) -> tuple[Plan, dict[str, CompressedLinear]]:
+def choose(job: Job, found: Found, probed: Probes, progress: Progress = silent) -> tuple[Plan, dict[str, CompressedLinear]]:
     """Allocate and build what was chosen.
 
     Where several methods compete and divergence is measured, each also gets the whole budget alone, dense linears allowed; of all these
@@ -39,34 +40,36 @@ def choose(job: Job, found: Found, probed: Probes) -> tuple[Plan, dict[str, Comp
     options, workshop = options_of(problem, damages), Workshop(found, probed.results)
     methods = sorted({part.method.name for parts in found.values() for part in parts})
     if probed.prober is None or len(methods) == 1:
-        alone = settle(problem, options, workshop)
+        alone = settle(problem, options, workshop, progress)
         return to_plan(*alone, {}), alone.modules
     entrants = {}
     for method in methods:
         try:
-            entrants[method] = settle(problem, without(options, {*methods} - {method}), workshop)
+            entrants[method] = settle(problem, without(options, {*methods} - {method}), workshop, progress)
         except BudgetError:  # it offers nothing small enough by itself
             continue
-    entrants["all"] = settle(problem, options, workshop)  # last: by now the curves have been corrected near what each method chose
+    entrants["all"] = settle(
+        problem, options, workshop, progress
+    )  # last: by now the curves have been corrected near what each method chose
     with job.computing():
-        contest = {name: probed.prober.kl(settled.modules, 0) for name, settled in entrants.items()}
+        contest = {name: probed.prober.kl(settled.modules, 0) for name, settled in progress(entrants.items(), "contest")}
     best = entrants[min(contest, key=contest.__getitem__)]
     return to_plan(*best, contest), best.modules
 
 
-def settle(problem: Problem, options: dict[str, list[Option]], workshop: Workshop) -> Settled:
+def settle(problem: Problem, options: dict[str, list[Option]], workshop: Workshop, progress: Progress = silent) -> Settled:
     """Solve and build; where what is stored departs from what was expected, correct its curve and solve again, ROUNDS times at most."""
     for last in (*(False,) * (ROUNDS - 1), True):
         solution = solve(problem, workshop.corrected(options))
         chosen = {unit: option for unit, option in solution.options.items() if option.decomposition is not None}
         expected = {unit: option.candidate.error * workshop.ratio(option) for unit, option in chosen.items()}
-        modules, measured = workshop.build_all(solution)
+        modules, measured = workshop.build_all(solution, progress)
         off = any(abs(error - expected[unit]) > REMEASURE * expected[unit] > 0 for unit, error in measured.items())
         if last or not off or problem.recipe.allocation.kind != "knapsack":
             return Settled(solution, problem, modules, expected, measured)
 
 
-def build_plan(job: Job, plan: Plan, found: Found) -> tuple[Plan, dict[str, CompressedLinear]]:
+def build_plan(job: Job, plan: Plan, found: Found, progress: Progress = silent) -> tuple[Plan, dict[str, CompressedLinear]]:
     """Build an edited plan as it stands. Raises ConfigError for linears or methods that the recipe does not have."""
     if missing := sorted(job.assignments.keys() ^ plan.linears.keys()):
         raise ConfigError(f"the plan and the targets of the recipe differ in {missing[0]} ({len(missing)} in all)")
@@ -88,7 +91,7 @@ def build_plan(job: Job, plan: Plan, found: Found) -> tuple[Plan, dict[str, Comp
         if chosen.setdefault(unit, Option(unit, 0, 0.0, candidate, part)).candidate is not candidate:
             raise ConfigError(f"{name}: shares what it stores with others of {unit}, but their settings differ; make them equal")
     solution = Solution(chosen, None, in_nats=False)
-    modules, measured = Workshop(found, {}).build_all(solution)
+    modules, measured = Workshop(found, {}).build_all(solution, progress)
     problem = Problem(job.recipe, job.assignments, job.groups, found, 0, 0)
     expected = {unit: option.candidate.error for unit, option in chosen.items()}
     return replace(to_plan(solution, problem, modules, expected, measured, {}), recipe=plan.recipe), modules

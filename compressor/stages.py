@@ -68,15 +68,15 @@ def choose_device(name: str) -> str:
     return name
 
 
-def open_source(name: str, revision: str | None) -> folder.ModelFolder:
+def open_source(name: str, revision: str | None, progress: Progress = silent) -> folder.ModelFolder:
     """Find and check a dense model folder: damaged, quantised, already compressed or non-finite ones are refused."""
-    source = folder.read(folder.resolve(name, revision))
+    source = folder.read(folder.resolve(name, revision), progress)
     folder.refuse_quantised(source)
-    folder.check_finite(source)
+    folder.check_finite(source, progress)
     return source
 
 
-def start(recipe: Recipe, source: folder.ModelFolder) -> Job:
+def start(recipe: Recipe, source: folder.ModelFolder, progress: Progress = silent) -> Job:
     """Load model and calibration windows, and assign methods to linears."""
     device = choose_device(recipe.model.device)
     model, tokenizer = models.load(source.path, device=device, device_map=recipe.model.device_map)
@@ -91,6 +91,7 @@ def start(recipe: Recipe, source: folder.ModelFolder) -> Job:
         chat_template=section.chat_template,
         seed=recipe.seed,
         model=model,
+        progress=progress,
     )
     fit, heldout = data.split_heldout(windows, section.heldout)
     return Job(recipe, source, model, tokenizer, assignments, groups(recipe, assignments), fit, heldout)
@@ -133,9 +134,13 @@ def statistics(job: Job, progress: Progress = silent) -> dict[str, LinearStats]:
 
 def decompositions(job: Job, stats: dict[str, LinearStats], progress: Progress = silent) -> Found:
     """One decomposition for each method and each linear or group that it decomposes; it serves every size."""
-    items = progress(list(job.assignments.items()), "decompose")
-    found = {name: decompose_one(name, assignment, stats[name]) for name, assignment in items}
-    return found | {name: decompose_group(group, job.assignments, stats) for name, group in job.groups.items()}
+    units = progress([*job.assignments, *job.groups], "decompose")
+    return {
+        name: decompose_group(job.groups[name], job.assignments, stats)
+        if name in job.groups
+        else decompose_one(name, job.assignments[name], stats[name])
+        for name in units
+    }
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
-"""What all verbs of the command line share: stdout kept for the result, errors in one line, exit codes, verbosity."""
+"""What all verbs of the command line share: stdout kept for the result, errors in one line, exit codes, records of the run."""
 
 import inspect
 import json
-import logging
 import os
 import signal
 import sys
@@ -11,11 +10,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import typer
 
 from compressor.errors import CompressorError
+from compressor.logs import recorded
 from compressor.options import FLAGS, RECIPE_OPTIONS, read_recipe
 from compressor.progress import shown
 
@@ -41,23 +42,25 @@ def verb(function: Callable[..., Outcome]) -> Callable[..., None]:
     parameters = inspect.signature(function).parameters
 
     @wraps(function)
-    def run(as_json: bool, verbose: bool, quiet: bool, **arguments: Any) -> None:
+    def run(as_json: bool, verbose: bool, quiet: bool, log_file: Path | None, events: Path | None, **arguments: Any) -> None:
         results = sys.stdout
-        _set_verbosity(verbose, quiet)
-        with errors_in_one_line(verbose):
+        with errors_in_one_line(verbose), recorded(function.__name__, verbose, quiet, log_file, events) as record:
             if "recipe" in parameters:
                 arguments["recipe"] = read_recipe(arguments)
-            with _terminable(), redirect_stdout(sys.stderr), _compiled_code_on_stderr(), shown(quiet) as progress:
+            with _terminable(), redirect_stdout(sys.stderr), _compiled_code_on_stderr(), shown(quiet, record.watchers) as progress:
                 outcome = function(**arguments, **({"progress": progress} if "progress" in parameters else {}))
             _print(outcome, as_json, results)
+            record.result(outcome.data)
             for line in outcome.broken:
                 print(line, file=sys.stderr if as_json else results)
             if outcome.failure:
                 raise CompressorError(outcome.failure)
             if outcome.broken:
-                raise typer.Exit(BROKEN)
+                record.error("; ".join(outcome.broken), BROKEN)
+        if outcome.broken:
+            raise typer.Exit(BROKEN)
 
-    options = [*_options(parameters), *(_option(name, hint, False) for name, hint in FLAGS.items())]
+    options = [*_options(parameters), *(_option(name, hint, default) for name, (default, hint) in FLAGS.items())]
     run.__signature__ = inspect.Signature(options)  # both are what typer reads
     run.__annotations__ = {option.name: option.annotation for option in options}
     return run
@@ -128,8 +131,3 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _set_verbosity(verbose: bool, quiet: bool) -> None:
-    logging.basicConfig(stream=sys.stderr, format="%(levelname)s: %(message)s", force=True)
-    logging.getLogger("compressor").setLevel(logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.accelerate import load_offloaded_parameter
 
 from compressor.errors import CheckpointError
+from compressor.progress import Progress, silent
 from compressor.shards import INDEX, SINGLE
 from compressor.staging import naming
 
@@ -79,7 +80,7 @@ def split(tensors: dict[str, Tensor], shard_size: int) -> list[dict[str, Tensor]
     return groups
 
 
-def write_shard(path: Path, tensors: dict[str, Tensor], model: PreTrainedModel) -> None:
+def write_shard(path: Path, tensors: dict[str, Tensor], model: PreTrainedModel, progress: Progress = silent) -> None:
     """Write one safetensors file. Raises CheckpointError naming it if the disk is full."""
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # wide types first keeps every tensor aligned
     header: dict[str, dict] = {"__metadata__": METADATA}
@@ -91,25 +92,30 @@ def write_shard(path: Path, tensors: dict[str, Tensor], model: PreTrainedModel) 
     text += b" " * (-len(text) % 8)
     with naming(path), path.open("xb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
+        for name in progress(names, f"write {path.name}"):
             stream.write(fetch(model, name, tensors[name]).reshape(-1).view(torch.uint8).numpy().data)
         stream.flush()
         os.fsync(stream.fileno())
 
 
 def write_weights(
-    folder: Path, model: PreTrainedModel, shard_size: int, tensors: dict[str, Tensor] | None = None, index: bool = False
+    folder: Path,
+    model: PreTrainedModel,
+    shard_size: int,
+    tensors: dict[str, Tensor] | None = None,
+    index: bool = False,
+    progress: Progress = silent,
 ) -> None:
     """Write the stored tensors of a model (or `tensors` in their place), with an index if they take more than one file or if wanted."""
     tensors = stored_tensors(model) if tensors is None else tensors
     groups = split(tensors, shard_size)
     if len(groups) == 1 and not index:
-        write_shard(folder / SINGLE, tensors, model)
+        write_shard(folder / SINGLE, tensors, model, progress)
         return
     weight_map = {}
     for number, group in enumerate(groups, 1):
         file = SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        write_shard(folder / file, group, model)
+        write_shard(folder / file, group, model, progress)
         weight_map |= dict.fromkeys(group, file)
     metadata = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
     with naming(folder / INDEX):

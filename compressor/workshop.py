@@ -9,6 +9,7 @@ import numpy as np
 
 from compressor.linears import CompressedLinear
 from compressor.planning import Found, ResultOf, Solution
+from compressor.progress import Progress, silent
 from compressor.units import Option
 
 
@@ -41,10 +42,10 @@ class Workshop:
             self.ratios.setdefault(id(part), {})[candidate.bits] = error / candidate.error
         return self.built[key]
 
-    def build_all(self, solution: Solution) -> tuple[dict[str, CompressedLinear], dict[str, float]]:
+    def build_all(self, solution: Solution, progress: Progress = silent) -> tuple[dict[str, CompressedLinear], dict[str, float]]:
         """Modules of a solution, and the error of each linear or group."""
         modules, measured = {}, {}
-        for unit, option in solution.options.items():
+        for unit, option in progress(solution.options.items(), "build"):
             if option.decomposition is not None:
                 made, measured[unit] = self.build(option)
                 modules |= made

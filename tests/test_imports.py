@@ -12,7 +12,7 @@ PACKAGE = Path(compressor.__file__).parent
 MAX_LINES, MAX_FUNCTION_LINES = 300, 40
 
 LEVELS = (
-    ("errors", "progress", "resources", "tables", "linalg", "yaml_reader", "recipe", "config"),
+    ("errors", "progress", "logs", "resources", "tables", "linalg", "yaml_reader", "recipe", "config"),
     ("stats", "linears", "plan", "roles", "shards", "sources", "timings"),
     ("methods",),
     ("knapsack", "compensate", "allocate"),
@@ -37,7 +37,7 @@ LEVELS = (
     ("options", "verbs", "cli", "__main__"),
 )
 ORDER = [module for level in LEVELS for module in level]
-NO_TORCH = LEVELS[0][:4] + LEVELS[0][5:] + ("plan", "roles", "shards", "manifest", "folder", "staging", "gate", "options", "verbs", "cli")
+NO_TORCH = LEVELS[0][:5] + LEVELS[0][6:] + ("plan", "roles", "shards", "manifest", "folder", "staging", "gate", "options", "verbs", "cli")
 UNITS = sorted({path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")} - {"__init__"})
 
 

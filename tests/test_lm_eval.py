@@ -158,6 +158,25 @@ def test_folder_of_tasks_limit_and_closed_form_errors(model, words, task, tmp_pa
     assert streams.out == "" and "bootstrapping" in streams.err  # stdout belongs to the result
 
 
+@pytest.mark.parametrize(("text", "items"), [(TASK, WORDS // WINDOW), (CHOICE, 4), (LAST, 2)])
+def test_progress_counts_windows_and_requests(text, items, model, words, tmp_path, capsys):
+    (tmp_path / "words.txt").write_text(" ".join(words))
+    rows = [{"question": f"w{n} w4", "choices": ["w5", "w6"], "answer": 0} for n in (3, 7)]
+    (tmp_path / "rows.json").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "task.yaml").write_text(text.format(name="local_words", text=tmp_path / "words.txt", data=tmp_path / "rows.json"))
+    taken = []
+
+    def progress(found, title, total=None):
+        assert (title, len(found)) == ("lm-eval", items)
+        for item in found:
+            taken.append(item)
+            yield item
+
+    scores(model, tiny_tokenizer(), [str(tmp_path / "task.yaml")], batch_size=3, max_length=WINDOW, progress=progress)
+    assert len(taken) == items
+    assert "Running" not in capsys.readouterr().err  # the bars of lm-eval
+
+
 @pytest.mark.parametrize("value, message", [(math.nan, "is nan"), (1e8, "OverflowError: .* model is broken")])
 def test_broken_models_fail_the_run(value, message, task):
     broken = tiny_model("llama")

@@ -102,6 +102,39 @@ def test_the_installed_error_is_the_error_of_the_stored_weights(run, tiny_llama,
         assert linear["error"] == pytest.approx(expected.item(), rel=1e-6, abs=1e-12)
 
 
+def test_every_long_stage_reports_its_progress(run, tiny_llama, tmp_path):
+    made, folder, _ = run
+    stages = {}
+
+    def progress(items, title, total=None):
+        items = list(items)
+        stages[title] = len(items) if total is None else total
+        return items
+
+    options = {"calibration.sequential": True, "compensation.rank": 1, "model.name": str(tiny_llama)}
+    pipeline.compress(load_recipe(folder / "recipe.yaml", options=options), tmp_path / "out", progress=progress)
+    assert stages == {
+        "check weights": 21,
+        "calibrate": 2,
+        "decompose": 14,
+        "probe": 14,
+        "build": 14,
+        "solve in order": 2,
+        "write model.safetensors": len(read_headers(tmp_path / "out").tensors),
+        "compare with what was written": len(read_headers(tmp_path / "out").tensors),
+        "evaluate": 1,
+    }
+    pipeline.compress(
+        made.model_copy(update={"compensation": made.compensation.model_copy(update={"rank": 1})}), tmp_path / "b", progress=progress
+    )
+    assert stages["compensate"] <= 14
+    stages.clear()
+    pipeline.verify(folder, progress)
+    assert set(stages) == {"compare with manifest.json", "check weights"}
+    pipeline.export(folder, tmp_path / "dense", progress=progress)
+    assert "multiply out" in stages
+
+
 def test_same_seed_same_bytes(run, tmp_path):
     made, folder, _ = run
     pipeline.compress(made, tmp_path / "again")

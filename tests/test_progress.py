@@ -1,9 +1,11 @@
 import io
+import re
 import sys
 
 import pytest
 
-from compressor.progress import shown, silent
+from compressor import progress as module
+from compressor.progress import counted, shown, silent
 
 
 class Terminal(io.StringIO):
@@ -76,3 +78,74 @@ def test_stdout_is_left_alone(stderr, capsys):
     with shown() as progress:
         list(progress([1], "stage"))
     assert capsys.readouterr().out == ""
+
+
+def watched(items, title, total=None, stop_after=None):
+    """What a watcher is told about one stage: (event, done, total)."""
+    told = []
+    with shown(quiet=True, watchers=[lambda event, stage: told.append((event, stage.done, stage.total))]) as progress:
+        for number, _ in enumerate(progress(items, title, total)):
+            if number == stop_after:
+                break
+    return told
+
+
+def test_watchers_hear_start_every_item_and_end_in_quiet_too(stderr):
+    stream = stderr(io.StringIO())
+    assert watched("ab", "stage") == [("start", 0, 2), ("advance", 1, 2), ("advance", 2, 2), ("end", 2, 2)]
+    assert watched(iter("a"), "stage") == [("start", 0, None), ("advance", 1, None), ("end", 1, None)]
+    assert watched("abc", "stage", stop_after=1) == [("start", 0, 3), ("advance", 1, 3), ("end", 1, 3)]
+    assert stream.getvalue() == ""
+
+
+def test_stages_that_an_error_stops_end_once_innermost_first():
+    told = []
+
+    def stop():
+        with shown(quiet=True, watchers=[lambda event, stage: told.append((event, stage.title, stage.done))]) as progress:
+            for _ in progress("ab", "outer"):
+                for _ in progress("cd", "inner"):
+                    raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stop()
+    assert told == [("start", "outer", 0), ("start", "inner", 0), ("end", "inner", 0), ("end", "outer", 0)]
+
+
+def test_a_long_stage_says_now_and_then_how_far_it_is(stderr, monkeypatch):
+    monkeypatch.setattr(module, "QUIET_SECONDS", 0.0)
+    stream = stderr(io.StringIO())
+    with shown() as progress:
+        list(progress([1, 2], "calibrate"))
+    assert re.search(r" s  calibrate: 1 of 2, [0-9.e+]+/s, 0 s left\n", stream.getvalue())
+
+
+def test_terminal_shows_the_rate(stderr):
+    stream = stderr(Terminal())
+    with shown() as progress:
+        list(progress([1, 2], "stage"))
+    assert re.search(r"[0-9]/s", stream.getvalue())
+
+
+def test_rates_are_items_in_a_second_or_seconds_an_item(monkeypatch):
+    stage = module.Stage("stage", 8, done=4, start=0.0)
+    monkeypatch.setattr(module.time, "monotonic", lambda: 2.0)
+    assert stage.rate == "2/s"
+    monkeypatch.setattr(module.time, "monotonic", lambda: 12.0)
+    assert stage.rate == "3 s each"
+    stage.done = 0
+    assert stage.rate == ""
+
+
+def test_counted_stages_are_told_and_finish_with_the_block():
+    told = []
+    with (
+        shown(quiet=True, watchers=[lambda event, stage: told.append((event, stage.done))]) as progress,
+        counted(progress, 3, "lm-eval") as advance,
+    ):
+        assert told == [("start", 0)]
+        advance(2)
+        assert told[-1] == ("advance", 2)
+    assert told[-2:] == [("advance", 3), ("end", 3)]
+    with counted(silent, 3, "lm-eval") as advance:
+        advance(5)

@@ -145,7 +145,7 @@ def test_what_compiled_code_prints_goes_to_stderr():
     """HiGHS writes to file descriptor 1 behind Python's back."""
     script = (
         "import os\nfrom compressor import cli, pipeline\n"
-        "pipeline.verify = lambda checkpoint: os.write(1, b'chatter\\n') and []\ncli.app(['verify', 'x', '--json'])\n"
+        "pipeline.verify = lambda checkpoint, progress: os.write(1, b'chatter\\n') and []\ncli.app(['verify', 'x', '--json'])\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
