@@ -8,6 +8,7 @@ from compressor.errors import ConfigError
 
 PRESETS = [
     "afm",
+    "armor",
     "asvd",
     "awsvd",
     "channels",

@@ -13,10 +13,12 @@ from compressor.linears.low_rank import LowRank
 from compressor.linears.packed import Packed
 from compressor.linears.pruned import Pruned
 from compressor.linears.sparse import Sparse
+from compressor.linears.wrapped import Wrapped
 
-KINDS: dict[str, type[CompressedLinear]] = {kind.kind: kind for kind in (LowRank, Sparse, Adapted, Dictionary, Packed, Chained, Pruned)}
+_ALL = (LowRank, Sparse, Adapted, Dictionary, Packed, Chained, Pruned, Wrapped)
+KINDS: dict[str, type[CompressedLinear]] = {kind.kind: kind for kind in _ALL}
 
-__all__ = ["KINDS", "Adapted", "Chained", "CompressedLinear", "Dense", "Dictionary", "LowRank", "Packed", "Pruned", "Sparse", "build_empty"]
+__all__ = ["KINDS", "CompressedLinear", "Dense", "build_empty", *(kind.__name__ for kind in _ALL)]
 
 
 def build_empty(spec: dict[str, Any], dtype: torch.dtype, device: torch.device | str = "meta") -> CompressedLinear:

@@ -85,6 +85,11 @@ class Problem:
         weighted = lost @ self.gram
         return weighted if self.grad_gram is None else self.grad_gram @ weighted
 
+    def error(self, approximation: Tensor) -> float:
+        """tr(H D M Dᵀ) of an approximation (out, in) in W̃ coordinates."""
+        lost = self.weight - approximation
+        return (self.weigh(lost) * lost).sum().item()
+
     def relax(self, pull: Tensor, penalty: float) -> Tensor:
         """The X (…, out, in) with H X M + penalty · X = pull."""
         values, basis = self.input_basis
