@@ -1,6 +1,7 @@
 # make run    install, compress the bundled reference checkpoint with the default recipe, print the before/after table
 # make test   install and run the tests          make slow    the tests that take minutes
 # make check  style of the code                  make bench   time and memory against their floors
+# make faults one test for each fault in docs/reliability.md
 # make gate   compress the reference checkpoint for CI and hold its report against benchmarks/gate/baseline.json
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: install run test slow check gate bench clean
+.PHONY: install run test slow faults check gate bench clean
 
 install: $(INSTALLED)
 
@@ -26,6 +27,9 @@ test: install
 
 slow: install
 	$(BIN)/python -m pytest -m slow
+
+faults: install
+	$(BIN)/python -m pytest -m faults
 
 check: install
 	$(BIN)/ruff check .

@@ -24,6 +24,11 @@ def digest(path: Path) -> dict[str, Any]:
         return {"sha256": hashlib.file_digest(stream, "sha256").hexdigest(), "bytes": path.stat().st_size}
 
 
+def digest_of(data: bytes) -> dict[str, Any]:
+    """Return {sha256, bytes} of what is to be a file."""
+    return {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+
+
 def listed(folder: Path) -> list[str]:
     """Names of the files a manifest of this folder covers, relative, with forward slashes."""
     names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())

@@ -95,17 +95,26 @@ def naming(path: Path) -> Iterator[None]:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a text file so that a reader sees the old or the new content. Raises CheckpointError for links and special files."""
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise CheckpointError(f"{path}: is not a regular file")
-    part = path.with_name(f"{path.name}.partial-{secrets.token_hex(4)}")
+    replace_texts({path: text})
+
+
+def replace_texts(documents: dict[Path, str]) -> None:
+    """Write text files of one folder; none is replaced before all are on disk, so that a full disk leaves those that belong together."""
+    parts = {path: path.with_name(f"{path.name}.partial-{secrets.token_hex(4)}") for path in documents}
     try:
-        with naming(path):
-            part.write_text(text, encoding="utf-8")
-            flush(part)
-            os.replace(part, path)
-            flush(path.parent)
+        for path, part in parts.items():
+            if path.is_symlink() or (path.exists() and not path.is_file()):
+                raise CheckpointError(f"{path}: is not a regular file")
+            with naming(path):
+                part.write_text(documents[path], encoding="utf-8")
+                flush(part)
+        for path, part in parts.items():
+            with naming(path):
+                os.replace(part, path)
+                flush(path.parent)
     finally:
-        part.unlink(missing_ok=True)
+        for part in parts.values():
+            part.unlink(missing_ok=True)
 
 
 def amend(folder: Path, documents: dict[str, str]) -> None:
@@ -117,9 +126,8 @@ def amend(folder: Path, documents: dict[str, str]) -> None:
     for name, text in documents.items():
         if name not in manifest.DOCUMENTS:
             raise CheckpointError(f"{folder / name}: only {', '.join(sorted(manifest.DOCUMENTS))} may change in a finished folder")
-        replace_text(folder / name, text)
-        entries[name] = manifest.digest(folder / name)
-    replace_text(folder / manifest.NAME, manifest.render(entries))
+        entries[name] = manifest.digest_of(text.encode())
+    replace_texts({folder / name: text for name, text in (documents | {manifest.NAME: manifest.render(entries)}).items()})
 
 
 class Staging:

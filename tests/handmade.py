@@ -1,5 +1,10 @@
-"""Low-rank modules and checkpoints made by hand, independent of the methods and the writer of the package."""
+"""Low-rank modules and checkpoints made by hand, independent of the methods and the writer of the package; disks that are full."""
 
+import errno
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy
@@ -81,3 +86,34 @@ def tokens(seed: int = 1, batch: int = 2, length: int = 12) -> Tensor:
 def logits(model, input_ids: Tensor | None = None) -> Tensor:
     """One full pass, (batch, length, vocabulary)."""
     return model(input_ids=tokens() if input_ids is None else input_ids, use_cache=False).logits
+
+
+@contextmanager
+def disk_of_20_kb() -> Iterator[None]:
+    """Let no file of this process grow beyond 20 KB, as on a full disk.
+
+    Held inside a test's body only: between tests pytest itself writes, perhaps to a longer file.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20 * 1024, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextmanager
+def full_disk(monkeypatch, name: str, spared: int = 0) -> Iterator[None]:
+    """Let writing a text file fail whose name begins with `name`, as on a full disk, after so many that go well."""
+    original, seen = Path.write_text, []
+
+    def write_text(path: Path, *arguments, **options) -> int:
+        seen.append(path.name.startswith(name))
+        if seen[-1] and sum(seen) > spared:
+            path.touch()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return original(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", write_text)
+        yield

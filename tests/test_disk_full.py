@@ -1,29 +1,14 @@
 # ruff: noqa: F401, F811 - fixtures come from neighbouring files
 import os
-import resource
-from contextlib import contextmanager
 
 import pytest
 from conftest import tiny_model
+from handmade import disk_of_20_kb
 from test_staging import KB, fail, interrupt, output, produce, version_of
 
 from compressor import manifest
 from compressor.errors import CheckpointError
 from compressor.staging import Staging, amend
-
-
-@contextmanager
-def disk_of_20_kb():
-    """Let no file of this process grow beyond 20 KB, as on a full disk.
-
-    Held inside a test's body only: between tests pytest itself writes, perhaps to a longer file.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20 * KB, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize(("shard_size", "file"), [(10**9, "model.safetensors"), (30 * KB, "model-00001-of-0000")])
