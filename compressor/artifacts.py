@@ -19,6 +19,7 @@ from compressor.errors import DataError
 from compressor.shards import read_json
 from compressor.staging import Staging, naming
 from compressor.stats import LinearStats
+from compressor.store import differences
 
 TENSORS, DESCRIPTION = "statistics.safetensors", "statistics.json"
 FORMAT, VERSION = "compressor statistics", 1
@@ -56,8 +57,9 @@ def load_statistics(folder: Path, fingerprint: dict[str, Any] | None = None) -> 
     Raises DataError naming what is damaged, or every part of the fingerprint that differs with both values.
     """
     description = _describe(folder)
-    if fingerprint is not None:
-        _compare(folder, description["fingerprint"], json.loads(json.dumps(fingerprint)))
+    found = [] if fingerprint is None else differences(description["fingerprint"], json.loads(json.dumps(fingerprint)))
+    if found:
+        raise DataError(f"{folder}: the statistics belong to another run: {'; '.join(found)}; collect them again")
     if problems := manifest.problems(folder, manifest.read(folder) or {}):
         raise DataError(f"{problems[0]}; collect the statistics again")
     tensors = load_file(folder / TENSORS)
@@ -91,23 +93,3 @@ def _describe(folder: Path) -> dict[str, Any]:
         found = f"'{description.get('format')}' version {description.get('version')}"
         raise DataError(f"{path}: holds {found}, this version reads '{FORMAT}' version {VERSION}; collect the statistics again")
     return description
-
-
-def _compare(folder: Path, stored: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Raise DataError with every part in which two fingerprints differ."""
-    stored, expected = _flatten(stored), _flatten(expected)
-    differing = [
-        f"{key} is {stored.get(key, 'absent')} there and {expected.get(key, 'absent')} here"
-        for key in sorted(stored.keys() | expected.keys())
-        if stored.get(key, "absent") != expected.get(key, "absent")
-    ]
-    if differing:
-        raise DataError(f"{folder}: the statistics belong to another run: {'; '.join(differing)}; collect them again")
-
-
-def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

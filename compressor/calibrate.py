@@ -6,7 +6,7 @@ The loss is the *sum* over positions of the next-token cross-entropy in nats, so
 The last position of a window has no label and its g is exactly zero: `grad_tokens` counts the other positions, trimmed ones apart.
 """
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from compressor.model import LinearInfo, blocks
 from compressor.progress import Progress, silent
 from compressor.recipe import Gradients
 from compressor.stats import LinearStats
+from compressor.store import NOWHERE, Store
 
 INPUT_FIELDS = frozenset({"gram", "sum", "abs_sum"})
 GRADIENT_FIELDS = frozenset({"fisher", "grad_gram"})
@@ -37,12 +38,13 @@ def collect(
     memory: int | None = None,
     generator: torch.Generator | None = None,
     progress: Progress = silent,
+    store: Store = NOWHERE,
 ) -> dict[str, LinearStats]:
     """Collect for each linear the fields of `LinearStats` that `needs` names, over windows `tokens` (n, length) int64.
 
     Linears with equal `feeds` share the very same tensors of input fields. Sums larger than `memory` bytes are collected in several
-    passes and moved to the CPU after each. `generator` draws the labels when `gradients.labels` is `sampled`. A model spread or offloaded
-    by accelerate serves input fields; gradient fields need its weights in memory.
+    passes and moved to the CPU after each; `store` keeps what a pass found. `generator` draws the labels when `gradients.labels` is
+    `sampled`. A model spread or offloaded by accelerate serves input fields; gradient fields need its weights in memory.
 
     Raises NumericalError naming linear and windows on NaN or infinity, ConfigError for gradients of an offloaded model or of a linear
     that sees routed tokens, DataError for windows too short for gradients or a linear that no token reaches.
@@ -54,11 +56,9 @@ def collect(
     for number, wave in enumerate(passes, start=1):
         sums = _Pass(model, wave, needs, gradients)
         title = "calibrate" if len(passes) == 1 else f"calibrate, pass {number} of {len(passes)}"
-        with sums.watching():
-            for start in progress(range(0, len(tokens), batch_size), title):
-                batch = slice(start, start + batch_size)
-                sums.run(start, tokens[batch], None if uniform is None else uniform[batch])
-        stats |= sums.result(keep_device=len(passes) == 1)
+        batches = progress(range(0, len(tokens), batch_size), title)
+        key = {name: sorted(sums.needs[name]) for name in wave}
+        stats |= store.recall("statistics", key, partial(sums.over, batches, batch_size, tokens, uniform, keep_device=len(passes) == 1))
     return stats
 
 
@@ -170,6 +170,14 @@ class _Pass:
             if not self.backward and last < len(members):
                 stack.callback(members[last].register_forward_hook(stop).remove)
             yield
+
+    def over(self, starts: Iterable[int], size: int, tokens: Tensor, uniform: Tensor | None, keep_device: bool) -> dict[str, LinearStats]:
+        """Run all batches, and hand over the sums."""
+        with self.watching():
+            for start in starts:
+                batch = slice(start, start + size)
+                self.run(start, tokens[batch], None if uniform is None else uniform[batch])
+        return self.result(keep_device)
 
     def run(self, start: int, tokens: Tensor, uniform: Tensor | None) -> None:
         """Run one batch: windows tokens (b, length) from number `start` on; uniform (b, length) draws their labels."""

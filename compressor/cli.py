@@ -11,7 +11,7 @@ import typer
 from typer import Argument, Option
 
 from compressor import __version__
-from compressor.options import CHECKPOINT, DANGER, DEVICE, LIMITS, MAX_HELP, MIN_HELP, MODEL, OVERWRITE, TOLERANCE_HELP
+from compressor.options import CHECKPOINT, DANGER, DEVICE, LIMITS, MAX_HELP, MIN_HELP, MODEL, OVERWRITE, RESTART, TOLERANCE_HELP
 from compressor.progress import Progress
 from compressor.verbs import Outcome, errors_in_one_line, verb
 
@@ -44,13 +44,14 @@ def compress(
         Path | None, Option(metavar="STATS", help="Statistics from `compressor calibrate`, in place of collecting them.")
     ] = None,
     plan: Annotated[Path | None, Option(metavar="FILE", help="Edited plan.json to run, in place of allocating.")] = None,
+    restart: RESTART = False,
     *,
     progress: Progress,
 ) -> Outcome:
     """Compress a model into a new checkpoint, evaluate it and print the before/after table."""
     from compressor import pipeline, report
 
-    found = pipeline.compress(recipe, output, plan=plan, stats=stats, progress=progress)
+    found = pipeline.compress(recipe, output, plan=plan, stats=stats, progress=progress, restart=restart)
     return Outcome(found, report.render(found), found.get("failure"))
 
 
@@ -75,13 +76,14 @@ def plan(
 def calibrate(
     recipe: "Recipe",
     stats: Annotated[Path, Argument(metavar="STATS", help="Folder for the statistics.", show_default=False)],
+    restart: RESTART = False,
     *,
     progress: Progress,
 ) -> Outcome:
     """Collect the statistics that a recipe needs, for `compress --stats`."""
     from compressor import pipeline
 
-    return Outcome(pipeline.calibrate(recipe, stats, overwrite=recipe.output.overwrite, progress=progress))
+    return Outcome(pipeline.calibrate(recipe, stats, overwrite=recipe.output.overwrite, progress=progress, restart=restart))
 
 
 @app.command()
@@ -102,6 +104,7 @@ def evaluate(
     batch_size: Annotated[int, Option(metavar="N", min=1, help="Windows in one forward pass.")] = 8,
     speed: Annotated[bool, Option("--speed", help="Also measure tokens per second and peak memory.")] = False,
     device: DEVICE = "auto",
+    restart: RESTART = False,
     *,
     progress: Progress,
 ) -> Outcome:
@@ -111,7 +114,7 @@ def evaluate(
 
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     options = {"text": text, "column": column, "window": window, "windows": windows, "tasks": names, "limit": limit}
-    where = {"batch_size": batch_size, "speed": speed, "device": device}
+    where = {"batch_size": batch_size, "speed": speed, "device": device, "restart": restart}
     found = pipeline.evaluate(model, against=against, **options, **where, progress=progress)
     return Outcome(found, render_evaluation(found))
 
@@ -126,6 +129,21 @@ def inspect(
     from compressor import pipeline
 
     return Outcome(pipeline.inspect(checkpoint, plot=plot))
+
+
+@app.command()
+@verb
+def clean(
+    outputs: Annotated[
+        list[Path] | None, Argument(metavar="[OUTPUT…]", help="Outputs of runs that were stopped.", show_default=False)
+    ] = None,
+) -> Outcome:
+    """Remove what stopped runs left: beside outputs, and of evaluations in the cache. Outputs themselves are not touched."""
+    from compressor.evaluation import cache
+    from compressor.journal import clean, stopped
+
+    removed = [str(path) for output in [*(outputs or ()), *stopped(cache())] for path in clean(output)]
+    return Outcome({"removed": removed}, "\n".join(removed) or "nothing was left")
 
 
 @app.command()

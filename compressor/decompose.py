@@ -1,7 +1,8 @@
 """Decompositions of linears and groups of linears, and the modules built from them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,10 +10,11 @@ import torch
 from compressor import linalg
 from compressor.assignments import Assignment, Group, keys_of
 from compressor.linears import CompressedLinear, Dense
-from compressor.methods.base import Engine, Method, ModuleMethod, Part
+from compressor.methods.base import Engine, ModuleMethod, Part
 from compressor.model import dense_of
 from compressor.plan import Candidate, Curve
 from compressor.stats import LinearStats
+from compressor.store import NOWHERE, Store, digest
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Decomposition:
     state: Any
     curve: Curve
     members: dict[str, Any]  # linear → what tells it apart: its number of outputs among stacked ones, its key in a module
+    key: str = ""  # digest of method, options, linears and stored dtype, which pieces of work are kept under
 
     def build(self, candidate: Candidate) -> tuple[dict[str, CompressedLinear], float]:
         """Module of every linear for a candidate, as it will be stored, and the error of all in the method's metric."""
@@ -59,12 +62,15 @@ def stacked_stats(stats: Sequence[LinearStats]) -> LinearStats:
     return replace(stats[0], **joined)
 
 
-def decompose_one(name: str, assignment: Assignment, stats: LinearStats) -> list[Decomposition]:
+def decompose_one(name: str, assignment: Assignment, stats: LinearStats, store: Store = NOWHERE) -> list[Decomposition]:
     """Prepare every method that competes for one linear alone."""
-    return decompose(name, assignment.methods, dense_weight(assignment), stats, {name: assignment.info.out_features})
+    members, inputs = {name: assignment.info.out_features}, (dense_weight(assignment), stats)
+    return [decompose(name, method, inputs, members, assignment.dtype, store) for method in assignment.methods]
 
 
-def decompose_group(group: Group, assignments: dict[str, Assignment], stats: dict[str, LinearStats]) -> list[Decomposition]:
+def decompose_group(
+    group: Group, assignments: dict[str, Assignment], stats: dict[str, LinearStats], store: Store = NOWHERE
+) -> list[Decomposition]:
     """Prepare every method that decomposes the linears of a group together."""
     infos = {name: assignments[name].info for name in group.members}
     denses = {name: dense_weight(assignments[name]) for name in group.members}
@@ -72,21 +78,24 @@ def decompose_group(group: Group, assignments: dict[str, Assignment], stats: dic
     for method in group.methods:
         if isinstance(method, ModuleMethod):
             keys = keys_of(method, group, assignments)
-            state = method.prepare(group.name, {key: Part(name, denses[name], stats[name]) for name, key in keys.items()})
-            found.append(Decomposition(method, state, method.candidates(state), keys))
+            inputs, members = ({key: Part(name, denses[name], stats[name]) for name, key in keys.items()},), keys
         else:
-            heights = {name: info.out_features for name, info in infos.items()}
-            joined = stacked(list(denses.values())), stacked_stats([stats[name] for name in group.members])
-            found += decompose(group.name, [method], *joined, heights)
+            inputs = stacked(list(denses.values())), stacked_stats([stats[name] for name in group.members])
+            members = {name: info.out_features for name, info in infos.items()}
+        found.append(decompose(group.name, method, inputs, members, next(iter(denses.values())).dtype, store))
     return found
 
 
-def decompose(name: str, methods: Sequence[Method], dense: Dense, stats: LinearStats, members: dict[str, int]) -> list[Decomposition]:
-    found = []
-    for method in methods:
-        state = method.prepare(name, dense, stats)
-        found.append(Decomposition(method, state, method.candidates(state), members))
-    return found
+def decompose(name: str, method: Engine, inputs: Any, members: dict[str, Any], dtype: torch.dtype, store: Store) -> Decomposition:
+    """Prepare one method. inputs: what its `prepare` takes behind the name."""
+    key = digest([method.name, asdict(method), members, str(dtype)])
+    state, curve = store.recall("decomposition", key, partial(_prepare, method, name, inputs), known=inputs)
+    return Decomposition(method, state, curve, members, key)
+
+
+def _prepare(method: Engine, name: str, inputs: Any) -> tuple[Any, Curve]:
+    state = method.prepare(name, *inputs)
+    return state, method.candidates(state)
 
 
 def gram_error(assignment: Assignment, module: CompressedLinear, stats: LinearStats) -> float:

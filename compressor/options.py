@@ -17,6 +17,7 @@ MODEL = Annotated[
 CHECKPOINT = Annotated[str, Argument(metavar="CHECKPOINT", help="Folder of a model.", show_default=False)]
 DEVICE = Annotated[str | None, Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1, …")]
 OVERWRITE = Annotated[bool, Option("--overwrite", help="Replace the output if it exists.", rich_help_panel=DANGER)]
+RESTART = Annotated[bool, Option("--restart", help="Discard what a stopped run left, and start anew.", rich_help_panel=DANGER)]
 
 # Option → dotted field of the recipe (None: handled by `read_recipe` itself) and its declaration.
 RECIPE_OPTIONS: dict[str, tuple[str | None, Any]] = {

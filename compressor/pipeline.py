@@ -3,32 +3,34 @@
 compress   source → statistics → curves → probes → plan → modules → checkpoint, committed whole → scores, added to its report
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compressor import artifacts, checkpoint, data, estimate, exchange, folder, lm_eval_bridge, refine, report, scoring, selection, stages
+from compressor import artifacts, checkpoint, estimate, evaluation, exchange, folder, manifest, refine, report, selection, stages
 from compressor import export as exporting
 from compressor import model as models
 from compressor.config import dump_yaml
 from compressor.errors import CheckpointError, CompressorError, ConfigError, did_you_mean
+from compressor.evaluation import evaluate
+from compressor.journal import Journal
 from compressor.linears import CompressedLinear
 from compressor.plan import Plan
 from compressor.progress import Progress, silent
 from compressor.recipe import Recipe, size_in_bytes
 from compressor.shards import read_json
-from compressor.speed import speed as measure_speed
 from compressor.stages import Job
 from compressor.staging import Staging, amend, preflight, replace_text
 from compressor.stats import LinearStats
+from compressor.store import Store, digest
 from compressor.timings import Stopwatch
 from compressor.weights import stored_tensors
 
+__all__ = ["calibrate", "compress", "evaluate", "export", "inspect", "load", "plan", "verify"]
+
 PENDING = "not evaluated yet"
-WINDOW = 512  # tokens of an evaluation window where nothing says otherwise and the model has as many positions
 ROOM = 2**20  # bytes beside the weights that a checkpoint may need
 
 
@@ -38,31 +40,49 @@ def load(path: str | Path, device: str = "cpu", dtype: torch.dtype | None = None
 
 
 def compress(
-    recipe: Recipe, output: str | Path, plan: Path | None = None, stats: Path | None = None, progress: Progress = silent
+    recipe: Recipe,
+    output: str | Path,
+    plan: Path | None = None,
+    stats: Path | None = None,
+    progress: Progress = silent,
+    restart: bool = False,
+    shared: Store | None = None,
 ) -> dict[str, Any]:
     """Run a recipe and write the checkpoint folder `output`; return its report (`report.json`).
 
     plan: an edited plan.json to build as it stands; stats: statistics collected by `calibrate`. The scores are measured after the
-    folder is in place: if that fails the folder stays, the scores are null, and `failure` says why.
+    folder is in place: if that fails the folder stays, the scores are null, and `failure` says why. A run that was stopped goes on from
+    its journal, or from nothing with `restart`; `shared` is a store that this run has in common with others.
     Raises CompressorError before anything is written or changed at `output`.
     """
     output, watch = Path(output), Stopwatch()
     source_path = folder.resolve(recipe.model.name, recipe.model.revision)
-    preflight(output, source_path, recipe.output.overwrite, 0)
-    edited = None if plan is None else read_plan(plan)
-    source = stages.open_source(recipe.model.name, recipe.model.revision, progress)
-    preflight(output, source.path, recipe.output.overwrite, source.weight_bytes + ROOM)
-    job = stages.start(recipe, source, progress)
-    with watch("calibrate"):
-        collected = artifacts.load_statistics(stats, stages.fingerprint(job)) if stats else stages.statistics(job, progress)
-    made, modules = plan_and_build(job, collected, edited, watch, progress)
-    with watch("write"):
-        found = write(job, made, modules, output, watch, progress)
-    if recipe.evaluation.enabled:
-        with watch("evaluate"):
-            found = score(job.recipe, source.path, output, job, found, made, progress)
-    replace_text(output / "timings.json", report.to_json(watch.to_json()))
+    with Journal(output, restart) as journal:
+        overwrite = recipe.output.overwrite or journal.committed
+        preflight(output, source_path, overwrite, 0)
+        edited = None if plan is None else read_plan(plan)
+        source = stages.open_source(recipe.model.name, recipe.model.revision, progress)
+        preflight(output, source.path, overwrite, source.weight_bytes + ROOM)
+        job = stages.start(recipe, source, progress)
+        job = stages.keeping(job, journal.begin(described(job, edited, stats), shared))
+        with watch("calibrate"):
+            collected = artifacts.load_statistics(stats, stages.fingerprint(job)) if stats else stages.statistics(job, progress)
+        made, modules = plan_and_build(job, collected, edited, watch, progress)
+        with watch("write"):
+            stages.install(job, modules)
+            found = described_report(job, made, output) if journal.committed else write(job, made, output, watch, journal, progress)
+        if recipe.evaluation.enabled:
+            with watch("evaluate"):
+                found = score(job, output, found, made, progress)
+        replace_text(output / "timings.json", report.to_json(watch.to_json()))
     return found
+
+
+def described(job: Job, edited: Plan | None, stats: Path | None) -> dict[str, Any]:
+    """What a run depends on, JSON: a run that was stopped goes on only where all of it is the same."""
+    recipe = job.recipe.model_dump(mode="json", exclude={"output": {"overwrite"}})
+    given = {"plan": edited and digest(edited.to_json()), "statistics": stats and manifest.digest(stats / manifest.NAME)["sha256"]}
+    return {"fingerprint": stages.fingerprint(job), "recipe": recipe} | given
 
 
 def plan_and_build(
@@ -86,32 +106,34 @@ def plan_and_build(
     return stages.with_gram_errors(made, job, modules, collected), modules
 
 
-def write(
-    job: Job, made: Plan, modules: dict[str, CompressedLinear], output: Path, watch: Stopwatch, progress: Progress = silent
-) -> dict[str, Any]:
-    """Install the modules, write the folder, prove that it reloads bit for bit, and put it in place; return the report so far."""
-    original_bytes = sum((job.source.path / name).stat().st_size for name in job.source.files)
-    stages.install(job, modules)
+def write(job: Job, made: Plan, output: Path, watch: Stopwatch, journal: Journal, progress: Progress) -> dict[str, Any]:
+    """Write the folder of the compressed model, prove that it reloads bit for bit, and put it in place; return the report so far."""
     with Staging(output, job.recipe.output.overwrite) as staging:
         shard_size = size_in_bytes(job.recipe.output.shard_size)
         checkpoint.write_model(staging.folder, job.model, job.tokenizer, job.source.path, shard_size, progress)
         checkpoint.compare_reload(staging.folder, job.model, progress)
-        written = sum(path.stat().st_size for path in staging.folder.glob("*.safetensors"))
-        limit = job.recipe.allocation.target_size
+        found = described_report(job, made, staging.folder)
+        written, limit = found["bytes"]["compressed"], job.recipe.allocation.target_size
         if limit is not None and written > size_in_bytes(limit):
             raise CheckpointError(f"{output}: the weights take {written:,} bytes, target_size {limit} allows less; lower it by the excess")
-        found = report.build(
-            made,
-            sizes_of(job, made, original_bytes, written),
-            unit=job.recipe.allocation.count,
-            reason=PENDING if job.recipe.evaluation.enabled else "evaluation is switched off",
-            fingerprints=stages.fingerprint(job) | {"recipe": stages.digest(job.recipe.model_dump(mode="json"))},
-        )
         for name, text in documents(job.recipe, made, found).items():
             replace_text(staging.folder / name, text)
         replace_text(staging.folder / "timings.json", report.to_json(watch.to_json()))
-        staging.commit()
+        staging.commit(journal.note)
     return found
+
+
+def described_report(job: Job, made: Plan, weights: Path) -> dict[str, Any]:
+    """The report of a model that is written but not evaluated. weights: the folder that holds it."""
+    original_bytes = sum((job.source.path / name).stat().st_size for name in job.source.files)
+    written = sum(path.stat().st_size for path in weights.glob("*.safetensors"))
+    return report.build(
+        made,
+        sizes_of(job, made, original_bytes, written),
+        unit=job.recipe.allocation.count,
+        reason=PENDING if job.recipe.evaluation.enabled else "evaluation is switched off",
+        fingerprints=stages.fingerprint(job) | {"recipe": digest(job.recipe.model_dump(mode="json"))},
+    )
 
 
 def documents(recipe: Recipe, made: Plan, found: dict[str, Any]) -> dict[str, str]:
@@ -133,38 +155,15 @@ def sizes_of(job: Job, made: Plan, original_bytes: int, written: int) -> report.
     return report.Sizes(original_bytes, written, bits, parameters - sum(choice.parameters for choice in made.linears.values()))
 
 
-def score(recipe: Recipe, source: Path, output: Path, job: Job, found: dict[str, Any], made: Plan, progress: Progress) -> dict[str, Any]:
+def score(job: Job, output: Path, found: dict[str, Any], made: Plan, progress: Progress) -> dict[str, Any]:
     """Evaluate the committed folder against its source and amend its report; a failure leaves null scores and a reason."""
-    section, failure = recipe.evaluation, None
+    failure = None
     try:
-        original, tokenizer = models.load(source, device=job.device)
-        model = job.model  # bit for bit what a reload of `output` gives: `write` compared them
-        text = section.source or str(data.bundled("evaluation"))
-        windows = data.load_windows(
-            text, tokenizer, recipe.evaluation_window, section.windows, section.column, seed=recipe.seed, model=model, progress=progress
-        )
-        result = scoring.compare(original, model, windows.tokens, section.batch_size, progress)
-        heldout = job.heldout.tokens
-        held = scoring.compare(original, model, heldout, section.batch_size, progress).to_json() if len(heldout) else None
-        tasks = (
-            {}
-            if not section.tasks
-            else {
-                key: lm_eval_bridge.scores(
-                    each, tokenizer, list(section.tasks), section.limit, section.batch_size, recipe.evaluation_window, progress
-                )
-                for key, each in (("lm_eval", model), ("lm_eval_original", original))
-            }
-        )
-        shared = data.overlap(job.calibration, windows)
-        warnings = [f"{shared:.1%} of the evaluation windows repeat text of the calibration windows"] if shared else []
-        found = found | {"reason": None, "heldout": held and report.scores(held), "warnings": found["warnings"] + warnings}
-        found |= report.scores(result.to_json()) | tasks
-        found["fingerprints"] = found["fingerprints"] | {"evaluation": windows.digest}
+        found = evaluation.measure(job, found, job.store.within(made.to_json()), progress)
     except CompressorError as error:
         failure = f"the checkpoint is written, its evaluation failed: {error}"
         found = found | {"reason": str(error)}
-    amend(output, {name: text for name, text in documents(recipe, made, found).items() if name in ("report.json", "README.md")})
+    amend(output, {name: text for name, text in documents(job.recipe, made, found).items() if name in ("report.json", "README.md")})
     return found | ({"failure": failure} if failure else {})
 
 
@@ -189,15 +188,19 @@ def plan(recipe: Recipe, stats: Path | None = None, progress: Progress = silent)
     return found | {"price": made.price, "linears": [linear | chosen[linear["name"]] for linear in found["linears"]]}
 
 
-def calibrate(recipe: Recipe, output: str | Path, overwrite: bool = False, progress: Progress = silent) -> dict[str, Any]:
+def calibrate(
+    recipe: Recipe, output: str | Path, overwrite: bool = False, progress: Progress = silent, restart: bool = False
+) -> dict[str, Any]:
     """Collect the statistics that a recipe needs into a new folder, with a fingerprint of what they depend on."""
     output = Path(output)
-    source = stages.open_source(recipe.model.name, recipe.model.revision, progress)
-    preflight(output, source.path, overwrite, 0)
-    job = stages.start(recipe, source, progress)
-    collected = stages.statistics(job, progress)
-    mark = stages.fingerprint(job)
-    artifacts.save_statistics(output, collected, mark, overwrite)
+    with Journal(output, restart) as journal:
+        source = stages.open_source(recipe.model.name, recipe.model.revision, progress)
+        preflight(output, source.path, overwrite, 0)
+        job = stages.start(recipe, source, progress)
+        job = stages.keeping(job, journal.begin(described(job, None, None)))
+        collected = stages.statistics(job, progress)
+        mark = stages.fingerprint(job)
+        artifacts.save_statistics(output, collected, mark, overwrite)
     written = sum(path.stat().st_size for path in output.iterdir())
     return {
         "output": str(output),
@@ -206,41 +209,6 @@ def calibrate(recipe: Recipe, output: str | Path, overwrite: bool = False, progr
         "bytes": written,
         "fingerprint": mark,
     }
-
-
-def evaluate(
-    name: str,
-    against: str | None = None,
-    text: str | None = None,
-    column: str | None = None,
-    window: int | None = None,
-    windows: int | None = None,
-    tasks: Sequence[str] = (),
-    limit: int | None = None,
-    device: str = "auto",
-    batch_size: int = 8,
-    speed: bool = False,
-    progress: Progress = silent,
-) -> dict[str, Any]:
-    """Perplexity per token, KL(original‖model) with `against`, lm-eval tasks, and speed: the keys of `evaluate --json`."""
-    device = stages.choose_device(device)
-    paths = {"compressed": folder.resolve(name)}
-    if against is not None:
-        paths["original"] = folder.resolve(against)
-    model, tokenizer = models.load(paths["compressed"], device=device)
-    window = window or min(WINDOW, getattr(model.config.get_text_config(), "max_position_embeddings", WINDOW))
-    loaded = data.load_windows(text or str(data.bundled("evaluation")), tokenizer, window, windows, column, model=model, progress=progress)
-    if against is None:
-        found = scoring.perplexity(model, loaded.tokens, batch_size, progress).to_json()
-    else:
-        original, _ = models.load(paths["original"], device=device)
-        found = scoring.compare(original, model, loaded.tokens, batch_size, progress).to_json()
-    found |= {"text": loaded.source, "unit": "token", "lm_eval": None, "fingerprint": loaded.digest}
-    if tasks:
-        found["lm_eval"] = lm_eval_bridge.scores(model, tokenizer, list(tasks), limit, batch_size, window, progress)
-    if speed:
-        found["speed"] = {which: measure_speed(path, device).to_json() for which, path in progress(paths.items(), "speed")}
-    return found
 
 
 def inspect(path: str | Path, plot: Path | None = None) -> dict[str, Any]:

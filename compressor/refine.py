@@ -1,6 +1,6 @@
 """From the modules of a plan to the final ones, methods and settings fixed: solved again in order, and given low-rank residuals."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -54,6 +54,7 @@ def finish(
                 {name: assignment.needs for name, assignment in job.assignments.items()},
                 job.recipe.calibration.anchor > 0,
                 run.solve,
+                run.keep,
                 progress,
             )
     return replace(plan, linears=run.choices), run.modules
@@ -117,6 +118,7 @@ class _Run:
         self.job, self.found, self.stats, self.ranks = job, found, stats, ranks
         self.section = job.recipe.calibration
         self.choices, self.modules = dict(plan.linears), dict(modules)
+        self.store = job.store.within(plan.to_json(), ranks)
         self.waiting: dict[str, Part] = {}  # linears of feed-forward blocks whose last one has not been reached
 
     def solve(self, names: Sequence[str], sums: LinearStats | None) -> Modules:
@@ -131,6 +133,18 @@ class _Run:
             state = part.state if sums is None else self.solve_part(part, targets, stats, took)
             self.compensate(part, state, targets, stats)
         return placed | {name: self.modules[name] for name in names if self.module_of(name) is None}
+
+    def keep(self, names: Sequence[str], make: Callable[[], Modules]) -> Modules:
+        """Modules of a block, made now or in a run that was stopped, with its final modules and choices."""
+
+        def outcome() -> tuple[Modules, Modules, dict[str, Choice]]:
+            placed = make()
+            return placed, {name: self.modules[name] for name in names}, {name: self.choices[name] for name in names}
+
+        placed, modules, choices = self.store.recall("solved", list(names), outcome)
+        self.modules |= modules
+        self.choices |= choices
+        return placed
 
     def module_of(self, name: str) -> Decomposition | None:
         """The decomposition that compresses this linear with the rest of its module, if one does."""

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.nn import functional
 
 from compressor.errors import EvaluationError
 from compressor.progress import Progress, silent
+from compressor.store import NOWHERE, Store
 
 CHUNK = 1 << 23  # logits widened to float64 at a time: 64 MiB a copy
 
@@ -52,8 +54,8 @@ class Comparison:
         return self.model.to_json() | {"kl": self.kl, "perplexity_original": self.original.perplexity}
 
 
-def perplexity(model: nn.Module, tokens: Tensor, batch_size: int = 8, progress: Progress = silent) -> Score:
-    """Score a model on tokens (n, window), int64.
+def perplexity(model: nn.Module, tokens: Tensor, batch_size: int = 8, progress: Progress = silent, store: Store = NOWHERE) -> Score:
+    """Score a model on tokens (n, window), int64; `store` is that of a run of this model on these tokens, if it may be stopped.
 
     Raises EvaluationError if the windows do not fit the model, if a batch is not finite (it is named) or the result overflows.
     """
@@ -61,11 +63,17 @@ def perplexity(model: nn.Module, tokens: Tensor, batch_size: int = 8, progress: 
     nll = 0.0
     with in_float32(model):
         for place, batch in progress(_batches(tokens, batch_size), "evaluate"):
-            nll += _finite(nll_sum(_logits(model, batch), batch), f"the model: log-likelihood of {place}")
+            nll += store.recall("score", place, partial(_likelihood, model, batch, place))
     return _score(nll, tokens, "the model")
 
 
-def compare(original: nn.Module, model: nn.Module, tokens: Tensor, batch_size: int = 8, progress: Progress = silent) -> Comparison:
+def _likelihood(model: nn.Module, batch: Tensor, place: str) -> float:
+    return _finite(nll_sum(_logits(model, batch), batch), f"the model: log-likelihood of {place}")
+
+
+def compare(
+    original: nn.Module, model: nn.Module, tokens: Tensor, batch_size: int = 8, progress: Progress = silent, store: Store = NOWHERE
+) -> Comparison:
     """Score the original and the model on tokens (n, window), int64, batch by batch, so that no log-probabilities are kept.
 
     The two may live on different devices and may be the same module. Raises EvaluationError as `perplexity` does.
@@ -75,18 +83,26 @@ def compare(original: nn.Module, model: nn.Module, tokens: Tensor, batch_size: i
     nll_original = nll_model = divergence = 0.0
     with in_float32(original), in_float32(model):
         for place, batch in progress(_batches(tokens, batch_size), "evaluate"):
-            expected, found = _logits(original, batch), _logits(model, batch)
-            if expected.shape != found.shape:
-                raise EvaluationError(
-                    f"the models cannot be compared: logits {tuple(expected.shape)} of the original and {tuple(found.shape)} of the model"
-                )
-            nll_original += _finite(nll_sum(expected, batch), f"the original: log-likelihood of {place}")
-            nll_model += _finite(nll_sum(found, batch), f"the model: log-likelihood of {place}")
-            divergence += _finite(kl_sum(expected.to(found.device), found), f"KL(original‖model) of {place}")
+            sums = store.recall("comparison", place, partial(_compare, original, model, batch, place))
+            nll_original, nll_model, divergence = nll_original + sums[0], nll_model + sums[1], divergence + sums[2]
     return Comparison(
         original=_score(nll_original, tokens, "the original"),
         model=_score(nll_model, tokens, "the model"),
         kl=divergence / tokens.numel(),
+    )
+
+
+def _compare(original: nn.Module, model: nn.Module, batch: Tensor, place: str) -> tuple[float, float, float]:
+    """Sums over one batch: negative log-likelihood of the original and of the model, and KL(original‖model)."""
+    expected, found = _logits(original, batch), _logits(model, batch)
+    if expected.shape != found.shape:
+        raise EvaluationError(
+            f"the models cannot be compared: logits {tuple(expected.shape)} of the original and {tuple(found.shape)} of the model"
+        )
+    return (
+        _finite(nll_sum(expected, batch), f"the original: log-likelihood of {place}"),
+        _finite(nll_sum(found, batch), f"the model: log-likelihood of {place}"),
+        _finite(kl_sum(expected.to(found.device), found), f"KL(original‖model) of {place}"),
     )
 
 

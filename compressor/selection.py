@@ -1,6 +1,7 @@
 """From curves and probes to modules: solve, build, measure, and let the plans of several methods meet on held-out windows."""
 
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 from compressor import model as models
@@ -8,6 +9,7 @@ from compressor.errors import BudgetError, ConfigError
 from compressor.linears import CompressedLinear
 from compressor.plan import DENSE, Candidate, Plan
 from compressor.planning import Found, Problem, Solution, damages_of, options_of, solve, to_plan
+from compressor.probe import Prober
 from compressor.progress import Progress, silent
 from compressor.stages import Job, Probes, other_bytes, output_dtype
 from compressor.units import Option, without
@@ -37,7 +39,7 @@ def choose(job: Job, found: Found, probed: Probes, progress: Progress = silent) 
     damages = damages_of(job.recipe, job.block_of, found, probed.results, len(models.blocks(job.model)[1]))
     others = other_bytes(stored_tensors(job.model), job.assignments, output_dtype(job.recipe))
     problem = Problem(job.recipe, job.assignments, job.groups, found, others, job.calibration.tokens.numel())
-    options, workshop = options_of(problem, damages), Workshop(found, probed.results)
+    options, workshop = options_of(problem, damages), Workshop(found, probed.results, job.store)
     methods = sorted({part.method.name for parts in found.values() for part in parts})
     if probed.prober is None or len(methods) == 1:
         alone = settle(problem, options, workshop, progress)
@@ -52,9 +54,17 @@ def choose(job: Job, found: Found, probed: Probes, progress: Progress = silent) 
         problem, options, workshop, progress
     )  # last: by now the curves have been corrected near what each method chose
     with job.computing():
-        contest = {name: probed.prober.kl(settled.modules, 0) for name, settled in progress(entrants.items(), "contest")}
+        contest = {name: divergence(job, probed.prober, settled) for name, settled in progress(entrants.items(), "contest")}
     best = entrants[min(contest, key=contest.__getitem__)]
     return to_plan(*best, contest), best.modules
+
+
+def divergence(job: Job, prober: Prober, settled: Settled) -> float:
+    """Held-out divergence of the model with all modules of a solution, nats per token."""
+    options = settled.solution.options.items()
+    chosen = {unit: [option.decomposition and option.decomposition.key, option.candidate.setting] for unit, option in options}
+    store = job.store.within(job.recipe.allocation.probe.model_dump(mode="json"))
+    return store.recall("contest", chosen, partial(prober.kl, settled.modules, 0))
 
 
 def settle(problem: Problem, options: dict[str, list[Option]], workshop: Workshop, progress: Progress = silent) -> Settled:
@@ -91,7 +101,7 @@ def build_plan(job: Job, plan: Plan, found: Found, progress: Progress = silent) 
         if chosen.setdefault(unit, Option(unit, 0, 0.0, candidate, part)).candidate is not candidate:
             raise ConfigError(f"{name}: shares what it stores with others of {unit}, but their settings differ; make them equal")
     solution = Solution(chosen, None, in_nats=False)
-    modules, measured = Workshop(found, {}).build_all(solution, progress)
+    modules, measured = Workshop(found, {}, job.store).build_all(solution, progress)
     problem = Problem(job.recipe, job.assignments, job.groups, found, 0, 0)
     expected = {unit: option.candidate.error for unit, option in chosen.items()}
     return replace(to_plan(solution, problem, modules, expected, measured, {}), recipe=plan.recipe), modules

@@ -30,6 +30,7 @@ from compressor.restart import block_outputs, forward_from, passing, require_res
 from compressor.stats import LinearStats
 
 Solve = Callable[[Sequence[str], LinearStats | None], dict[str, CompressedLinear]]
+Keep = Callable[[Sequence[str], Callable[[], dict[str, CompressedLinear]]], dict[str, CompressedLinear]]
 
 
 class Streams:
@@ -144,24 +145,34 @@ def solve_in_order(
     needs: Mapping[str, frozenset[str]],
     anchored: bool,
     solve: Solve,
+    keep: Keep = lambda names, make: make(),
     progress: Progress = silent,
 ) -> None:
     """Call `solve` for each group of `linears`, in order, and let the groups behind see what it returns.
 
     linears: those to be replaced, name → linear; needs: fields of their statistics; solve(names, stats) → modules: `stats` are the input
-    sums of the group, None as long as they are those of the dense model. The model is left as it was. Raises as `Streams`.
+    sums of the group, None as long as they are those of the dense model. keep(names, make) → modules of all `names` of a block: what
+    `make` returns, or what it returned in a run that was stopped. The model is left as it was. Raises as `Streams`.
     """
     if not linears:
         return
     streams = Streams(model, batches, anchored)
     last = max(info.block for info in linears.values())
     for block in progress(range(last + 1), "solve in order"):
-        placed: dict[str, nn.Module] = {}
-        for names in streams.order({name: info for name, info in linears.items() if info.block == block}):
-            infos = [linears[name] for name in names]
-            fields = frozenset({"gram"}).union(*(needs[name] for name in names)) & INPUT_FIELDS
-            stats = streams.gather(infos, fields, placed) if streams.parted or placed else None
-            modules = solve(names, stats)
-            placed |= {name: fitted(model, name, module) for name, module in modules.items()}
+        members = {name: info for name, info in linears.items() if info.block == block}
+        modules = keep(list(members), partial(_solve_block, streams, members, needs, solve)) if members else {}
         if block < last:
-            streams.advance(placed)
+            streams.advance({name: fitted(model, name, module) for name, module in modules.items()})
+
+
+def _solve_block(
+    streams: Streams, linears: Mapping[str, LinearInfo], needs: Mapping[str, frozenset[str]], solve: Solve
+) -> dict[str, CompressedLinear]:
+    found: dict[str, CompressedLinear] = {}
+    for names in streams.order(linears):
+        infos = [linears[name] for name in names]
+        fields = frozenset({"gram"}).union(*(needs[name] for name in names)) & INPUT_FIELDS
+        placed = {name: fitted(streams.model, name, module) for name, module in found.items()}
+        stats = streams.gather(infos, fields, placed) if streams.parted or placed else None
+        found |= solve(names, stats)
+    return found

@@ -1,10 +1,9 @@
 """The stages of a run, each a function of what the stages before it made: job → statistics → curves → probes → plan → modules."""
 
-import hashlib
-import json
 from collections.abc import Container, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from compressor.progress import Progress, silent
 from compressor.recipe import Recipe, size_in_bytes
 from compressor.scoring import in_float32
 from compressor.stats import LinearStats
+from compressor.store import NOWHERE, Store
 
 HEADER_BYTES = 160  # of a stored tensor in a safetensors header, its name apart; for target sizes
 
@@ -41,6 +41,7 @@ class Job:
     groups: dict[str, Group]
     calibration: data.Windows
     heldout: data.Windows
+    store: Store = NOWHERE  # where finished pieces of work are kept
 
     @property
     def device(self) -> torch.device:
@@ -110,9 +111,9 @@ def fingerprint(job: Job) -> dict[str, Any]:
     }
 
 
-def digest(data: dict[str, Any]) -> str:
-    """sha256 of JSON data."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+def keeping(job: Job, store: Store) -> Job:
+    """The job with a store for its pieces, which all depend on the source, the windows and the calibration."""
+    return replace(job, store=store.within(fingerprint(job), job.recipe.calibration.model_dump(mode="json")))
 
 
 def statistics(job: Job, progress: Progress = silent) -> dict[str, LinearStats]:
@@ -129,6 +130,7 @@ def statistics(job: Job, progress: Progress = silent) -> dict[str, LinearStats]:
             memory=size_in_bytes(section.memory),
             generator=torch.Generator().manual_seed(job.recipe.seed),
             progress=progress,
+            store=job.store,
         )
 
 
@@ -136,9 +138,9 @@ def decompositions(job: Job, stats: dict[str, LinearStats], progress: Progress =
     """One decomposition for each method and each linear or group that it decomposes; it serves every size."""
     units = progress([*job.assignments, *job.groups], "decompose")
     return {
-        name: decompose_group(job.groups[name], job.assignments, stats)
+        name: decompose_group(job.groups[name], job.assignments, stats, job.store)
         if name in job.groups
-        else decompose_one(name, job.assignments[name], stats[name])
+        else decompose_one(name, job.assignments[name], stats[name], job.store)
         for name in units
     }
 
@@ -166,10 +168,12 @@ def probes(job: Job, found: Found, progress: Progress = silent) -> Probes:
     blocks = job.block_of
     with job.computing(), torch.no_grad():
         prober = Prober(job.model, tokens, job.recipe.calibration.batch_size, section.temperature, section.skip)
-        return Probes(
-            {(name, index): probe(prober, found[name][index], blocks[name], section.rank) for name, index in progress(keys, "probe")},
-            prober,
-        )
+        store = job.store.within(section.model_dump(mode="json"))
+        results = {}
+        for name, index in progress(keys, "probe"):
+            part = found[name][index]
+            results[name, index] = store.recall("probe", part.key, partial(probe, prober, part, blocks[name], section.rank))
+        return Probes(results, prober)
 
 
 def other_bytes(tensors: Mapping[str, Tensor], targets: Container[str], dtype: torch.dtype | None) -> int:

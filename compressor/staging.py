@@ -2,7 +2,7 @@
 
 Everything is written to OUT.partial-<host>-<pid>-<random> beside the output. `commit` adds the manifest, flushes to disk and renames:
 an old folder aside, the new one in, the old one away. Whatever stops the run earlier leaves the output as it was. After a kill the
-partial folder stays and the next run reports it; only if the kill falls between the two renames is the old folder left aside as OUT.old-….
+partial folder stays until `recover`; only if the kill falls between the two renames is the old folder left aside as OUT.old-….
 """
 
 import logging
@@ -11,7 +11,7 @@ import secrets
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -73,6 +73,33 @@ def check_place(output: Path, overwrite: bool) -> None:
 def leftovers(output: Path) -> list[Path]:
     """Partial and set-aside folders of runs that were killed while writing this output (or, partial ones, of one still running)."""
     return sorted(path for kind in ("partial", "old") for path in output.parent.glob(f"{output.name}.{kind}-*"))
+
+
+def recover(output: Path) -> None:
+    """Clear away what a killed run left of writing this output; a folder set aside comes back where nothing has taken its place."""
+    lock = lock_of(output)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return  # somebody is writing now
+    try:
+        for path in leftovers(output):
+            if path.name.startswith(f"{output.name}.old-") and not output.exists():
+                os.rename(path, output)
+            else:
+                remove(path)
+    finally:
+        _unlock(lock)
+
+
+def lock_of(output: Path) -> FileLock:
+    """What the process that writes this output holds."""
+    return FileLock(output.with_name(f".{output.name}.lock"))
+
+
+def _unlock(lock: FileLock) -> None:
+    Path(lock.lock_file).unlink(missing_ok=True)  # while still held: whoever comes next makes a new one
+    lock.release()
 
 
 def flush(path: Path) -> None:
@@ -137,7 +164,7 @@ class Staging:
         self.output, self.overwrite = located(output), overwrite
         self.run = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         self.folder = self.output.with_name(f"{self.output.name}.partial-{self.run}")
-        self.lock = FileLock(self.output.with_name(f".{self.output.name}.lock"))
+        self.lock = lock_of(self.output)
 
     def __enter__(self) -> Self:
         check_place(self.output, self.overwrite)
@@ -151,7 +178,7 @@ class Staging:
             try:
                 self.folder.mkdir()
             except BaseException:
-                self._unlock()
+                _unlock(self.lock)
                 raise
         return self
 
@@ -160,15 +187,20 @@ class Staging:
             if self.folder.exists():
                 remove(self.folder)
         finally:
-            self._unlock()
+            _unlock(self.lock)
 
-    def commit(self) -> Path:
-        """Write the manifest, flush everything and put the folder in place. Returns the output path."""
+    def commit(self, ready: Callable[[Path], None] | None = None) -> Path:
+        """Write the manifest, flush everything and put the folder in place. Returns the output path.
+
+        ready: called with the finished folder just before it is renamed.
+        """
         with naming(self.folder):
             (self.folder / manifest.NAME).write_text(manifest.build(self.folder), encoding="utf-8")
             for path in sorted(self.folder.rglob("*")):
                 flush(path)
             flush(self.folder)
+        if ready is not None:
+            ready(self.folder)
         check_place(self.output, self.overwrite)
         old = self.output.with_name(f"{self.output.name}.old-{self.run}")
         with naming(self.output):
@@ -184,10 +216,6 @@ class Staging:
         if old.exists():
             remove(old)
         return self.output
-
-    def _unlock(self) -> None:
-        Path(self.lock.lock_file).unlink(missing_ok=True)  # while still held: whoever comes next makes a new one
-        self.lock.release()
 
 
 def remove(folder: Path) -> None:

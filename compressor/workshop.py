@@ -4,12 +4,14 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
 from compressor.linears import CompressedLinear
 from compressor.planning import Found, ResultOf, Solution
 from compressor.progress import Progress, silent
+from compressor.store import NOWHERE, Store
 from compressor.units import Option
 
 
@@ -20,7 +22,8 @@ class Workshop:
     these it is interpolated, its logarithm over that of the bits. So a cheap curve becomes as good as need be where it is chosen from.
     """
 
-    def __init__(self, found: Found, probed: ResultOf):
+    def __init__(self, found: Found, probed: ResultOf, store: Store = NOWHERE):
+        self.store = store
         self.built: dict[tuple[int, str], tuple[dict[str, CompressedLinear], float]] = {}
         self.ratios: dict[int, dict[int, float]] = {}  # decomposition → bits of a candidate → measured ÷ predicted
         self.probed: dict[int, float] = {}  # the ratio at the probe, which damages are relative to
@@ -36,7 +39,7 @@ class Workshop:
         part, candidate = option.decomposition, option.candidate
         key = id(part), json.dumps(candidate.setting, sort_keys=True)
         if key not in self.built:
-            self.built[key] = part.build(candidate)
+            self.built[key] = self.store.recall("modules", [part.key, candidate.setting], partial(part.build, candidate))
         error = self.built[key][1]
         if candidate.error > 0 and error > 0:
             self.ratios.setdefault(id(part), {})[candidate.bits] = error / candidate.error

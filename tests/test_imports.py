@@ -16,7 +16,7 @@ LEVELS = (
     ("stats", "linears", "plan", "roles", "shards", "sources", "timings"),
     ("methods",),
     ("knapsack", "compensate", "allocate"),
-    ("manifest", "folder", "staging", "weights", "artifacts", "hf", "model", "data", "calibrate"),
+    ("manifest", "folder", "staging", "codec", "store", "journal", "weights", "artifacts", "hf", "model", "data", "calibrate"),
     (
         "scoring",
         "checkpoint",
@@ -33,7 +33,7 @@ LEVELS = (
         "gate",
     ),
     ("assignments", "decompose", "probe", "units", "rules", "planning"),
-    ("stages", "workshop", "selection", "refine", "estimate", "pipeline"),
+    ("stages", "workshop", "selection", "refine", "estimate", "evaluation", "pipeline"),
     ("options", "verbs", "cli", "__main__"),
 )
 ORDER = [module for level in LEVELS for module in level]

@@ -59,7 +59,7 @@ class Dictionary(CompressedLinear):
         if lender is None:
             self.atoms = nn.Parameter(atoms, requires_grad=atoms.requires_grad)
         else:
-            object.__setattr__(self, "_source", atoms)  # not a submodule: its tensors are stored where it stands
+            self.borrow(atoms)
         self.register_buffer("mask", mask)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=bias.requires_grad))
 
@@ -94,16 +94,20 @@ class Dictionary(CompressedLinear):
         source = getattr(model.get_submodule(self.lender), "base", model.get_submodule(self.lender))
         if not isinstance(source, Dictionary) or source.lender or source.atoms.shape != (self.atom_count, self.in_features // self.blocks):
             raise CheckpointError(f"{self.lender}: a linear borrows its dictionary, but it stores none of {self.atom_count} atoms")
-        object.__setattr__(self, "_source", source)
+        self.borrow(source)
+
+    def borrow(self, source: "Tensor | Dictionary") -> None:
+        """Take the atoms from another linear, or from a tensor until that is in its place."""
+        object.__setattr__(self, "lent", source)  # not a submodule: its tensors are stored where it stands
 
     def dictionary(self) -> Tensor:
         """The atoms (P · k, in / P), its own or borrowed; these in the dtype and on the device of the codes."""
         if self.lender is None:
             return self.atoms
-        if isinstance(self._source, Tensor):  # not bound to a model yet
-            return self._source
-        with align_module_device(self._source):  # fetches what accelerate keeps elsewhere
-            return self._source.atoms.to(self.weight)
+        if isinstance(self.lent, Tensor):  # not bound to a model yet
+            return self.lent
+        with align_module_device(self.lent):  # fetches what accelerate keeps elsewhere
+            return self.lent.atoms.to(self.weight)
 
     def codes(self) -> Tensor:
         """Sᵀ (out, P · k) in the dtype of the values, differentiable in them."""

@@ -1,12 +1,15 @@
 """What every registered method promises, on every case and for every metric or option that changes its mathematics."""
 
 import itertools
+import json
 import math
 
 import cases
 import pytest
 import torch
+from safetensors.torch import load, save
 
+from compressor.codec import decode, encode
 from compressor.linears import build_empty
 from compressor.methods import METHODS, build
 from compressor.methods.base import Method
@@ -131,3 +134,20 @@ def test_missing_statistics_name_the_linear_and_the_command(method):
     if method.needs:
         with pytest.raises(DataError, match=r"model\.q_proj: the statistics lack .*`compressor calibrate"):
             method.prepare("model.q_proj", cases.make("square").dense, LinearStats(tokens=1))
+
+
+def test_a_decomposition_that_was_put_away_builds_the_same(method):
+    case = cases.make("wide")
+    given = case.dense, case.stats
+    state = method.prepare("linear", *given)
+    curve = method.candidates(state)
+    data, tensors = encode((state, curve), given)
+    text, stored = json.dumps(data), save(tensors)
+    found = [decode(json.loads(text), load(stored), given) for _ in range(2)]
+    assert found[0][1] == curve
+    for candidate in some(curve.candidates, 2):
+        expected = method.compress(state, candidate.setting)
+        one, two = (method.compress(each, candidate.setting).state_dict() for each, _ in found)
+        assert expected.spec() == method.compress(found[0][0], candidate.setting).spec()
+        assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+        assert method.measure(found[0][0], expected) == pytest.approx(method.measure(state, expected), rel=1e-9, abs=1e-12)

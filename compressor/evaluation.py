@@ -1,0 +1,109 @@
+"""Scores of a compressed model beside its original: within a run, and of any model folder for the verb `evaluate`."""
+
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from compressor import data, folder, lm_eval_bridge, report, scoring, stages
+from compressor import model as models
+from compressor.journal import Journal
+from compressor.progress import Progress, silent
+from compressor.recipe import Recipe
+from compressor.speed import speed as measure_speed
+from compressor.stages import Job
+from compressor.store import Store, digest
+
+WINDOW = 512  # tokens of an evaluation window where nothing says otherwise and the model has as many positions
+
+
+def measure(job: Job, found: dict[str, Any], store: Store, progress: Progress) -> dict[str, Any]:
+    """The report `found` with the scores of the model that the job has become, bit for bit what a reload gives, against its source."""
+    recipe, model = job.recipe, job.model
+    section = recipe.evaluation
+    original, tokenizer = models.load(job.source.path, device=job.device)
+    text = section.source or str(data.bundled("evaluation"))
+    windows = data.load_windows(
+        text, tokenizer, recipe.evaluation_window, section.windows, section.column, seed=recipe.seed, model=model, progress=progress
+    )
+    store = store.within(windows.digest)
+    result = scoring.compare(original, model, windows.tokens, section.batch_size, progress, store)
+    held = None
+    if len(job.heldout.tokens):
+        held = scoring.compare(original, model, job.heldout.tokens, section.batch_size, progress, store.within("held out")).to_json()
+    tasks = {
+        key: store.recall("tasks", [key, *section.tasks], partial(tasks_of, each, tokenizer, recipe, progress))
+        for key, each in (("lm_eval", model), ("lm_eval_original", original))
+        if section.tasks
+    }
+    shared = data.overlap(job.calibration, windows)
+    warnings = [f"{shared:.1%} of the evaluation windows repeat text of the calibration windows"] if shared else []
+    found = found | {"reason": None, "heldout": held and report.scores(held), "warnings": found["warnings"] + warnings}
+    found |= report.scores(result.to_json()) | tasks
+    return found | {"fingerprints": found["fingerprints"] | {"evaluation": windows.digest}}
+
+
+def tasks_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, recipe: Recipe, progress: Progress) -> dict[str, Any]:
+    """Scores of one model on the lm-eval tasks of a recipe."""
+    section = recipe.evaluation
+    names, window = list(section.tasks), recipe.evaluation_window
+    return lm_eval_bridge.scores(model, tokenizer, names, section.limit, section.batch_size, window, progress)
+
+
+def evaluate(
+    name: str,
+    against: str | None = None,
+    text: str | None = None,
+    column: str | None = None,
+    window: int | None = None,
+    windows: int | None = None,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    device: str = "auto",
+    batch_size: int = 8,
+    speed: bool = False,
+    progress: Progress = silent,
+    restart: bool = False,
+) -> dict[str, Any]:
+    """Perplexity per token, KL(original‖model) with `against`, lm-eval tasks, and speed: the keys of `evaluate --json`.
+
+    An evaluation that was stopped goes on where it was, or from nothing with `restart`; its journal is in the user's cache.
+    """
+    device = stages.choose_device(device)
+    paths = {"compressed": folder.resolve(name)} | ({} if against is None else {"original": folder.resolve(against)})
+    model, tokenizer = models.load(paths["compressed"], device=device)
+    window = window or min(WINDOW, getattr(model.config.get_text_config(), "max_position_embeddings", WINDOW))
+    loaded = data.load_windows(text or str(data.bundled("evaluation")), tokenizer, window, windows, column, model=model, progress=progress)
+    run = {
+        "models": {which: folder.content_digest(folder.read(path)) for which, path in paths.items()},
+        "windows": loaded.digest,
+        "options": [device, batch_size, [*tasks], limit],
+    }
+    with Journal(cache() / f"evaluate-{digest(run)[:40]}", restart) as journal:
+        store = journal.begin(run).within(run)
+        original = None if against is None else models.load(paths["original"], device=device)[0]
+        found = _scores(original, model, loaded, batch_size, progress, store)
+        if tasks:
+            score = partial(lm_eval_bridge.scores, model, tokenizer, list(tasks), limit, batch_size, window, progress)
+            found["lm_eval"] = store.recall("tasks", window, score)
+    if speed:
+        found["speed"] = {which: measure_speed(path, device).to_json() for which, path in progress(paths.items(), "speed")}
+    return found
+
+
+def _scores(
+    original: PreTrainedModel | None, model: PreTrainedModel, windows: data.Windows, batch_size: int, progress: Progress, store: Store
+) -> dict[str, Any]:
+    if original is None:
+        score = scoring.perplexity(model, windows.tokens, batch_size, progress, store)
+    else:
+        score = scoring.compare(original, model, windows.tokens, batch_size, progress, store)
+    return score.to_json() | {"text": windows.source, "unit": "token", "lm_eval": None, "fingerprint": windows.digest}
+
+
+def cache() -> Path:
+    """Where journals of evaluations are: $XDG_CACHE_HOME/compressor, by default below ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "compressor"
