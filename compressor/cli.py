@@ -139,10 +139,9 @@ def clean(
     ] = None,
 ) -> Outcome:
     """Remove what stopped runs left: beside outputs, and of evaluations in the cache. Outputs themselves are not touched."""
-    from compressor.evaluation import cache
-    from compressor.journal import clean, stopped
+    from compressor import journal
 
-    removed = [str(path) for output in [*(outputs or ()), *stopped(cache())] for path in clean(output)]
+    removed = [str(path) for output in [*(outputs or ()), *journal.stopped(journal.cache())] for path in journal.clean(output)]
     return Outcome({"removed": removed}, "\n".join(removed) or "nothing was left")
 
 

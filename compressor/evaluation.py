@@ -1,16 +1,14 @@
 """Scores of a compressed model beside its original: within a run, and of any model folder for the verb `evaluate`."""
 
-import os
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compressor import data, folder, lm_eval_bridge, report, scoring, stages
 from compressor import model as models
-from compressor.journal import Journal
+from compressor.journal import Journal, cache
 from compressor.progress import Progress, silent
 from compressor.recipe import Recipe
 from compressor.speed import speed as measure_speed
@@ -102,8 +100,3 @@ def _scores(
     else:
         score = scoring.compare(original, model, windows.tokens, batch_size, progress, store)
     return score.to_json() | {"text": windows.source, "unit": "token", "lm_eval": None, "fingerprint": windows.digest}
-
-
-def cache() -> Path:
-    """Where journals of evaluations are: $XDG_CACHE_HOME/compressor, by default below ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "compressor"

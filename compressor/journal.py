@@ -131,3 +131,8 @@ def _weights(folder: Path) -> str:
     """The manifest of a checkpoint, less the documents that evaluation amends."""
     files = manifest.read(folder) or {}
     return json.dumps({name: entry for name, entry in files.items() if name not in manifest.DOCUMENTS}, sort_keys=True)
+
+
+def cache() -> Path:
+    """Where runs without an output have their journals: $XDG_CACHE_HOME/compressor, by default below ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "compressor"

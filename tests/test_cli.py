@@ -20,6 +20,7 @@ VERBS = [
     "plan",
     "calibrate",
     "evaluate",
+    "clean",
     "inspect",
     "verify",
     "export",
@@ -84,7 +85,7 @@ def test_every_verb_explains_itself_and_speaks_json(verb):
 
 
 def test_plan_takes_the_options_of_compress():
-    assert options_of("compress") - options_of("plan") == {"--plan"}
+    assert options_of("compress") - options_of("plan") == {"--plan", "--restart"}
 
 
 def test_dangerous_options_stand_apart():
@@ -208,6 +209,7 @@ def test_evaluate_passes_its_options(pipeline):
         "batch_size": 2,
         "speed": True,
         "device": "cpu",
+        "restart": False,
     }
     assert "12.5" in run("evaluate", "m").stdout
 

@@ -1,0 +1,229 @@
+"""Runs that were stopped: the same command goes on to the same bytes, another one is refused, and nothing is lost or left behind."""
+
+import json
+import logging
+import os
+import signal
+
+import pytest
+from killed import contents, dying, forked, wait
+from safetensors.torch import load_file, save_file
+from test_pipeline import recipe
+from typer.testing import CliRunner
+
+from compressor import cli, journal, pipeline, stages, staging, store
+from compressor.errors import BudgetError, ConfigError
+
+SEQUENTIAL = ["calibration.sequential=true", "compensation.keep=0.1"]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny_llama, text_file, tmp_path_factory):
+    """A recipe that uses every stage, and what an unbroken run of it writes."""
+    made = recipe(tiny_llama, text_file, "allocation.keep=0.6", *SEQUENTIAL)
+    folder = tmp_path_factory.mktemp("unbroken") / "out"
+    pipeline.compress(made, folder)
+    return made, contents(folder)
+
+
+@pytest.fixture(scope="module")
+def pieces(unbroken, tmp_path_factory):
+    """How many pieces an unbroken run makes."""
+    with pytest.MonkeyPatch.context() as patch:
+        return calls_of(store, "_write", lambda: pipeline.compress(unbroken[0], tmp_path_factory.mktemp("counted") / "out"), patch)
+
+
+POINTS = {
+    "inside the decomposition of a layer": (store, "_write", 4, "before"),
+    "while a layer is solved in order": (store, "_write", -12, "after"),
+    "before the folder is renamed": (journal.Journal, "note", 1, "after"),
+    "before the folder is evaluated": (pipeline, "score", 1, "before"),
+    "while the report is amended": (staging, "replace_text", 1, "after"),
+}
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_killed_run_goes_on_to_the_same_bytes(unbroken, pieces, tmp_path, monkeypatch, point):
+    made, expected = unbroken
+    owner, name, at, when = POINTS[point]
+    at = at if at > 0 else pieces + at
+
+    def doomed():
+        setattr(owner, name, dying(getattr(owner, name), at, when))
+        pipeline.compress(made, tmp_path / "out")
+
+    assert wait(forked(doomed)) == -signal.SIGKILL
+    assert (tmp_path / "out.journal").is_dir()
+    finished = len(list((tmp_path / "out.journal" / "store").iterdir()))
+    made_again = calls_of(store, "_write", lambda: pipeline.compress(made, tmp_path / "out"), monkeypatch)
+    assert contents(tmp_path / "out") == expected
+    assert os.listdir(tmp_path) == ["out"]
+    assert finished + made_again == pieces
+
+
+def impossible(*args):
+    raise AssertionError("done twice")
+
+
+def calls_of(owner, name, function, monkeypatch) -> int:
+    """How often something is called while a function runs."""
+    calls, real = [], getattr(owner, name)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, lambda *args, **kwargs: (calls.append(None), real(*args, **kwargs))[1])
+        function()
+    return len(calls)
+
+
+def stopped_at(monkeypatch, made, output, error=KeyboardInterrupt):
+    """Run until the first layer has been probed, and stop there with an error."""
+    with monkeypatch.context() as patch:
+        real = stages.probe
+        calls = []
+
+        def probe(*args):
+            calls.append(None)
+            if len(calls) == 2:
+                raise error
+            return real(*args)
+
+        patch.setattr(stages, "probe", probe)
+        with pytest.raises(error):
+            pipeline.compress(made, output)
+
+
+def test_ctrl_c_keeps_the_journal_and_says_how_to_go_on(unbroken, tmp_path, monkeypatch, capsys):
+    made, expected = unbroken
+    stopped_at(monkeypatch, made, tmp_path / "out")
+    assert "stopped; the same command goes on from out.journal, `compressor clean` removes it" in capsys.readouterr().err
+    pipeline.compress(made, tmp_path / "out")
+    assert contents(tmp_path / "out") == expected and os.listdir(tmp_path) == ["out"]
+
+
+def test_another_recipe_model_or_text_is_refused_with_the_difference(unbroken, tiny_llama, text_file, tmp_path, monkeypatch):
+    made, expected = unbroken
+    out = tmp_path / "out"
+    stopped_at(monkeypatch, made, out)
+    other_text = tmp_path / "other.txt"
+    other_text.write_text(text_file.read_text()[::-1].replace("w", " w") + " w5" * 50)
+    other_model = tmp_path / "other"
+    other_model.mkdir()
+    for path in tiny_llama.iterdir():
+        (other_model / path.name).write_bytes(path.read_bytes())
+    weights = load_file(other_model / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] + 1
+    save_file(weights, other_model / "model.safetensors", {"format": "pt"})
+    changes = {
+        r"recipe\.allocation\.keep is 0\.6 there and 0\.7 here": recipe(tiny_llama, text_file, "allocation.keep=0.7", *SEQUENTIAL),
+        r"recipe\.seed is 0 there and 1 here": recipe(tiny_llama, text_file, "allocation.keep=0.6", "seed=1", *SEQUENTIAL),
+        r"fingerprint\.model is": recipe(other_model, text_file, "allocation.keep=0.6", *SEQUENTIAL),
+        r"fingerprint\.windows is": recipe(tiny_llama, other_text, "allocation.keep=0.6", *SEQUENTIAL),
+    }
+    for message, changed in changes.items():
+        with pytest.raises(ConfigError, match=rf"out\.journal: was left by another run: .*{message}.*--restart"):
+            pipeline.compress(changed, out)
+    monkeypatch.setitem(store.VERSIONS, "compressor", "9.9")
+    with pytest.raises(ConfigError, match=r"compressor is 0\.1\.0 there and 9\.9 here"):
+        pipeline.compress(made, out)
+    monkeypatch.undo()
+    pipeline.compress(made, out)
+    assert contents(out) == expected
+
+
+def test_restart_discards_what_was_left(unbroken, tiny_llama, text_file, tmp_path, monkeypatch):
+    made, expected = unbroken
+    stopped_at(monkeypatch, recipe(tiny_llama, text_file, "allocation.keep=0.7", *SEQUENTIAL), tmp_path / "out")
+    pipeline.compress(made, tmp_path / "out", restart=True)
+    assert contents(tmp_path / "out") == expected and os.listdir(tmp_path) == ["out"]
+
+
+def test_a_corrected_recipe_uses_what_the_wrong_one_has_made(unbroken, tiny_llama, text_file, tmp_path, monkeypatch):
+    made, expected = unbroken
+    with pytest.raises(BudgetError):
+        pipeline.compress(recipe(tiny_llama, text_file, "allocation.keep=0.101", *SEQUENTIAL), tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr("compressor.decompose._prepare", impossible)
+        pipeline.compress(made, tmp_path / "out")
+    assert contents(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("damage", ["a piece", "the description"])
+def test_a_damaged_journal_is_made_good_with_a_warning(unbroken, tmp_path, monkeypatch, caplog, damage):
+    made, expected = unbroken
+    stopped_at(monkeypatch, made, tmp_path / "out")
+    left = tmp_path / "out.journal"
+    path = left / "run.json" if damage == "the description" else max((left / "store").iterdir(), key=lambda piece: piece.stat().st_size)
+    path.write_bytes(path.read_bytes()[:-7])
+    with caplog.at_level(logging.WARNING):
+        pipeline.compress(made, tmp_path / "out")
+    assert path.name in caplog.text
+    assert contents(tmp_path / "out") == expected
+
+
+def test_two_processes_on_one_output(unbroken, tmp_path, monkeypatch):
+    made, _ = unbroken
+    stopped_at(monkeypatch, made, tmp_path / "out")
+    with (
+        journal.Journal(tmp_path / "out"),
+        pytest.raises(ConfigError, match=rf"out: another process is writing it \(process {os.getpid()} on "),
+    ):
+        pipeline.compress(made, tmp_path / "out")
+
+
+def test_clean_removes_what_was_left_and_nothing_else(unbroken, tmp_path, monkeypatch):
+    made, _ = unbroken
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    stopped_at(monkeypatch, made, tmp_path / "out")
+    (tmp_path / "out.partial-host-1-aa").mkdir()
+    (tmp_path / "other.journal").mkdir()
+    (tmp_path / "cache" / "compressor" / "evaluate-1.journal").mkdir(parents=True)
+    result = CliRunner().invoke(cli.app, ["clean", str(tmp_path / "out"), "--json"])
+    assert result.exit_code == 0, result.stderr
+    gone = [path.rpartition("/")[2] for path in json.loads(result.stdout)["removed"]]
+    assert gone == ["out.journal", "out.partial-host-1-aa", "evaluate-1.journal"]
+    assert sorted(os.listdir(tmp_path)) == ["cache", "other.journal"]
+    assert CliRunner().invoke(cli.app, ["clean", str(tmp_path / "out")]).stdout == "nothing was left\n"
+
+
+def test_a_folder_set_aside_comes_back(unbroken, tmp_path):
+    made, expected = unbroken
+    out = tmp_path / "out"
+    pipeline.compress(made, out)
+
+    def doomed():
+        os.rename = dying(os.rename, 1, "after")
+        pipeline.compress(made.model_copy(update={"output": made.output.model_copy(update={"overwrite": True})}), out)
+
+    assert wait(forked(doomed)) == -signal.SIGKILL
+    assert not out.exists()
+    staging.recover(out)
+    assert contents(out) == expected
+
+
+def test_evaluations_go_on_too(tiny_llama, text_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    options = {"text": str(text_file), "window": 32, "windows": 8, "batch_size": 2, "device": "cpu"}
+    expected = pipeline.evaluate(str(tiny_llama), str(tiny_llama), **options)
+    assert list((tmp_path / "compressor").iterdir()) == []
+
+    def doomed():
+        store._write = dying(store._write, 2, "after")
+        pipeline.evaluate(str(tiny_llama), str(tiny_llama), **options)
+
+    assert wait(forked(doomed)) == -signal.SIGKILL
+    made = calls_of(store, "_write", lambda: pipeline.evaluate(str(tiny_llama), str(tiny_llama), **options), monkeypatch)
+    assert made == 2
+    assert pipeline.evaluate(str(tiny_llama), str(tiny_llama), **options) == expected
+
+
+def test_calibrations_go_on_too(tiny_llama, text_file, tmp_path):
+    made = recipe(tiny_llama, text_file, "calibration.memory=20KiB")
+    pipeline.calibrate(made, tmp_path / "expected")
+
+    def doomed():
+        store._write = dying(store._write, 2, "after")
+        pipeline.calibrate(made, tmp_path / "stats")
+
+    assert wait(forked(doomed)) == -signal.SIGKILL
+    assert len(list((tmp_path / "stats.journal" / "store").iterdir())) == 2
+    pipeline.calibrate(made, tmp_path / "stats")
+    assert contents(tmp_path / "stats") == contents(tmp_path / "expected")
