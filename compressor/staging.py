@@ -88,6 +88,8 @@ def recover(output: Path) -> None:
                 os.rename(path, output)
             else:
                 remove(path)
+        for path in output.glob("*.partial-????????"):  # of `replace_texts`
+            path.unlink()
     finally:
         _unlock(lock)
 
