@@ -71,7 +71,7 @@ def extend(module: CompressedLinear, fit: Fit, rank: int) -> CompressedLinear:
     up, down = fit.residual.pair(fit.lost, fit.root, rank)
     base = deepcopy(module)
     if isinstance(base, LowRank | Adapted):
-        before = base.factors() if isinstance(base, LowRank) else (base.up, base.down)
+        before = base.factors() if isinstance(base, LowRank) else base.pair()
         up, down = torch.cat([before[0].double(), up], 1), torch.cat([before[1].double(), down])
     if isinstance(base, LowRank):
         return store(up, down, base.bias, fit.dtype, base.pivots is not None)

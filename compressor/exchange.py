@@ -117,7 +117,7 @@ def take_apart(path: Path, stock: PreTrainedModel) -> Opened:
     model, tokenizer = load(path)
     modules = {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
     bases = {name: module.base if isinstance(module, Adapted) else module for name, module in modules.items()}
-    pairs = {name: (module.up, module.down) for name, module in modules.items() if isinstance(module, Adapted)}
+    pairs = {name: module.pair() for name, module in modules.items() if isinstance(module, Adapted)}
     return Opened(path, stock, model, tokenizer, bases, pairs)
 
 
@@ -223,7 +223,7 @@ def write_adapter(folder: Path, opened: Opened, name: str) -> None:
     tensors = {}
     for linear, (up, down) in opened.pairs.items():
         tensors[f"base_model.model.{linear}.lora_A.weight"] = down.detach()
-        tensors[f"base_model.model.{linear}.lora_B.weight"] = up.detach()
+        tensors[f"base_model.model.{linear}.lora_B.weight"] = up.detach().contiguous()
     write_shard(folder / "adapter_model.safetensors", tensors, opened.model)
 
 

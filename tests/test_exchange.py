@@ -93,6 +93,7 @@ def test_transformers_loads_integers_with_equal_logits(tmp_path, compressed, dty
     [
         ("llama", "float32", ["bits=[3]", "group=[16]", "residual=[2,5]", "allocation.keep=0.35"]),
         ("llama", "bfloat16", ["bits=[4]", "group=[16]", "residual=[3,6]", "symmetric=false", "allocation.keep=0.6"]),
+        ("llama", "bfloat16", ["bits=[3]", "group=[16]", "residual=[3,6]", "residual_bits=8", "allocation.keep=0.37"]),
     ],
 )
 def test_transformers_and_peft_load_base_and_residuals(tmp_path, compressed, kind, dtype, overrides, request):
@@ -102,7 +103,7 @@ def test_transformers_and_peft_load_base_and_residuals(tmp_path, compressed, kin
     adapted = {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
     assert f"), {len(adapted)} residuals" in found["note"]
     config = read_json(tmp_path / "out" / "adapter_config.json")
-    ranks = {name: module.down.shape[0] for name, module in adapted.items()}
+    ranks = {name: module.rank for name, module in adapted.items()}
     assert config["rank_pattern"] == config["alpha_pattern"] == ranks and len(set(ranks.values())) == 2
     assert config["r"] == config["lora_alpha"] == max(ranks.values())  # readers of the top level alone scale by 1 too
     index = read_json(tmp_path / "out" / "model.safetensors.index.json")["weight_map"]
@@ -113,8 +114,9 @@ def test_transformers_and_peft_load_base_and_residuals(tmp_path, compressed, kin
         lora = plain.get_submodule(name)
         assert lora.scaling == {"default": 1.0} and lora.r == {"default": ranks[name]}
         assert torch.equal(lora.base_layer.weight, module.base.to_dense().to(plain.dtype))
-        assert torch.equal(lora.lora_A["default"].weight.to(module.down.dtype), module.down)
-        assert torch.equal(lora.lora_B["default"].weight.to(module.up.dtype), module.up)
+        up, down = module.pair()
+        assert torch.equal(lora.lora_A["default"].weight.to(down.dtype), down)
+        assert torch.equal(lora.lora_B["default"].weight.to(up.dtype), up)
     scale = logits(model).abs().max()
     assert (logits(plain) - logits(model)).abs().max() <= LOOSE[dtype] * scale
     plain.disable_adapters()

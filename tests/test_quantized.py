@@ -27,8 +27,9 @@ def stored_bits(folder, name: str) -> int:
         ("tiny_llama", "bfloat16", ["bits=[3]"]),
         ("tiny_llama", "float32", ["bits=[4]", "symmetric=false", "group=[16]"]),
         ("tiny_gpt2", "bfloat16", ["bits=[8]", "residual=[3]", "group=[channel]"]),
+        ("tiny_llama", "bfloat16", ["bits=[3]", "residual=[3]", "residual_bits=4", "residual_group=auto:16"]),
     ],
-    ids=["3 bits", "4 bits asymmetric", "8 bits and residual"],
+    ids=["3 bits", "4 bits asymmetric", "8 bits and residual", "3 bits and integer residual"],
 )
 def test_bits_on_disk_are_those_of_the_plan(request, tmp_path, text_file, model, dtype, options):
     source, overrides = request.getfixturevalue(model), [f"{OPTIONS}.{option}" for option in options]

@@ -4,8 +4,8 @@ References (solver → paper)
     rtn       round to nearest, ranges clipped where that lowers the error; quantisation card §2
     gptq      error feedback from input to input: GPTQ, arXiv 2210.17323; in the two-sided metric also from output to output: YAQA,
               arXiv 2505.22988
-    residual  EoRA, arXiv 2410.21271, see `residual`; choosing bits and rank together for each linear by a knapsack is MLoRQ's idea,
-              arXiv 2507.09616
+    residual  EoRA, arXiv 2410.21271, see `residual`, and `residual_integers` for factors of integers; choosing bits and rank together for
+              each linear by a knapsack is MLoRQ's idea, arXiv 2507.09616
 
 Glossary
     metric M, grad_gram H = L Lᵀ   as in `sparse`; H is the identity unless the metric is two-sided
@@ -35,6 +35,7 @@ from compressor.linears.packed import packed_size
 from compressor.methods import register
 from compressor.methods.base import Method
 from compressor.methods.residual import Residual, decompose
+from compressor.methods.residual_integers import Codec, IntegerResidual, round_residuals
 from compressor.methods.rounding import Grid, fit_grid, nearest, round_columns, round_entries
 from compressor.methods.sparse import obs_factor
 from compressor.methods.sparsity import NEEDS, Fraction, MetricName, Weighed, weigh
@@ -90,7 +91,12 @@ class Scheme:
     module: Packed
     error: float  # relative, of the module as it is stored
     residual: Residual | None  # None where none is offered
+    integers: IntegerResidual | None  # None where none is offered, or factors are not integers
     damping: float | None  # None without feedback
+
+    def left(self, rank: int) -> float:
+        """Absolute error behind a residual."""
+        return self.residual.tail[rank].item() if self.integers is None else self.integers.error(rank)
 
 
 @dataclass(frozen=True)
@@ -121,11 +127,13 @@ class QuantizeMethod(Method[Prepared]):
     group: tuple[Group, ...] = ("auto:32",)  # inputs that share a scale, each as a number, 'auto:N' or 'channel'
     symmetric: bool = True  # no zero points
     residual: tuple[Annotated[int, Field(ge=0)], ...] = (0,)  # ranks of the residual that are offered; 0 is none
+    residual_bits: Bits | None = None  # width of the codes of both factors of residuals; null for numbers in the stored dtype
+    residual_group: Group = "auto:128"  # inputs of the one factor, and outputs of the other, that share a scale
     clip: Annotated[float, Field(gt=0, le=1)] = 0.4  # smallest part of a range that the clip search tries; 1 for none
     clips: Annotated[int, Field(ge=1)] = 31  # ranges that it tries, evenly spaced from the whole one
     ordering: Literal["moment", "natural"] = "moment"  # `gptq` only: inputs of large second moment first, or as they stand
     damping: tuple[Annotated[float, Field(ge=0)], ...] = (0.01, 0.1, 1.0)  # `gptq` only: over the mean diagonal, the first that works
-    block: Annotated[int, Field(ge=1)] = 64  # `gptq` only: columns, and rows of the two-sided metric, whose feedback is applied together
+    block: Annotated[int, Field(ge=1)] = 32  # `gptq` only: columns, and rows of the two-sided metric, whose feedback is applied together
     shrink_gram: Fraction = 0.01  # `two_sided` only: shrinkage of the input Gram
     shrink_grad_gram: Fraction = 0.1  # `two_sided` only: shrinkage of the output-gradient moment
 
@@ -143,10 +151,22 @@ class QuantizeMethod(Method[Prepared]):
             for group in dict.fromkeys(group_size(group, width, linear) for group in self.group):
                 codes, scales = packed_size(height, width, bits, group, self.symmetric)
                 for rank in ranks:
-                    numbers = scales + rank * (height + width) + (0 if dense.bias is None else height)
+                    more, numbers = self.residual_size(rank, height, width, linear)
+                    numbers += scales + (0 if dense.bias is None else height)
                     setting = {"bits": bits, "group": group, "symmetric": self.symmetric} | ({"rank": rank} if rank else {})
+                    if rank and self.residual_bits is not None:
+                        setting["residual_bits"] = self.residual_bits
                     products = height * width + rank * (height + width)
-                    yield Candidate(self.name, setting, codes + wide * numbers, numbers, math.nan, products)
+                    yield Candidate(self.name, setting, codes + more + wide * numbers, numbers, math.nan, products)
+
+    def residual_size(self, rank: int, height: int, width: int, linear: str) -> tuple[int, int]:
+        """(bits of codes, other numbers) of a residual."""
+        if rank == 0 or self.residual_bits is None:
+            return 0, rank * (height + width)
+        parts = [
+            packed_size(rank, side, self.residual_bits, group_size(self.residual_group, side, linear), True) for side in (height, width)
+        ]
+        return sum(codes for codes, _ in parts), sum(scales for _, scales in parts)
 
     def sizes(self, dense: Dense, linear: str = "a target") -> list[Candidate]:
         smaller = (size for size in self.settings(dense, linear) if size.bits < dense.bits)
@@ -181,15 +201,20 @@ class QuantizeMethod(Method[Prepared]):
             return
         feedback = self.feedback(weighed) if self.solver == "gptq" else None
         importance = weighed.metric.scale * weighed.metric.moment.diagonal().double() + weighed.metric.shift
-        clips, together = torch.linspace(1, self.clip, self.clips if self.clip < 1 else 1), max(1, TOGETHER // weight.numel())
+        together = max(1, TOGETHER // weight.numel())
         for start in range(0, len(new), together):
             part = new[start : start + together]
-            grids = [fit_grid(weight, *scheme, self.symmetric, importance, clips, dense.dtype) for scheme in part]
-            for scheme, grid, codes in zip(part, grids, self.codes(weight, grids, feedback), strict=True):
+            grids = [fit_grid(weight, *scheme, self.symmetric, importance, self.ranges(), dense.dtype) for scheme in part]
+            modules = []
+            for grid, codes in zip(grids, self.codes(weight, grids, feedback), strict=True):
                 linalg.require_finite(grid.scales, f"{weighed.linear}: scales in {dense.dtype}")
                 bias = None if dense.bias is None else dense.bias.to(dense.dtype, copy=True)
-                module = Packed.of_codes(codes, grid.scales.to(dense.dtype), grid.zeros, bias, grid.bits)
-                state.schemes[scheme] = self.scheme(weighed, module, feedback and feedback.damping)
+                modules.append(Packed.of_codes(codes, grid.scales.to(dense.dtype), grid.zeros, bias, grid.bits))
+            state.schemes.update(zip(part, self.measured(weighed, modules, importance, feedback), strict=True))
+
+    def ranges(self) -> Tensor:
+        """What the clip search tries."""
+        return torch.linspace(1, self.clip, self.clips if self.clip < 1 else 1)
 
     def codes(self, weight: Tensor, grids: Sequence[Grid], feedback: Feedback | None) -> Tensor:
         """Codes (K, out, in) on K grids."""
@@ -199,23 +224,38 @@ class QuantizeMethod(Method[Prepared]):
             return round_columns(weight, grids, feedback.inner, feedback.order, self.block)
         return round_entries(weight, grids, feedback.inner, feedback.order, feedback.outer, feedback.rows, self.block)
 
-    def scheme(self, weighed: Weighed, module: Packed, damping: float | None) -> Scheme:
-        """Measure a rounded weight, and decompose what it lost where residuals are offered."""
-        dense, weight = module.to_dense(), weighed.dense.weight
-        most = min(max(self.residual), *weight.shape)
-        what = f"{weighed.linear}: residual"
-        residual = decompose(weight.double() - dense, weighed.metric, weighed.root, most, what) if most else None
-        return Scheme(module, weighed.error(dense), residual, damping)
+    def measured(self, weighed: Weighed, modules: Sequence[Packed], importance: Tensor, feedback: Feedback | None) -> list[Scheme]:
+        """Measure rounded weights, and decompose what they lost where residuals are offered."""
+        height, width = weighed.dense.weight.shape
+        most, what = min(max(self.residual), height, width), f"{weighed.linear}: residual"
+        damping = None if feedback is None else feedback.damping
+        if most == 0:
+            return [Scheme(module, weighed.error(module.to_dense()), None, None, damping) for module in modules]
+        lost = [weighed.dense.weight.double() - module.to_dense() for module in modules]
+        found = [decompose(error, weighed.metric, weighed.root, most, what) for error in lost]
+        integers: list[IntegerResidual | None] = [None] * len(found)
+        if self.residual_bits is not None:
+            groups = tuple(group_size(self.residual_group, side, weighed.linear) for side in (height, width))
+            dampings = () if feedback is None else self.damping
+            codec = Codec(self.residual_bits, groups, self.ranges(), dampings, self.block, weighed.dense.dtype)
+            integers = round_residuals(what, lost, found, (weighed.metric, weighed.root, importance), codec, feedback)
+        return [
+            Scheme(module, part.tail[0].item() / (weighed.energy or 1.0), part, stored, damping)
+            for module, part, stored in zip(modules, found, integers, strict=True)
+        ]
 
     def candidates(self, state: Prepared) -> Curve:
-        """Every scheme and rank that no smaller one matches; errors are measured on the codes, residuals follow in closed form."""
+        """Every scheme and rank that no smaller one matches.
+
+        Errors are measured on the codes, also on those of residuals; residuals that are not integers follow in closed form.
+        """
         weighed, found = state.weighed, []
         sizes = self.sizes(weighed.dense, weighed.linear)
         self.solve(state, list(dict.fromkeys(scheme_of(size.setting) for size in sizes)))
         for size in sizes:
             scheme = state.schemes[scheme_of(size.setting)]
             rank = size.setting.get("rank", 0)
-            error = scheme.residual.tail[rank].item() / (weighed.energy or 1.0) if rank else scheme.error
+            error = scheme.left(rank) / (weighed.energy or 1.0) if rank else scheme.error
             rung = {} if state.damping is None else {"damping": state.damping}
             candidate = replace(size, setting=size.setting | rung, error=error)
             if found and found[-1].bits == size.bits and error < found[-1].error:
@@ -230,6 +270,8 @@ class QuantizeMethod(Method[Prepared]):
         module = copy.deepcopy(scheme.module)  # the state keeps its own
         if rank == 0:
             return module
+        if scheme.integers is not None:
+            return Adapted(module, *scheme.integers.pair(rank))
         pair = scheme.residual.pair(weighed.dense.weight.double() - module.to_dense(), weighed.root, rank)
         return Adapted(module, *(factor.to(weighed.dense.dtype, memory_format=torch.contiguous_format, copy=True) for factor in pair))
 

@@ -12,10 +12,12 @@ Glossary
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 @dataclass(frozen=True)
@@ -69,15 +71,19 @@ def fit_grid(weight: Tensor, bits: int, group: int, symmetric: bool, importance:
     chosen; one beyond its range is infinite. A group of zeros has scale 1.
     """
     parts, weights = weight.unflatten(1, (-1, group)), importance.unflatten(0, (-1, group))  # (out, groups, group)
-    best = torch.full(parts.shape[:2], torch.inf, dtype=weight.dtype, device=weight.device)
     low, high, half = parts.amin(2).clamp(max=0), parts.amax(2).clamp(min=0), 2 ** (bits - 1)
     whole = -torch.where(high > -low, high, low) / half if symmetric else (high - low) / (2 * half - 1)
-    scales, zeros = stored(whole, dtype), torch.zeros_like(best)
+    best = torch.full(whole.shape, torch.inf, device=weight.device)
+    scales, zeros = stored(whole, dtype), torch.zeros_like(whole)
+    size = parts.abs().amax().clamp(min=torch.finfo(torch.float64).tiny)  # single precision is enough to compare, and not wide
+    parts, weights = (parts / size).float(), (weights / weights.amax().clamp(min=torch.finfo(torch.float64).tiny)).float()
     for clip in clips.tolist():
         scale = stored(clip * whole, dtype)
         zero = torch.zeros_like(scale) if symmetric else (-half - clip * low / scale).round().clamp(-half, half - 1)
-        values = scale[..., None] * (nearest(parts, scale[..., None], zero[..., None], half) - zero[..., None])
-        error = ((parts - values).square() * weights).sum(2)
+        step = (scale / size).float()[..., None]
+        ends = (-half, half - 1) if symmetric else ((bound - zero).float()[..., None] for bound in (-half, half - 1))
+        off = (parts / step).round_().clamp_(*ends)
+        error = off.mul_(step).sub_(parts).square_().mul_(weights).sum(2)
         better = error < best
         best, scales, zeros = (torch.where(better, new, old) for new, old in ((error, best), (scale, scales), (zero, zeros)))
     return Grid(scales, None if symmetric else zeros, bits, group)
@@ -93,10 +99,15 @@ def stored(scales: Tensor, dtype: torch.dtype) -> Tensor:
 def round_columns(weight: Tensor, grids: Sequence[Grid], inner: Tensor, order: Tensor, block: int) -> Tensor:
     """Codes (K, out, in) on K grids by error feedback from input to input in `order`, all outputs at once: GPTQ.
 
-    weight: (out, in) float64; inner: U (in, in) in that order. Blocks only delay the update of the columns behind them.
+    weight: (out, in), or one for each grid (K, out, in), float64; inner: U (in, in) in that order.
     """
-    entries = Entries.of(grids).at(slice(None), order)
-    weight = weight[:, order].expand_as(entries.scales).clone()
+    return feed_back(weight, Entries.of(grids), inner, order, block)
+
+
+def feed_back(weight: Tensor, entries: Entries, inner: Tensor, order: Tensor, block: int) -> Tensor:
+    """`round_columns` on scales of any layout. Blocks only delay the update of the columns behind them."""
+    entries = entries.at(slice(None), order)
+    weight = weight[..., order].expand_as(entries.scales).clone()
     codes = torch.empty_like(weight)
     for start in range(0, len(order), block):
         end = min(start + block, len(order))
@@ -112,43 +123,68 @@ def round_columns(weight: Tensor, grids: Sequence[Grid], inner: Tensor, order: T
 def round_entries(weight: Tensor, grids: Sequence[Grid], inner: Tensor, order: Tensor, outer: Tensor, rows: Tensor, block: int) -> Tensor:
     """Codes (K, out, in) by error feedback from input to input in `order` and from output to output in `rows`: the two-sided metric.
 
-    inner: U (in, in) and outer: V (out, out) in those orders. An entry needs those before it in its row and in its column, so the entries
-    of one antidiagonal of a block are rounded together; between blocks, feedback is a matrix product.
+    inner: U (in, in) and outer: V (out, out) in those orders. An entry needs those before it in its row and in its column, so the blocks
+    of one antidiagonal of blocks are rounded together, and in them the entries of one antidiagonal; between blocks, feedback is a product.
     """
-    entries = Entries.of(grids).at(rows[:, None], order)
-    weight = weight[rows][:, order].expand_as(entries.scales).clone()
-    codes = torch.empty_like(weight)
-    for top in range(0, len(rows), block):
-        across = slice(top, min(top + block, len(rows)))
-        passed = torch.zeros_like(weight[:, across])  # e U of these outputs so far
-        for left in range(0, len(order), block):
-            along = slice(left, min(left + block, len(order)))
-            corner = Corner(weight[:, across, along], passed[..., along], entries.at(across, along), outer[across, across])
-            codes[:, across, along], errors = corner.round(inner[along, along])
-            passed[..., left:] += errors @ inner[along, left:]
-        weight[:, across.stop :] -= outer[across, across.stop :].T @ passed
-    return codes[:, rows.argsort()[:, None], order.argsort()]
+    (height, width), entries = weight.shape, Entries.of(grids).at(rows[:, None], order)
+    right, below = -width % block, -height % block  # so much is added for whole blocks; nothing reaches it, and it reaches nothing
+    padded = [functional.pad(part, (0, right, 0, below), value=value) for part, value in ((entries.scales, 1.0), (entries.zeros, 0.0))]
+    entries = Entries(*padded, entries.halves)
+    inner = torch.block_diag(inner, torch.eye(right, dtype=inner.dtype, device=inner.device))
+    outer = torch.block_diag(outer, torch.eye(below, dtype=outer.dtype, device=outer.device))
+    weight = functional.pad(weight[rows][:, order], (0, right, 0, below))
+    codes, errors, passed = (torch.zeros_like(entries.scales) for _ in range(3))  # passed: e U of all blocks so far
+    down, along = (height + below) // block, (width + right) // block
+    for front in range(down + along - 1):
+        places = [
+            (slice(row * block, (row + 1) * block), slice((front - row) * block, (front - row + 1) * block))
+            for row in range(max(0, front - along + 1), min(down, front + 1))
+        ]
+        reached = [errors[:, row, : column.start] @ inner[: column.start, column] for row, column in places]
+        now = [weight[row, column] - outer[: row.start, row].T @ passed[:, : row.start, column] for row, column in places]
+        corners = Corners(
+            torch.stack(now),
+            torch.stack(reached),
+            Entries(
+                *(torch.stack([part[:, row, column] for row, column in places]) for part in (entries.scales, entries.zeros)), entries.halves
+            ),
+            torch.stack([outer[row, row] for row, _ in places])[:, None],
+            torch.stack([inner[column, column] for _, column in places])[:, None],
+        )
+        for (row, column), *found in zip(places, *corners.round(), strict=True):
+            codes[:, row, column], errors[:, row, column], passed[:, row, column] = found
+    return codes[:, :height, :width][:, rows.argsort()[:, None], order.argsort()]
 
 
 @dataclass(frozen=True)
-class Corner:
-    """One block of entries, with the feedback from the blocks before it: from above in `weight`, from the left in `passed`."""
+class Corners:
+    """N blocks of entries, with the feedback from the blocks before each: from above in `weight`, from the left in `passed`."""
 
-    weight: Tensor  # (K, out, in)
-    passed: Tensor  # (K, out, in)
+    weight: Tensor  # (N, K, out, in)
+    passed: Tensor  # (N, K, out, in)
     entries: Entries
-    outer: Tensor  # V of these outputs
+    outer: Tensor  # (N, 1, out, out) V of the outputs of each
+    inner: Tensor  # (N, 1, in, in) U of its inputs
 
-    def round(self, inner: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes and errors e, (K, out, in) each, antidiagonal after antidiagonal; inner: U of these inputs."""
-        _, height, width = self.weight.shape
-        passed, codes, errors = self.passed.clone(), torch.empty_like(self.weight), torch.empty_like(self.weight)
-        divisor = torch.outer(self.outer.diagonal(), inner.diagonal())
-        for diagonal in range(height + width - 1):
-            i = torch.arange(max(0, diagonal - width + 1), min(height, diagonal + 1), device=self.weight.device)
-            j = diagonal - i
-            now = self.weight[:, i, j] - (self.outer[:, i] * passed[..., j]).sum(1)
-            codes[:, i, j], lost = self.entries.at(i, j).round(now)
-            errors[:, i, j] = error = lost / divisor[i, j]
-            passed[:, i] += error[..., None] * inner[j]
-        return codes, errors
+    def round(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes, errors e and e U, (N, K, out, in) each, antidiagonal after antidiagonal.
+
+        Inputs are turned around, which makes antidiagonals diagonals, and these views: nothing is gathered.
+        """
+        turned = (self.weight, self.passed, self.inner.flip(-2), self.entries.scales, self.entries.zeros)
+        weight, passed, inner, scales, zeros = (part.flip(-1) for part in turned)
+        height, width = weight.shape[-2:]
+        codes, errors = torch.empty_like(weight), torch.empty_like(weight)
+        divisor = self.outer.diagonal(dim1=-2, dim2=-1)[..., None] * inner.diagonal(dim1=-2, dim2=-1)[..., None, :]
+        for offset in range(width - 1, -height, -1):
+            top, left = max(0, -offset), max(0, offset)
+            size = min(height - top, width - left)
+            bottom, right = top + size, left + size
+            place = partial(torch.diagonal, offset=offset, dim1=-2, dim2=-1)
+            now = place(weight) - (self.outer[..., :bottom, top:bottom] * passed[..., :bottom, left:right]).sum(-2)
+            chosen, lost = Entries(place(scales), place(zeros), self.entries.halves).round(now)
+            error = lost / place(divisor)
+            place(codes).copy_(chosen)
+            place(errors).copy_(error)
+            passed[..., top:bottom, :right].addcmul_(error[..., None], inner[..., left:right, :right])
+        return codes.flip(-1), errors.flip(-1), passed.flip(-1)

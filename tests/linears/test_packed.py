@@ -84,10 +84,14 @@ def test_by_hand():
 
 def makers():
     low = {"up": torch.randn(6, 2), "down": torch.randn(2, 86)}
-    return [made(), made(symmetric=False, bias=False, bits=4), Adapted(made(symmetric=False), **low)]
+    integers = Adapted(made(symmetric=False), made((2, 6), 3, 4, True, False), made((2, 86), 43, 4, True, False))
+    return [made(), made(symmetric=False, bias=False, bits=4), Adapted(made(symmetric=False), **low), integers]
 
 
-@pytest.mark.parametrize("module", makers(), ids=["symmetric", "asymmetric", "adapted"])
+NAMES = ["symmetric", "asymmetric", "adapted", "adapted by integers"]
+
+
+@pytest.mark.parametrize("module", makers(), ids=NAMES)
 def test_spec_rebuilds_the_module_exactly(module):
     rebuilt = build_empty(json.loads(json.dumps(module.spec())), torch.float32, "cpu")
     rebuilt.load_state_dict(module.state_dict(), strict=True)
@@ -105,12 +109,24 @@ def test_a_residual_is_added_and_keeps_the_names_of_the_base():
     assert set(module.state_dict()) == {"weight", "scales", "zeros", "bias", "up", "down"}
 
 
-@pytest.mark.parametrize("module", makers(), ids=["symmetric", "asymmetric", "adapted"])
+def test_a_residual_of_integers_is_counted_in_words_and_scales():
+    module = makers()[3]
+    base, up, down = made(symmetric=False), made((2, 6), 3, 4, True, False), made((2, 86), 43, 4, True, False)
+    torch.testing.assert_close(module.to_dense(), base.to_dense() + up.to_dense().T @ down.to_dense())
+    assert set(module.state_dict()) == {"weight", "scales", "zeros", "bias", "up", "up_scales", "down", "down_scales"}
+    assert module.bits() - base.bits() == 32 * (2 + 22 + 4 + 4)
+    assert module.multiply_adds() == 6 * 86 + 2 * (6 + 86) and module.rank == 2
+    up, down = module.pair()
+    assert up.shape == (6, 2) and down.shape == (2, 86)
+    assert torch.equal(module.alone().to_dense(), base.to_dense()) and module.alone().bits() == base.bits()
+
+
+@pytest.mark.parametrize("module", makers(), ids=NAMES)
 def test_whatever_is_written_or_cast_after_a_forward_pass_takes_effect(module):
-    inputs = torch.randn(3, 86)
+    inputs, close = torch.randn(3, 86), {"rtol": 1e-4, "atol": 1e-3}
 
     def check():
-        torch.testing.assert_close(module(inputs), inputs @ module.to_dense().T + (0 if module.bias is None else module.bias))
+        torch.testing.assert_close(module(inputs), inputs @ module.to_dense().T + (0 if module.bias is None else module.bias), **close)
 
     with torch.no_grad():
         check()
@@ -155,7 +171,8 @@ def test_reads_back_through_from_pretrained(kind, tmp_path):
         height, width = (dense.nf, dense.nx) if kind == "gpt2" else (dense.out_features, dense.in_features)
         base = made((height, width), width // 2, 3, symmetric, dense.bias is not None, torch.bfloat16)
         pair = (0.1 * torch.ones(height, 2).bfloat16(), 0.1 * torch.ones(2, width).bfloat16())
-        modules[name] = base if symmetric else Adapted(base, *pair)
+        integers = [made((2, side), side // 2, 8, True, False, torch.bfloat16) for side in (height, width)]
+        modules[name] = Adapted(base, *integers) if symmetric else Adapted(base, *pair)
     compress_in_place(model, modules)
     model.save_pretrained(tmp_path)
     again = loaded(tmp_path)

@@ -191,6 +191,44 @@ def test_what_a_residual_leaves_is_the_tail_of_the_whitened_spectrum(metric):
         assert method.measure(state, method.compress(state, candidate.setting)) == pytest.approx(candidate.error, rel=EXACT)
 
 
+@pytest.mark.parametrize("metric", ["gram", "two_sided"])
+@pytest.mark.parametrize("solver", ["rtn", "gptq"])
+def test_what_an_integer_residual_leaves_is_that_of_the_codes(metric, solver):
+    """Every rank is measured on what is stored, never better than exact factors; eight bits come close, four lose more."""
+    case = correlated()
+    dense = Dense(case.dense.weight.double(), None, torch.float64)
+    options = {"bits": [3], "group": [16], "residual": [0, 1, 2, 5, 12], "metric": metric, "solver": solver}
+    excess = {}
+    for bits in (None, 8, 4):
+        method, state = prepared(cases.Case(dense, case.x, case.g, case.stats), residual_bits=bits, **options)
+        errors = [candidate.error for candidate in method.candidates(state).candidates]
+        for candidate in method.candidates(state).candidates:
+            module = method.compress(state, candidate.setting)
+            assert method.measure(state, module) == pytest.approx(candidate.error, rel=1e-8)
+            assert isinstance(module, Packed) or (module.factor_bits == bits and module.rank == candidate.setting["rank"])
+        excess[bits] = errors
+    assert len(excess[None]) == len(excess[8]) == len(excess[4]) == 5
+    for exact, eight, four in list(zip(*excess.values(), strict=True))[1:]:
+        assert exact * (1 - EXACT) <= eight < 1.002 * exact and eight < four < 1.5 * exact
+
+
+def test_the_refit_and_feedback_of_residual_factors_pay():
+    """Against both factors rounded to nearest as they are (card: naive 4-bit factors lose several times as much)."""
+    case = correlated()
+    method, state = prepared(case, bits=[3], group=[16], residual=[8], residual_bits=4)
+    (candidate,) = method.candidates(state).candidates
+    lost = case.dense.weight.double() - state.schemes[3, 16].module.to_dense()
+    naive = []
+    for factor in state.schemes[3, 16].residual.pair(lost, None, 8):
+        rows = factor if factor.shape[0] == 8 else factor.T
+        grid = fit_grid(rows, 4, rows.shape[1], True, torch.ones(rows.shape[1]).double(), torch.ones(1), torch.float32)
+        values = nearest(rows, *grid.columns(), 8) * grid.columns()[0]
+        naive.append(values if factor.shape[0] == 8 else values.T)
+    metric = Metric(case.stats.gram, 1 / case.stats.tokens)
+    tail = state.schemes[3, 16].residual.tail[8].item()  # what exact factors leave
+    assert candidate.error * state.weighed.energy - tail < 0.7 * (metric.energy(lost - naive[0] @ naive[1]) - tail)
+
+
 @pytest.mark.parametrize("solver", ["rtn", "gptq"])
 @pytest.mark.parametrize("rank", [1, 4, 12])
 def test_eora_is_never_above_the_plain_svd_of_what_was_lost(rank, solver):

@@ -1,0 +1,107 @@
+"""The low-rank residual of `residual` with both factors stored as integers, of every rank from one rounding of the wide factor.
+
+References: EoRA (arXiv 2410.21271) rounds both factors by GPTQ after the base; the refit of one factor on the other is a sweep of LPLR and
+CALDERA (arXiv 2310.11028, 2405.18886); quantisation card §10.
+
+Glossary
+    lost E, metric M, H = L Lᵀ, frame   as in `residual`
+    down A (r, in)   rounded under M: Lᵀ B has orthogonal columns, so tr(H B (A − Â) M (A − Â)ᵀ Bᵀ) counts the rows of A one by one, and
+                     those of every rank are the first of one rounding
+    up B (out, r)    E M Âᵀ S⁺ with S = Â M Âᵀ: least squares on the rounded Â, whatever H is; rounded rank after rank under S
+    error            tr(H (E − B̂ Â) M (E − B̂ Â)ᵀ) = tail(0) − 2 tr(H B̂ Cᵀ) + tr(H B̂ S B̂ᵀ) with C = E M Âᵀ: that of what is stored
+
+Differs from the papers: EoRA's code takes both second moments before either factor is rounded and refits nothing. Scales of B belong to a
+rank and a group of outputs, since there are few ranks and many outputs. Outputs of B pass no error on to each other.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor.linalg import Metric
+from compressor.linears.packed import Packed
+from compressor.methods.residual import Residual
+from compressor.methods.rounding import Entries, Grid, feed_back, fit_grid, round_columns
+from compressor.methods.sparse import obs_factor
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How factors are stored and rounded."""
+
+    bits: int
+    groups: tuple[int, int]  # outputs that share a scale of up, inputs that share one of down
+    clips: Tensor  # of the clip search
+    damping: Sequence[float]  # of error feedback; empty to round to nearest
+    block: int
+    dtype: torch.dtype  # of the scales
+
+
+@dataclass(frozen=True)
+class IntegerResidual:
+    """Residuals of one weight up to some largest rank."""
+
+    what: str  # for messages
+    codec: Codec
+    down: Packed  # (largest rank, in) Â
+    cross: Tensor  # (out, largest rank) C, float64
+    moment: Tensor  # (largest rank, largest rank) S, float64
+    root: Tensor | None  # L (out, out), or None for H = I
+    lost: float  # tr(H E M Eᵀ)
+
+    def up(self, rank: int) -> tuple[Tensor, Grid]:
+        """Codes (r, out) of B̂ᵀ for the first ranks of Â, and their grid."""
+        moment, codec = self.moment[:rank, :rank], self.codec
+        exact = self.cross[:, :rank] @ torch.linalg.pinv(moment, hermitian=True)
+        outputs = exact.new_ones(len(exact)) if self.root is None else self.root.square().sum(1)
+        grid = fit_grid(exact.T, codec.bits, codec.groups[0], True, outputs, codec.clips, codec.dtype)
+        across = Entries.of([grid])
+        entries = Entries(across.scales.mT, across.zeros.mT, across.halves)
+        if not codec.damping:
+            return entries.round(exact)[0][0].T, grid
+        inner, _ = obs_factor(moment, codec.damping, f"{self.what}, up factor")
+        return feed_back(exact, entries, inner, torch.arange(rank, device=exact.device), codec.block)[0].T, grid
+
+    def pair(self, rank: int) -> tuple[Packed, Packed]:
+        """up, as its transpose (r, out), and down (r, in) of one rank; new tensors."""
+        codes, grid = self.up(rank)
+        return Packed.of_codes(codes, grid.scales.to(self.codec.dtype), None, None, grid.bits), self.down.leading(rank)
+
+    def error(self, rank: int) -> float:
+        """What this rank leaves of E, absolute."""
+        codes, grid = self.up(rank)
+        up, cross = (codes * grid.columns()[0]).T, self.cross[:, :rank]
+        if self.root is not None:
+            up, cross = self.root.T @ up, self.root.T @ cross
+        return max(0.0, self.lost + ((up @ self.moment[:rank, :rank] - 2 * cross) * up).sum().item())
+
+
+def round_residuals(
+    what: str,
+    lost: Sequence[Tensor],
+    found: Sequence[Residual],
+    weighing: tuple[Metric, Tensor | None, Tensor],
+    codec: Codec,
+    feedback: Any,
+) -> list[IntegerResidual]:
+    """Round the residuals of K errors E (out, in) of one weight, all down factors at once.
+
+    weighing: metric M, root L, and the diagonal of M (in,); feedback: `inner` and `order` among the inputs, as in `rounding`, or None.
+    """
+    metric, root, importance = weighing
+    downs = torch.stack([part.pair(error, root, part.frame.shape[1])[1] for error, part in zip(lost, found, strict=True)])
+    grids = [fit_grid(down, codec.bits, codec.groups[1], True, importance, codec.clips, codec.dtype) for down in downs]
+    if feedback is None:
+        codes = Entries.of(grids).round(downs)[0]
+    else:
+        codes = round_columns(downs, grids, feedback.inner, feedback.order, codec.block)
+    rounded = []
+    for error, part, grid, chosen in zip(lost, found, grids, codes, strict=True):
+        down = Packed.of_codes(chosen, grid.scales.to(codec.dtype), None, None, grid.bits)
+        values = chosen * grid.columns()[0]
+        weighted = metric.weigh(values)
+        rounded.append(IntegerResidual(what, codec, down, error @ weighted.T, weighted @ values.T, root, part.tail[0].item()))
+    return rounded
