@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from compressor import compensate, linalg
+from compressor.assignments import PAIR
 from compressor.decompose import Decomposition, built, dense_weight, stacked, stacked_stats
 from compressor.errors import ConfigError
 from compressor.linears import CompressedLinear, Dense, Pruned
 from compressor.methods.base import ModuleMethod, Part
-from compressor.methods.channels import CONSUMERS
 from compressor.plan import Choice, Plan
 from compressor.planning import Found
 from compressor.progress import Progress, silent
@@ -23,6 +23,7 @@ from compressor.stages import Job
 from compressor.stats import LinearStats
 
 Modules = dict[str, CompressedLinear]
+READERS = ("o", "down", "fc2")  # linears that read what the others of their module write
 
 
 def wanted(recipe: Recipe, edited: Plan | None) -> bool:
@@ -119,14 +120,14 @@ class _Run:
         self.section = job.recipe.calibration
         self.choices, self.modules = dict(plan.linears), dict(modules)
         self.store = job.store.within(plan.to_json(), ranks)
-        self.waiting: dict[str, Part] = {}  # linears of feed-forward blocks whose last one has not been reached
+        self.waiting: dict[str, Part] = {}  # linears of modules whose last one has not been reached
 
     def solve(self, names: Sequence[str], sums: LinearStats | None) -> Modules:
         """Final modules of linears that read the same inputs, from their sums; None: those of the dense model, the plan's modules serve."""
         shift, took = None, {}
         if sums is not None and sums.cross_gram is not None:
             shift, took["anchor_damping"] = linalg.drift(sums.gram, sums.cross_gram, self.section.anchor_damping, names[0])
-        placed = self.solve_modules(names, sums, shift)
+        placed = self.solve_modules(names, sums, shift, took)
         for part in self.parts([name for name in names if self.module_of(name) is None]):
             targets = {name: self.target(name, shift) for name in part.members}
             stats = {name: self.stats[name] if sums is None else over(self.stats[name], sums) for name in part.members}
@@ -152,25 +153,30 @@ class _Run:
         part = None if members is None else next(self.parts(members))
         return part if part is not None and isinstance(part.method, ModuleMethod) else None
 
-    def solve_modules(self, names: Sequence[str], sums: LinearStats | None, shift: Tensor | None) -> Modules:
-        """Feed-forward blocks, once the sums of the linear that ends them are known; before, their linears run as they were.
+    def solve_modules(self, names: Sequence[str], sums: LinearStats | None, shift: Tensor | None, took: dict[str, float]) -> Modules:
+        """Whole modules, once the sums of their last linear are known; before, their linears run as they were.
 
-        That linear reads kept channels only, which are the same whether the others have been removed or not. Attention stays as planned:
-        what its last linear reads changes with the first ones. So do pairs in two blocks: the first is needed before the second is known.
+        That linear reads channels, heads or value dimensions that are the same whether the others have been removed or not. Queries and
+        keys end with what they read, so values are mixed by the compressed ones. Pairs in two blocks stay as planned: the first is needed
+        before the second is known.
         """
         found: Modules = {}
         for name, part in ((name, part) for name in names if (part := self.module_of(name))):
-            role = self.job.assignments[name].info.role
+            if part.method.unit == PAIR:
+                found[name] = self.modules[name]
+                continue
             stats = self.stats[name] if sums is None else over(self.stats[name], sums)
-            self.waiting[name] = Part(name, self.target(name, shift if role in CONSUMERS else None), stats)
-            if part.method.unit == "ffn" and role in CONSUMERS and sums is not None:
+            anchored = shift if self.job.assignments[name].info.role in READERS else None
+            self.waiting[name] = Part(name, self.target(name, anchored), stats)
+            if not part.members.keys() <= self.waiting.keys():
+                continue
+            if sums is not None:
                 state = part.method.prepare(part.curve.linear, {part.members[each]: self.waiting[each] for each in part.members})
                 modules, error = built(part.method, state, setting_of(self.choices[name]), part.members)
                 self.modules |= modules
                 for each in modules:
-                    self.choices[each] = replace(self.choices[each], measured=error, sequential={})
-            if part.method.unit != "ffn" or role in CONSUMERS:
-                found |= {each: self.modules[each] for each in part.members}
+                    self.choices[each] = replace(self.choices[each], measured=error, sequential={} if anchored is None else took)
+            found |= {each: self.modules[each] for each in part.members}
         return found
 
     def parts(self, names: Sequence[str]) -> Iterator[Decomposition]:
@@ -188,7 +194,7 @@ class _Run:
         if shift is None:
             return dense
         weight = dense.weight.double()
-        return Dense(weight + self.section.anchor * weight @ shift, dense.bias, dense.dtype)
+        return replace(dense, weight=weight + self.section.anchor * weight @ shift)
 
     def solve_part(self, part: Decomposition, targets: dict[str, Dense], stats: dict[str, LinearStats], took: dict[str, float]) -> Any:
         """Solve one linear, or several that share what they store, at the setting of the plan; return the state of the method."""

@@ -41,6 +41,7 @@ PRESETS = [
     "svd",
     "svd_llm",
     "svd_llm_gptq",
+    "transact",
     "utilized_rank",
     "wanda",
     "welore",

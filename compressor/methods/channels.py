@@ -1,7 +1,8 @@
 """Channels of feed-forward blocks: some are removed from all linears of the block, and the last linear makes up for them.
 
 References: OSSCAR, arXiv 2403.12983 (`obs`: backward elimination with a refit); LoRAP, arXiv 2404.09695 (`lorap`, with the least
-important 1 % kept); FLAP, arXiv 2312.11983 (`flap`: fluctuation); Wanda, arXiv 2306.11695 (`wanda`). Card "pruning", 0.1, 1, 4.2, 4.4.
+important 1 % kept); FLAP, arXiv 2312.11983 (`flap`: fluctuation); Wanda, arXiv 2306.11695 (`wanda`); TransAct, arXiv 2407.05690
+(`transact`). Card "pruning", 0.1, 1, 2, 4.2, 4.4.
 
 Glossary
     hidden h    (m,) inputs of the consumer (down, fc2); producers (gate, up, gate_up, fc1) write them
@@ -9,6 +10,7 @@ Glossary
         obs     ‖W_down[:, c]‖² / (H⁻¹)_cc, renewed after every removal
         lorap   ‖W_gate[c] ⊙ √s_x‖ + ‖W_up[c] ⊙ √s_x‖ + ‖W_down[:, c]‖ √s_h,c with s the mean squares of the inputs
         flap    var(h_c) ‖W_down[:, c]‖²                    wanda   E h_c² ‖W_down[:, c]‖²
+        transact    E h_c², blind to what the consumer makes of it
     refit       none, linear (W' of F0.1) or affine (the same on centred inputs, with a bias for what is lost on average)
 
 Differs from the papers: statistics are of the dense model, collected once (OSSCAR and LoRAP go block after block). All widths share one
@@ -74,7 +76,7 @@ class Channels(ModuleMethod[Block]):
     paper: ClassVar[str] = "OSSCAR, arXiv 2403.12983; LoRAP, arXiv 2404.09695; FLAP, arXiv 2312.11983"
     unit: ClassVar[str] = "ffn"
 
-    score: Literal["obs", "lorap", "flap", "wanda"] = "obs"
+    score: Literal["obs", "lorap", "flap", "wanda", "transact"] = "obs"
     refit: Literal["none", "linear", "affine"] = "linear"
     metric: Literal["gram", "two_sided"] = "gram"  # of the consumer's output
     keep_least: bool = False  # keep the least important 1 % as well, as LoRAP does
@@ -154,6 +156,8 @@ class Channels(ModuleMethod[Block]):
         match self.score:
             case "obs":
                 return norms / torch.cholesky_inverse(torch.linalg.cholesky(moment)).diagonal()
+            case "transact":
+                return squares
             case "wanda":
                 return squares * norms
             case "flap":

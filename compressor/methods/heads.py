@@ -1,12 +1,14 @@
 """Attention heads: value dimensions and whole heads are removed, and the output projection makes up for what it can.
 
 References: value and output projections as one module, MoDeGPT (arXiv 2408.09632); heads by output-aware elimination, OSSCAR (arXiv
-2403.12983). Card "pruning", 0.2, 4.4, 4.5.
+2403.12983); by the norm of their activations, TransAct (arXiv 2407.05690). Card "pruning", 0.2, 2, 4.4, 4.5.
 
 Glossary (k key–value heads, each serving g query heads; hd = head_dim; mixed values z (k · g · hd,) are the inputs of o_proj)
     V_h (hd, d), O_j (d, hd)   rows of v_proj and columns of o_proj of one head; z_j = Σ_t a_jt V_h x_t
     basis of a head            K = Σ_j O_jᵀ F O_j = L Lᵀ over its g query heads, M = mean E z_j z_jᵀ; E the eigenvectors of Lᵀ M L:
                                V' = Eᵀ Lᵀ V_h and O_j' = O_j L⁻ᵀ E change nothing, and put what the output sees least of last
+    score                      what a unit is worth; the lowest leave first. obs: the error of its removal, renewed after every one;
+                               transact: E z² over all of its inputs of o_proj, in the basis that the model has
     unit                       what leaves at once: one value dimension of a key–value head (g inputs of o_proj), or a whole head (g · hd)
 F is the second moment of the output gradients (`two_sided`) or the identity. What is removed is zero to the attention around it, so any
 implementation of it runs as it is, with its own scale and cache.
@@ -79,10 +81,16 @@ def rearranged(shape: Shape) -> Tensor:
     return torch.arange(shape.kv * shape.group * shape.dim).view(shape.kv, shape.group, shape.dim).transpose(1, 2).flatten()
 
 
+def unchanged(shape: Shape, like: Tensor) -> Tensor:
+    """The basis that heads have, (k, hd, hd)."""
+    return torch.eye(shape.dim, dtype=torch.float64, device=like.device).expand(shape.kv, -1, -1)
+
+
 @dataclass(frozen=True)
 class _Values(ModuleMethod[Mixed]):
     """What value dimensions and whole heads have in common."""
 
+    score: Literal["obs", "transact"] = "obs"
     metric: Literal["gram", "two_sided"] = "gram"  # of the output of o_proj
     ridge: Annotated[float, Field(gt=0)] = 1e-3  # on the change of o_proj, relative to the mean square of its inputs
     shrink_grad_gram: Annotated[float, Field(ge=0, le=1)] = 0.1  # `two_sided` only
@@ -135,16 +143,17 @@ class _Values(ModuleMethod[Mixed]):
             root = linalg.cholesky(grads, f"{parts['o'].linear}: the output-gradient moment", "shrink_grad_gram")
             weighed = root.T @ output
         energy = Metric(moment).energy(weighed)
-        basis = self.basis(shape, weighed, moment)
+        basis = self.basis(shape, weighed, moment) if self.score == "obs" else unchanged(shape, output)
         whole = torch.block_diag(*basis.repeat_interleave(shape.group, 0))  # z' = whole · z
         inverse = torch.linalg.inv(whole)
         output, moment = output @ inverse, whole @ moment @ whole.T
-        moment = moment + self.ridge * moment.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny) * torch.eye(len(moment)).to(
-            moment
-        )
-        places = rearranged(shape).to(output.device)
+        places, order = rearranged(shape).to(output.device), None
+        if self.score == "transact":
+            order = moment.diagonal()[places].view(-1, self.size_of_unit(shape)).sum(1).argsort(stable=True)
+        level = self.ridge * moment.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
+        moment = moment + level * torch.eye(len(moment)).to(moment)
         weighed = (output if root is None else root.T @ output)[:, places]
-        order, errors = eliminate(weighed, moment[places][:, places], self.size_of_unit(shape))
+        order, errors = eliminate(weighed, moment[places][:, places], self.size_of_unit(shape), order)
         return Mixed(module, dict(parts), shape, basis, output, moment, root, order, errors, energy)
 
     def candidates(self, state: Mixed) -> Curve:
@@ -227,4 +236,4 @@ class Heads(_Values):
         return shape.group * shape.dim
 
     def basis(self, shape: Shape, output: Tensor, moment: Tensor) -> Tensor:
-        return torch.eye(shape.dim, dtype=torch.float64, device=output.device).expand(shape.kv, -1, -1)
+        return unchanged(shape, output)

@@ -50,6 +50,7 @@ OPTIONS = pytest.mark.parametrize(
         {"score": "lorap"},
         {"score": "flap", "refit": "affine"},
         {"score": "wanda", "refit": "none"},
+        {"score": "transact"},
     ],
     ids=lambda options: "-".join(map(str, options.values())) or "default",
 )
@@ -128,6 +129,17 @@ def test_lorap_scores_by_hand_and_the_least_important_are_kept(block):
     kept = build("channels", {"score": "lorap", "refit": "none", "keep_least": True}).prepare("mlp", parts_of(wide, x)).order.tolist()
     plain = method.prepare("mlp", parts_of(wide, x)).order.tolist()
     assert kept == plain[2:] + plain[:2]  # 1 % of 200
+
+
+def test_transact_goes_by_the_norm_of_the_activations_and_refits_the_rest(block):
+    hidden, down = hidden_of(*block), block[0]["down"]
+    method = build("channels", {"score": "transact", "ridge": 1e-12})
+    state = method.prepare("mlp", parts_of(*block))
+    assert state.order.tolist() == hidden.square().sum(0).argsort().tolist()
+    reader = method.compress(state, {"channels": 5})["down"]
+    kept = reader.places("columns")
+    refitted = torch.linalg.lstsq(hidden[:, kept], hidden @ down.T).solution.T
+    torch.testing.assert_close(reader.matrix(), refitted, rtol=1e-5, atol=1e-6)
 
 
 def test_the_refit_never_loses_to_dropping(block):

@@ -50,7 +50,8 @@ METHODS = {"value_dims": "vo", "heads": "qkvo", "rotary_pairs": "qk"}
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("value_dims", {}), ("value_dims", {"metric": "two_sided"}), ("heads", {}), ("heads", {"metric": "two_sided"}), ("rotary_pairs", {})],
+    [(name, options) for name in ("value_dims", "heads") for options in ({}, {"metric": "two_sided"}, {"score": "transact"})]
+    + [("rotary_pairs", {})],
 )
 @pytest.mark.parametrize("biased", [True, False], ids=["bias", "no bias"])
 def test_contract(attention, name, options, biased):
@@ -103,6 +104,24 @@ def test_a_head_that_the_output_ignores_leaves_first_with_its_queries(attention)
     modules = method.compress(method.prepare("attn", parts_of(weights, x, "qkvo")), {"heads": 1})
     assert modules["o"].places("columns").tolist() == list(range(8, 16)) == modules["q"].places("rows").tolist()
     assert modules["k"].places("rows").tolist() == modules["v"].places("rows").tolist() == [4, 5, 6, 7]
+
+
+@pytest.mark.parametrize(("name", "roles", "size"), [("value_dims", "vo", 1), ("heads", "qkvo", DIM)])
+def test_transact_goes_by_the_norm_of_what_o_reads_over_all_query_heads(attention, name, roles, size):
+    weights, x = attention
+    z = mixed(weights, x)
+    energy = z.square().sum(0).view(KV, GROUP, DIM).sum(1).view(-1, size).sum(1)  # of every value dimension or head
+    method = build(name, {"score": "transact", "ridge": 1e-12})
+    state = method.prepare("attn", parts_of(weights, x, roles))
+    assert state.order.tolist() == energy.argsort().tolist()
+    modules = method.compress(state, {method.key: len(energy) // 2})
+    units = energy.argsort(descending=True)[: len(energy) // 2].sort().values
+    rows = (units[:, None] * size + torch.arange(size)).flatten()
+    assert modules["v"].places("rows").tolist() == rows.tolist()
+    assert torch.equal(modules["v"].matrix(), weights["v"][rows])  # in the basis that the model has
+    columns = modules["o"].places("columns")
+    refitted = torch.linalg.lstsq(z[:, columns], z @ weights["o"].T).solution.T
+    torch.testing.assert_close(modules["o"].matrix(), refitted, rtol=1e-5, atol=1e-6)
 
 
 def test_pairs_stay_or_leave_together_in_all_query_heads(attention):
