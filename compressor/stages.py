@@ -1,5 +1,6 @@
 """The stages of a run, each a function of what the stages before it made: job → statistics → curves → probes → plan → modules."""
 
+import logging
 from collections.abc import Container, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -23,10 +24,11 @@ from compressor.probe import Prober, ProbeResult, probe
 from compressor.progress import Progress, silent
 from compressor.recipe import Recipe, size_in_bytes
 from compressor.scoring import in_float32
-from compressor.stats import LinearStats
+from compressor.stats import LinearStats, blind_spots
 from compressor.store import NOWHERE, Store
 
 HEADER_BYTES = 160  # of a stored tensor in a safetensors header, its name apart; for target sizes
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,9 @@ def start(recipe: Recipe, source: folder.ModelFolder, progress: Progress = silen
     device = choose_device(recipe.model.device)
     model, tokenizer = models.load(source.path, device=device, device_map=recipe.model.device_map)
     assignments = assign(recipe, model)
+    if experts := models.fused(model):
+        share = sum(experts.values()) / sum(parameter.numel() for parameter in model.parameters())
+        log.warning("%d fused weights of experts, %.1f %% of the model, are no linears and stay as they are", len(experts), 100 * share)
     section = recipe.calibration
     windows = data.load_windows(
         section.source or str(data.bundled("calibration")),
@@ -136,6 +141,8 @@ def statistics(job: Job, progress: Progress = silent) -> dict[str, LinearStats]:
 
 def decompositions(job: Job, stats: dict[str, LinearStats], progress: Progress = silent) -> Found:
     """One decomposition for each method and each linear or group that it decomposes; it serves every size."""
+    for line in blind_spots(stats):
+        log.warning(line)
     units = progress([*job.assignments, *job.groups], "decompose")
     return {
         name: decompose_group(job.groups[name], job.assignments, stats, job.store)

@@ -1,5 +1,6 @@
 """Calibration statistics of one linear layer: additive sums over tokens, so that shards (batches, processes) add."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from torch import Tensor
@@ -42,3 +43,22 @@ class LinearStats:
             raise DataError(
                 f"{linear}: the statistics lack {', '.join(missing)}; collect them with `compressor calibrate MODEL STATS --config RECIPE`"
             )
+
+
+def blind_spots(stats: Mapping[str, LinearStats]) -> list[str]:
+    """Lines about linears of whose inputs the text shows too little: what their weights do there counts for nothing.
+
+    Directions without energy are left out of every metric by themselves; these are the ones that can be told without a decomposition.
+    """
+    grams = {name: one for name, one in stats.items() if one.gram is not None}
+    dead = {name: (one.gram.diagonal() <= 0).sum().item() for name, one in grams.items()}
+    few = {name: len(one.gram) - one.tokens for name, one in grams.items() if one.tokens < len(one.gram)}
+    lines = []
+    if names := [name for name, count in dead.items() if count]:
+        worst = max(names, key=dead.__getitem__)
+        lines.append(f"{len(names)} linears have inputs that the text never sets ({worst}: {dead[worst]} of {len(grams[worst].gram)})")
+    if few:
+        worst = max(few, key=few.__getitem__)
+        count = f"{grams[worst].tokens} for {len(grams[worst].gram)}"
+        lines.append(f"{len(few)} linears have more inputs than the text has tokens ({worst}: {count}); give more text")
+    return lines

@@ -2,13 +2,11 @@
 
 import hashlib
 import importlib
-import itertools
-import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 from click.testing import Result
+from killed import dying, forked, wait
 from typer.testing import CliRunner
 
 from compressor import cli
@@ -43,42 +41,23 @@ def refused(result: Result, code: int, *words: object) -> str:
     return last
 
 
-def compress(model: object, output: Path, text: Path, *more: object, **settings: object) -> list[object]:
+def compress(model: object, output: Path, text: Path | str, *more: object, **settings: object) -> list[object]:
     """Arguments that compress a tiny model with a recipe that needs one forward pass; settings: dots written as __."""
     changed = SMALL | {key.replace("__", "."): value for key, value in settings.items()}
     flags = [part for key, value in changed.items() for part in ("--set", f"{key}={value}")]
     return ["compress", model, output, "-c", "svd_llm", "--calibration", text, "--text", text, *flags, *more]
 
 
-def in_child(action: Callable[[], object]) -> int:
-    """Wait status of a forked process that does something. It must not run a backward pass, which torch refuses after a fork."""
-    child = os.fork()
-    if child == 0:
-        try:
-            action()
-        finally:
-            os._exit(0)
-    return os.waitpid(child, 0)[1]
-
-
 def killed(arguments: list[object], where: str, call: int = 1) -> None:
-    """Run a command in a process that kills itself, SIGKILL, right before the n-th call of the function with this dotted name."""
+    """Run a command in a process that is killed right before the n-th call of the function with this dotted name."""
 
     def action() -> None:
         owner, _, name = where.rpartition(".")
-        module, calls = importlib.import_module(owner), itertools.count(1)
-        original = getattr(module, name)
-
-        def fatal(*args, **options):
-            if next(calls) == call:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*args, **options)
-
-        setattr(module, name, fatal)
+        module = importlib.import_module(owner)
+        setattr(module, name, dying(getattr(module, name), call, "before"))
         run(*arguments)
 
-    status = in_child(action)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, f"{where} was not called {call} times"
+    assert wait(forked(action)) == -signal.SIGKILL, f"{where} was not called {call} times"
 
 
 def bytes_of(folder: Path, but: tuple[str, ...] = ("timings.json",)) -> dict[str, str]:
