@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from compressor.errors import DataError
-from compressor.stats import LinearStats
+from compressor.stats import LinearStats, blind_spots
 
 
 def shard(seed: int, tokens: int = 5) -> LinearStats:
@@ -38,3 +38,14 @@ def test_require_names_the_linear_the_missing_fields_and_the_command():
     stats.require("layers.0.q", frozenset({"gram", "sum"}))
     with pytest.raises(DataError, match=r"layers\.0\.q: the statistics lack fisher, grad_gram; .*compressor calibrate"):
         stats.require("layers.0.q", frozenset({"gram", "grad_gram", "fisher"}))
+
+
+def test_inputs_that_the_text_never_sets_and_texts_shorter_than_an_input_are_told():
+    x = torch.randn(9, 4, dtype=torch.float64)
+    x[:, 2] = 0
+    whole = LinearStats(tokens=9, gram=torch.eye(4, dtype=torch.float64))
+    stats = {"a": whole, "b": LinearStats(tokens=9, gram=x.T @ x), "c": LinearStats(tokens=2, gram=whole.gram), "d": LinearStats(tokens=9)}
+    dead, few = blind_spots(stats)
+    assert dead == "1 linears have inputs that the text never sets (b: 1 of 4)"
+    assert few == "1 linears have more inputs than the text has tokens (c: 2 for 4); give more text"
+    assert blind_spots({"a": whole}) == []
