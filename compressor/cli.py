@@ -10,8 +10,21 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from typer import Argument, Option
 
-from compressor import __version__
-from compressor.options import CHECKPOINT, DANGER, DEVICE, LIMITS, MAX_HELP, MIN_HELP, MODEL, OVERWRITE, RESTART, TOLERANCE_HELP
+from compressor import __version__, listings
+from compressor.options import (
+    CHECKPOINT,
+    DANGER,
+    DEVICE,
+    LIMITS,
+    MAX_HELP,
+    MIN_HELP,
+    MODEL,
+    OVERWRITE,
+    PUBLIC,
+    PUSH_TO,
+    RESTART,
+    TOLERANCE_HELP,
+)
 from compressor.progress import Progress
 from compressor.verbs import Outcome, errors_in_one_line, verb
 
@@ -45,13 +58,17 @@ def compress(
     ] = None,
     plan: Annotated[Path | None, Option(metavar="FILE", help="Edited plan.json to run, in place of allocating.")] = None,
     restart: RESTART = False,
+    push_to: PUSH_TO = None,
+    public: PUBLIC = False,
     *,
     progress: Progress,
 ) -> Outcome:
     """Compress a model into a new checkpoint, evaluate it and print the before/after table."""
-    from compressor import pipeline, report
+    from compressor import hub, pipeline, report
 
+    hub.check(push_to, public)
     found = pipeline.compress(recipe, output, plan=plan, stats=stats, progress=progress, restart=restart)
+    found |= hub.deliver(output, push_to, public, found.get("failure"), progress)
     return Outcome(found, report.render(found), found.get("failure"))
 
 
@@ -230,50 +247,8 @@ def gate(
     return Outcome(found, gate.render(found), broken=[gate.line(message, github) for message in found["broken"]])
 
 
-@app.command()
-@verb
-def methods() -> Outcome:
-    """List the decompositions, with their papers and options."""
-    from dataclasses import fields
-
-    from compressor.methods import METHODS
-
-    records = [
-        {
-            "name": name,
-            "about": (method.__doc__ or "").partition("\n")[0],
-            "paper": method.paper,
-            "options": {field.name: field.default for field in fields(method)},
-        }
-        for name, method in sorted(METHODS.items())
-    ]
-    return Outcome({"methods": records})
-
-
-@app.command()
-@verb
-def presets(
-    name: Annotated[str | None, Argument(metavar="NAME", help="Print this recipe with all its defaults.", show_default=False)] = None,
-) -> Outcome:
-    """List the published recipes that `--config` knows by name."""
-    from compressor.config import dump_yaml, load_recipe, preset_titles
-
-    if name is None:
-        return Outcome({"presets": [{"name": name, "title": title} for name, title in preset_titles().items()]})
-    recipe = load_recipe(name)
-    return Outcome(recipe.model_dump(mode="json"), dump_yaml(recipe))
-
-
-@app.command()
-@verb
-def schema() -> Outcome:
-    """Print the JSON Schema of a recipe."""
-    import json
-
-    from compressor.config import schema as recipe_schema
-
-    found = recipe_schema()
-    return Outcome(found, json.dumps(found, indent=2))
+for listing in (listings.methods, listings.presets, listings.schema):
+    app.command()(verb(listing))
 
 
 @app.command("lm-eval", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

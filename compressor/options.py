@@ -19,6 +19,11 @@ DEVICE = Annotated[str | None, Option(metavar="DEVICE", help="auto, cpu, cuda, c
 OVERWRITE = Annotated[bool, Option("--overwrite", help="Replace the output if it exists.", rich_help_panel=DANGER)]
 RESTART = Annotated[bool, Option("--restart", help="Discard what a stopped run left, and start anew.", rich_help_panel=DANGER)]
 
+PUSH_TO = Annotated[
+    str | None, Option(metavar="REPOSITORY", help="Upload the finished checkpoint to the hub, privately.", rich_help_panel=OUTPUT)
+]
+PUBLIC = Annotated[bool, Option("--public", help="With --push-to: for everybody to see.", rich_help_panel=DANGER)]
+
 # Option → dotted field of the recipe (None: handled by `read_recipe` itself) and its declaration.
 RECIPE_OPTIONS: dict[str, tuple[str | None, Any]] = {
     "model": ("model.name", MODEL),

@@ -163,6 +163,7 @@ def render(report: dict[str, Any]) -> RenderableType:
     notes += [f"tokens evaluated: {number(report['tokens'])}"] if report["tokens"] else []
     notes += [f"scores missing: {report['reason']}"] if report["reason"] else []
     notes += [f"warning: {warning}" for warning in report["warnings"]]
+    notes += [f"pushed to {report['pushed']['url']}"] if report.get("pushed") else []
     mix = tables.columns("Linears", MIX, method_mix(report))
     return Group(tables.columns("Before and after", HEADINGS, before_after(report)), mix, *map(Text, notes))
 

@@ -85,7 +85,7 @@ def test_every_verb_explains_itself_and_speaks_json(verb):
 
 
 def test_plan_takes_the_options_of_compress():
-    assert options_of("compress") - options_of("plan") == {"--plan", "--restart"}
+    assert options_of("compress") - options_of("plan") == {"--plan", "--restart", "--push-to", "--public"}
 
 
 def test_dangerous_options_stand_apart():

@@ -26,6 +26,7 @@ LEVELS = (
         "plots",
         "page",
         "samples",
+        "hub",
         "speed",
         "lm_eval_bridge",
         "restart",
@@ -34,10 +35,15 @@ LEVELS = (
     ),
     ("assignments", "decompose", "probe", "units", "rules", "planning"),
     ("stages", "workshop", "selection", "refine", "estimate", "evaluation", "pipeline"),
-    ("options", "verbs", "cli", "__main__"),
+    ("options", "verbs", "listings", "cli", "__main__"),
 )
 ORDER = [module for level in LEVELS for module in level]
-NO_TORCH = LEVELS[0][:5] + LEVELS[0][6:] + ("plan", "roles", "shards", "manifest", "folder", "staging", "gate", "options", "verbs", "cli")
+NO_TORCH = LEVELS[0][:5] + LEVELS[0][6:] + ("plan", "roles", "shards", "manifest", "folder", "staging", "gate")
+NO_TORCH += ("hub", "options", "verbs", "listings", "cli")
+    LEVELS[0][:5]
+    + LEVELS[0][6:]
+    + ("plan", "roles", "shards", "manifest", "folder", "staging", "gate", "options", "verbs", "listings", "cli")
+)
 UNITS = sorted({path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")} - {"__init__"})
 
 
