@@ -40,10 +40,6 @@ LEVELS = (
 ORDER = [module for level in LEVELS for module in level]
 NO_TORCH = LEVELS[0][:5] + LEVELS[0][6:] + ("plan", "roles", "shards", "manifest", "folder", "staging", "gate")
 NO_TORCH += ("hub", "options", "verbs", "listings", "cli")
-    LEVELS[0][:5]
-    + LEVELS[0][6:]
-    + ("plan", "roles", "shards", "manifest", "folder", "staging", "gate", "options", "verbs", "listings", "cli")
-)
 UNITS = sorted({path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")} - {"__init__"})
 
 
