@@ -1,13 +1,15 @@
 """Time and memory of compression against their floors, measured in the same run on the same machine.
 
-    python -m benchmarks.run [--case svd_llm-reference] [--case svd_llm-wide] [--case dictionary-rocket]
+    python -m benchmarks.run [--case svd_llm-reference] [--case svd_llm-wide] [--case dictionary-rocket] [--case gptq_w4-sequential]
 
 Cases called dictionary-… are the comparisons of `benchmarks.dictionary`, each in a process of its own.
 
+Cases called …-sequential hold a run whose linears are solved in order against the same recipe without that, in place of a floor.
+
 Floor of a run = bare calibration forwards (with backward where the recipe needs gradients, and the probes' forwards) + bare Gram GEMMs
-+ bare eigendecompositions, each called with nothing around it. Compress time = calibrate + decompose + probe + allocate of the same
-recipe; imports, writing and evaluation are apart. Memory: peak resident bytes of a fresh process, less
-what Python and its libraries take, ÷ (weights + all second moments).
++ bare eigendecompositions, each called with nothing around it. Compress time = calibrate + decompose + probe + allocate + what follows a
+plan (solving in order, residuals) of the same recipe; imports, writing and evaluation are apart. Memory: peak resident bytes of a fresh
+process, less what Python and its libraries take, ÷ (weights + all second moments).
 """
 
 import argparse
@@ -26,6 +28,7 @@ CASES = {  # name: (recipe, model, calibration windows)
     "eora_w4_r32-reference": ("eora_w4_r32", "reference", 128),
     "svd_llm-wide": ("svd_llm", "wide", 16),
 }
+SEQUENTIAL = {"gptq_w4-sequential": ("gptq_w4", "reference", 128)}  # against the same recipe that is not
 DICTIONARY = {f"dictionary-{part}": part for part in PARTS}
 
 
@@ -51,18 +54,18 @@ def tokens_file(folder: Path, windows: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", action="append", choices=[*CASES, *DICTIONARY])
+    parser.add_argument("--case", action="append", choices=[*CASES, *SEQUENTIAL, *DICTIONARY])
     parser.add_argument("--one", help=argparse.SUPPRESS)  # a child process that measures one case
     arguments = parser.parse_args()
     if arguments.one:
         print(json.dumps(measure(**json.loads(arguments.one))))
         return
-    chosen = arguments.case or [*CASES, *DICTIONARY]
-    if any(case in CASES for case in chosen):
+    chosen = arguments.case or [*CASES, *SEQUENTIAL, *DICTIONARY]
+    if any(case in CASES | SEQUENTIAL for case in chosen):
         print(f"{'case':20} {'compress s':>10} {'floor s':>8} {'ratio':>6} {'peak MiB':>9} {'base MiB':>9} {'ratio':>6}")
     with tempfile.TemporaryDirectory() as temporary:
         for case in chosen:
-            if case in CASES:
+            if case in CASES | SEQUENTIAL:
                 compare(case, Path(temporary))
             else:
                 subprocess.run([sys.executable, "-m", "benchmarks.dictionary", "--part", DICTIONARY[case]], check=True)
@@ -70,15 +73,13 @@ def main() -> None:
 
 def compare(case: str, folder: Path) -> None:
     """Print time and memory of one case and of its floor, each measured in a process of its own."""
-    recipe, model, windows = CASES[case]
+    recipe, model, windows = (CASES | SEQUENTIAL)[case]
     name = model if model == "reference" else str(wide_llama(folder / "wide"))
     job = {"recipe": recipe, "model": name, "source": tokens_file(folder, windows), "windows": windows}
-    child = [sys.executable, "-m", "benchmarks.run", "--one"]
-    spent = {
-        part: json.loads(subprocess.run([*child, json.dumps(job | {"part": part})], check=True, stdout=subprocess.PIPE).stdout)
-        for part in ("compress", "floor")
-    }
-    run, floor = spent["compress"], spent["floor"]
+    if case in SEQUENTIAL:
+        run, floor = (measured(job | {"part": "compress", "sequential": sequential}) for sequential in (True, False))
+    else:
+        run, floor = (measured(job | {"part": part}) for part in ("compress", "floor"))
     seconds = sum(floor["seconds"].values())
     print(
         f"{case:20} {run['total']:10.2f} {seconds:8.2f} {run['total'] / seconds:6.2f} "
@@ -87,23 +88,29 @@ def compare(case: str, folder: Path) -> None:
     print(f"    compress {rounded(run['seconds'])}\n    floor    {rounded(floor['seconds'])}", flush=True)
 
 
+def measured(job: dict) -> dict:
+    """`measure` in a process of its own."""
+    child = [sys.executable, "-m", "benchmarks.run", "--one", json.dumps(job)]
+    return json.loads(subprocess.run(child, check=True, stdout=subprocess.PIPE).stdout)
+
+
 def rounded(seconds: dict[str, float]) -> str:
     return ", ".join(f"{stage} {value:.2f}" for stage, value in seconds.items())
 
 
-def measure(recipe: str, model: str, source: str, windows: int, part: str) -> dict:
+def measure(recipe: str, model: str, source: str, windows: int, part: str, sequential: bool = False) -> dict:
     from compressor.config import load_recipe
     from compressor.stages import open_source, start
 
     options = {"model.name": model, "calibration.source": source, "calibration.windows": windows, "model.device": "cpu"}
-    loaded = load_recipe(recipe, [], options)
+    loaded = load_recipe(recipe, [f"calibration.sequential={json.dumps(sequential)}"], options)
     job = start(loaded, open_source(model, None))
     return compress(job) if part == "compress" else {"seconds": floor(job)}
 
 
 def compress(job) -> dict:
     """Seconds of each stage and the peak memory of one compression, from loaded model to modules in memory."""
-    from compressor import selection, stages
+    from compressor import refine, selection, stages
     from compressor.timings import peak_memory
 
     seconds, before = {}, peak_memory()
@@ -120,7 +127,9 @@ def compress(job) -> dict:
     }
     found = timed("decompose", stages.decompositions, job, stats)
     probed = timed("probe", stages.probes, job, found)
-    timed("allocate", selection.choose, job, found, probed)
+    plan, modules = timed("allocate", selection.choose, job, found, probed)
+    if refine.wanted(job.recipe, None):
+        timed("in order", refine.finish, job, plan, modules, found, stats, None)
     weights = sum(parameter.nbytes for parameter in job.model.parameters())
     return {
         "seconds": seconds,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compressor import artifacts, checkpoint, estimate, evaluation, exchange, folder, manifest, refine, report, selection, stages
+from compressor import artifacts, checkpoint, estimate, evaluation, exchange, finer, folder, manifest, refine, report, selection, stages
 from compressor import export as exporting
 from compressor import model as models
 from compressor.config import dump_yaml
@@ -91,7 +91,7 @@ def plan_and_build(
     """Decompose, probe, allocate and build: the plan with its measured errors, and the modules as they will be stored."""
     with watch("decompose"):
         found = stages.decompositions(job, collected, progress)
-        if not refine.wanted(job.recipe, edited):
+        if not (refine.wanted(job.recipe, edited) or finer.wanted(job.recipe)):
             collected = {name: LinearStats(tokens=one.tokens, gram=one.gram) for name, one in collected.items()}
     if edited is not None:
         made, modules = selection.build_plan(job, edited, found, progress)
@@ -100,9 +100,13 @@ def plan_and_build(
             probed = stages.probes(job, found, progress)
         with watch("allocate"):
             made, modules = selection.choose(job, found, probed, progress)
+    base = made, modules
     if refine.wanted(job.recipe, edited):
         with watch("decompose"):
             made, modules = refine.finish(job, made, modules, found, collected, edited, progress)
+    if finer.wanted(job.recipe):
+        with watch("evaluate"):
+            made = finer.judged(job, made, base, found, collected)
     return stages.with_gram_errors(made, job, modules, collected), modules
 
 

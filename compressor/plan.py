@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 DENSE = "dense"  # the method name of a linear that keeps its weight
+WITH_RESIDUALS, FINER_BASES = "with residuals", "finer bases instead"  # entries of `Plan.contest` of a plan with low-rank residuals
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Plan:
     linears: dict[str, Choice]
     price: float | None = None  # marginal price of the budget, nats per MiB; None where the allocation does not measure nats
     recipe: dict[str, Any] = field(default_factory=dict)
-    contest: dict[str, float] = field(default_factory=dict)  # held-out divergence of the whole model: all methods together, each alone
+    contest: dict[str, float] = field(default_factory=dict)  # held-out divergence of whole models: all methods together, each alone, …
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

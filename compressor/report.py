@@ -17,7 +17,7 @@ from rich.text import Text
 
 from compressor import tables
 from compressor.errors import EvaluationError
-from compressor.plan import DENSE, Plan
+from compressor.plan import DENSE, FINER_BASES, WITH_RESIDUALS, Plan
 from compressor.staging import replace_text
 from compressor.tables import ABSENT, kept_removed, number, percent, size
 
@@ -70,6 +70,7 @@ def build(
         "lm_eval": lm_eval,
         "lm_eval_original": lm_eval_original,
         "price": plan.price,
+        "contest": dict(plan.contest),
         "linears": [{"name": name} | asdict(choice) for name, choice in plan.linears.items()],
         "warnings": list(warnings),
         "fingerprints": dict(fingerprints or {}),
@@ -157,10 +158,20 @@ def least_kept(report: dict[str, Any]) -> str:
     return "no linear was targeted" if least is None else f"least kept: {least['name']}, {percent(least['bits'] / least['dense_bits'])}"
 
 
+def residuals(report: dict[str, Any]) -> str | None:
+    """A sentence on what the low-rank residuals of a report are worth; None if it has none, or if they were not measured."""
+    if WITH_RESIDUALS not in report["contest"]:
+        return None
+    kept, finer = (report["contest"][name] for name in (WITH_RESIDUALS, FINER_BASES))
+    verdict = "the residuals are worth their bytes" if kept < finer else "a finer base is the better use of these bytes"
+    return f"low-rank residuals: held-out KL {number(kept)}, with finer bases of no more bytes instead {number(finer)}; {verdict}"
+
+
 def render(report: dict[str, Any]) -> RenderableType:
     """Before/after table, the mix of methods, and what deserves a warning."""
     notes = [least_kept(report)]
     notes += [f"tokens evaluated: {number(report['tokens'])}"] if report["tokens"] else []
+    notes += [line] if (line := residuals(report)) else []
     notes += [f"scores missing: {report['reason']}"] if report["reason"] else []
     notes += [f"warning: {warning}" for warning in report["warnings"]]
     notes += [f"pushed to {report['pushed']['url']}"] if report.get("pushed") else []
@@ -193,6 +204,7 @@ def model_card(report: dict[str, Any], recipe_yaml: str, source_name: str, licen
         mix_headings=MIX,
         mix=method_mix(report),
         least_kept=least_kept(report),
+        residuals=residuals(report),
         kept=kept_removed(report["kept"]["targets"]),
         recipe=recipe_yaml.strip(),
         fence="`" * max(3, longest + 1),

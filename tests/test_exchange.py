@@ -44,7 +44,7 @@ def loud(tmp_path_factory):
 def compressed(loud, text_file, tmp_path):
     def make(kind: str, dtype: str, *overrides: str, config: str = "gptq_w4"):
         overrides = [override if "." in override.partition("=")[0] else f"{OPTIONS}.{override}" for override in overrides]
-        made = recipe(loud(kind, dtype), text_file, "evaluation.enabled=false", *overrides, config=config)
+        made = recipe(loud(kind, dtype), text_file, "evaluation.enabled=false", "calibration.sequential=false", *overrides, config=config)
         pipeline.compress(made, tmp_path / "checkpoint")
         return tmp_path / "checkpoint", load(tmp_path / "checkpoint")[0]
 

@@ -34,7 +34,7 @@ LEVELS = (
         "gate",
     ),
     ("assignments", "decompose", "probe", "units", "rules", "planning"),
-    ("stages", "workshop", "selection", "refine", "estimate", "evaluation", "pipeline"),
+    ("stages", "workshop", "selection", "refine", "finer", "estimate", "evaluation", "pipeline"),
     ("options", "verbs", "listings", "cli", "__main__"),
 )
 ORDER = [module for level in LEVELS for module in level]
