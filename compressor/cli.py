@@ -150,6 +150,29 @@ def inspect(
 
 @app.command()
 @verb
+def sweep(
+    file: Annotated[Path, Argument(metavar="FILE", help="YAML file of a sweep: base, grid, zip, runs.", show_default=False)],
+    output: Annotated[Path, Argument(metavar="OUTDIR", help="Folder for its points and results.", show_default=False)],
+    jobs: Annotated[int, Option(metavar="N", min=1, help="Points that run at the same time, in processes of their own.")] = 1,
+    dry_run: Annotated[bool, Option("--dry-run", help="Print the points with estimated sizes and times; run nothing.")] = False,
+    restart: RESTART = False,
+    *,
+    progress: Progress,
+) -> Outcome:
+    """Run every point of a sweep that is not finished yet, sharing statistics and decompositions; table, results.jsonl and report."""
+    from compressor import points, sweep, tables
+
+    found = points.read_points(file)
+    if dry_run:
+        return Outcome({"points": sweep.outline(found, progress)})
+    result = sweep.run(found, output, jobs, restart, progress)
+    failed = result["failed"]
+    failure = f"{failed} of {len(found)} points failed; the same command runs them again" if failed else None
+    return Outcome(result, tables.render_sweep(result["points"]), failure)
+
+
+@app.command()
+@verb
 def clean(
     outputs: Annotated[
         list[Path] | None, Argument(metavar="[OUTPUT…]", help="Outputs of runs that were stopped.", show_default=False)

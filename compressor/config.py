@@ -68,13 +68,18 @@ def load_recipe(config: str | Path | None = None, overrides: Iterable[str] = (),
     number; options: dotted key to value, None meaning not given, `method` meaning one engine for everything.
     Raises ConfigError: one line with the place, the key, and what would be right.
     """
+    return assemble(config, [list(map(_override, overrides)), list(_named(options or {}))])
+
+
+def assemble(config: str | Path | None, layers: Iterable[list[Entry]]) -> Recipe:
+    """A preset or file with layers of settings over it, stronger ones last. Raises ConfigError that names the place of the setting."""
     path = find_recipe(config)
     document = parse_document(read_text(path), str(path))
     if not isinstance(document.value, dict):
         raise ConfigError(f"{path}:1: expected a mapping of recipe sections: {', '.join(Recipe.model_fields)}")
     data, origins = document.value, dict(document.places)
-    for layer in (map(_override, overrides), _named(options or {})):
-        _overlay(data, origins, list(layer))
+    for layer in layers:
+        _overlay(data, origins, layer)
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
@@ -87,12 +92,17 @@ def _override(text: str) -> Entry:
     dotted, equals, value = text.partition("=")
     if not equals or not value.strip():
         raise ConfigError(f"{origin}: expected path=value, with null for no value")
-    path = tuple(int(key) if key.isdecimal() else key for key in dotted.strip().split("."))
+    return keys_of(dotted.strip(), origin), parse_yaml(value, origin), origin
+
+
+def keys_of(dotted: str, origin: str) -> Keys:
+    """The path that a dotted key means. Raises ConfigError naming the nearest one if a recipe has no such path."""
+    path = tuple(int(key) if key.isdecimal() else key for key in dotted.split("."))
     for depth, key in enumerate(path):
         section = _section(path[:depth])
         if section and isinstance(key, str) and key not in section.model_fields:
             raise ConfigError(f"{origin}: there is no '{dotted}' in a recipe; {_nearest_path(dotted)}")
-    return path, parse_yaml(value, origin), origin
+    return path
 
 
 def _named(options: dict[str, Any]) -> Iterator[Entry]:

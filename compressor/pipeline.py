@@ -3,6 +3,7 @@
 compress   source → statistics → curves → probes → plan → modules → checkpoint, committed whole → scores, added to its report
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -193,14 +194,23 @@ def plan(recipe: Recipe, stats: Path | None = None, progress: Progress = silent)
 
 
 def calibrate(
-    recipe: Recipe, output: str | Path, overwrite: bool = False, progress: Progress = silent, restart: bool = False
+    recipe: Recipe,
+    output: str | Path,
+    overwrite: bool = False,
+    progress: Progress = silent,
+    restart: bool = False,
+    others: Sequence[Recipe] = (),
 ) -> dict[str, Any]:
-    """Collect the statistics that a recipe needs into a new folder, with a fingerprint of what they depend on."""
+    """Collect the statistics that a recipe needs into a new folder, with a fingerprint of what they depend on.
+
+    others: recipes with the same model and calibration, whose needs are met too.
+    """
     output = Path(output)
     with Journal(output, restart) as journal:
         source = stages.open_source(recipe.model.name, recipe.model.revision, progress)
         preflight(output, source.path, overwrite, 0)
         job = stages.start(recipe, source, progress)
+        job = stages.needing(job, others)
         job = stages.keeping(job, journal.begin(described(job, None, None)))
         collected = stages.statistics(job, progress)
         mark = stages.fingerprint(job)

@@ -1,7 +1,7 @@
 """The stages of a run, each a function of what the stages before it made: job → statistics → curves → probes → plan → modules."""
 
 import logging
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -103,6 +103,16 @@ def start(recipe: Recipe, source: folder.ModelFolder, progress: Progress = silen
     return Job(recipe, source, model, tokenizer, assignments, groups(recipe, assignments), fit, heldout)
 
 
+def needing(job: Job, others: Sequence[Recipe]) -> Job:
+    """The job with everything that other recipes need collected too; of use for its statistics only."""
+    found = dict(job.assignments)
+    for recipe in others:
+        for name, other in assign(recipe, job.model).items():
+            first = found.setdefault(name, other)
+            found[name] = replace(first, residual_needs=first.needs | other.needs)
+    return replace(job, assignments=found)
+
+
 def fingerprint(job: Job) -> dict[str, Any]:
     """What statistics depend on; two runs may share them only if all of it agrees."""
     section = job.recipe.calibration
@@ -118,7 +128,12 @@ def fingerprint(job: Job) -> dict[str, Any]:
 
 def keeping(job: Job, store: Store) -> Job:
     """The job with a store for its pieces, which all depend on the source, the windows and the calibration."""
-    return replace(job, store=store.within(fingerprint(job), job.recipe.calibration.model_dump(mode="json")))
+    return replace(job, store=store.within(fingerprint(job), collected_as(job.recipe)))
+
+
+def collected_as(recipe: Recipe) -> dict[str, Any]:
+    """The part of the calibration that statistics of the dense model depend on."""
+    return recipe.calibration.model_dump(mode="json", exclude={"sequential", "anchor", "anchor_damping"})
 
 
 def statistics(job: Job, progress: Progress = silent) -> dict[str, LinearStats]:

@@ -120,6 +120,20 @@ def render_evaluation(evaluation: dict[str, Any]) -> RenderableType:
     return Group(columns("Evaluation", ("", "original", "model"), lines), counted)
 
 
+def render_sweep(points: Sequence[dict[str, Any]]) -> RenderableType:
+    """Rows of `results.jsonl`, smallest files first; those that no other beats in both size and divergence are marked."""
+    done = sorted((row for row in points if row["status"] == "done"), key=lambda row: (row["bytes"], row["kl"] or 0.0, row["name"]))
+    lines = []
+    for row in done:
+        scores = (ABSENT if row[key] is None else number(row[key]) for key in ("kl", "perplexity"))
+        mark = "●" if row.get("best") else ""
+        lines.append((row["name"], mark, percent(row["kept"]), size(row["bytes"]), *scores, figure("seconds", row["seconds"])))
+    headings = ("point", "best at its size", "targets kept", "files", "KL, nats per token", "perplexity", "time")
+    failed = [(row["name"], row["error"]) for row in points if row["status"] != "done"]
+    tables = [columns("Sweep", headings, lines)] if lines else []
+    return Group(*tables, *([columns("Failed", ("point", "why"), failed, words=(0, 1))] if failed else []))
+
+
 def metric_rows(scores: dict[str, Any] | None, original: dict[str, Any] | None) -> list[tuple[str, float | None, float | None]]:
     """lm-eval scores as (label, original, model), without standard errors and counts."""
     found = []

@@ -20,6 +20,7 @@ VERBS = [
     "plan",
     "calibrate",
     "evaluate",
+    "sweep",
     "clean",
     "inspect",
     "verify",

@@ -34,8 +34,8 @@ LEVELS = (
         "gate",
     ),
     ("assignments", "decompose", "probe", "units", "rules", "planning"),
-    ("stages", "workshop", "selection", "refine", "finer", "estimate", "evaluation", "pipeline"),
-    ("options", "verbs", "listings", "cli", "__main__"),
+    ("stages", "workshop", "selection", "refine", "finer", "estimate", "evaluation", "pipeline", "points", "sweep"),
+    ("options", "verbs", "worker", "listings", "cli", "__main__"),
 )
 ORDER = [module for level in LEVELS for module in level]
 NO_TORCH = LEVELS[0][:5] + LEVELS[0][6:] + ("plan", "roles", "shards", "manifest", "folder", "staging", "gate")
