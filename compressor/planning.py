@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from compressor import allocate, knapsack
 from compressor.assignments import Assignment, Group
 from compressor.decompose import Decomposition
-from compressor.errors import ConfigError
+from compressor.errors import BudgetError, ConfigError
 from compressor.knapsack import Limit, Row
 from compressor.linears import CompressedLinear
 from compressor.model import selects
@@ -137,7 +137,7 @@ def rows_of(problem: Problem, options: Mapping[str, list[Option]], names: Sequen
 
     sharing: groups that are known to share or, None, not known yet. A known group has bundles that share alone, others are taken apart:
     with single options for each linear the answer is exact, where bundles hold only what some price makes the best.
-    Raises ConfigError for a group that lies in two budgets.
+    Raises ConfigError for a group that lies in two budgets, BudgetError for a linear that is left without an option.
     """
     rows, members = [], {name for group in problem.groups.values() for name in group.members if name in names}
     for group in problem.groups.values():
@@ -157,6 +157,8 @@ def rows_of(problem: Problem, options: Mapping[str, list[Option]], names: Sequen
         else:
             members -= set(inside)
     rows += [[(option,) for option in options[name]] for name in names if name not in members]
+    if not all(rows):
+        raise BudgetError("some linears have no candidate and may not stay dense")  # met by entrants of a contest only
     return [sorted(row, key=lambda bundle: (cost_of(bundle), damage_of(bundle))) for row in rows]
 
 

@@ -1,5 +1,6 @@
 """From curves and probes to modules: solve, build, measure, and let the plans of several methods meet on held-out windows."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -7,6 +8,7 @@ from typing import NamedTuple
 from compressor import model as models
 from compressor.errors import BudgetError, ConfigError
 from compressor.linears import CompressedLinear
+from compressor.methods.base import Engine, ModuleMethod
 from compressor.plan import DENSE, Candidate, Plan
 from compressor.planning import Found, Problem, Solution, damages_of, options_of, solve, to_plan
 from compressor.probe import Prober
@@ -33,21 +35,22 @@ class Settled(NamedTuple):
 def choose(job: Job, found: Found, probed: Probes, progress: Progress = silent) -> tuple[Plan, dict[str, CompressedLinear]]:
     """Allocate and build what was chosen.
 
-    Where several methods compete and divergence is measured, each also gets the whole budget alone, dense linears allowed; of all these
-    plans the one whose model diverges least on the held-out windows is taken. Probes look at one linear at a time, this looks at all.
+    Where several methods compete and divergence is measured, each also gets the whole budget alone, dense linears allowed, and so do all
+    that work on single linears where others work on modules; of all these plans the one whose model diverges least on the held-out windows
+    is taken, so it is never worse there than without one of the kinds. Probes look at one linear at a time, this looks at all.
     """
     damages = damages_of(job.recipe, job.block_of, found, probed.results, len(models.blocks(job.model)[1]))
     others = other_bytes(stored_tensors(job.model), job.assignments, output_dtype(job.recipe))
     problem = Problem(job.recipe, job.assignments, job.groups, found, others, job.calibration.tokens.numel())
     options, workshop = options_of(problem, damages), Workshop(found, probed.results, job.store)
-    methods = sorted({part.method.name for parts in found.values() for part in parts})
+    methods = {part.method.name: part.method for parts in found.values() for part in parts}
     if probed.prober is None or len(methods) == 1:
         alone = settle(problem, options, workshop, progress)
         return to_plan(*alone, {}), alone.modules
     entrants = {}
-    for method in methods:
+    for entrant, taking_part in teams(methods).items():
         try:
-            entrants[method] = settle(problem, without(options, {*methods} - {method}), workshop, progress)
+            entrants[entrant] = settle(problem, without(options, methods.keys() - taking_part), workshop, progress)
         except BudgetError:  # it offers nothing small enough by itself
             continue
     entrants["all"] = settle(
@@ -57,6 +60,13 @@ def choose(job: Job, found: Found, probed: Probes, progress: Progress = silent) 
         contest = {name: divergence(job, probed.prober, settled) for name, settled in progress(entrants.items(), "contest")}
     best = entrants[min(contest, key=contest.__getitem__)]
     return to_plan(*best, contest), best.modules
+
+
+def teams(methods: Mapping[str, Engine]) -> dict[str, set[str]]:
+    """Names of the methods of each entrant of the contest but the last, which has all: each alone, and those of single linears."""
+    single = {name for name, method in methods.items() if not isinstance(method, ModuleMethod)}
+    several = {"single linears": single} if 1 < len(single) < len(methods) else {}
+    return {name: {name} for name in sorted(methods)} | several
 
 
 def divergence(job: Job, prober: Prober, settled: Settled) -> float:

@@ -73,6 +73,47 @@ def test_limits_bind(run):
         run("allocation.keep=0.7", "allocation.limits={multiply_adds: 0.001}", output="none")
 
 
+LINEARS = "{name: low_rank}, {name: sparse, options: {step: 0.05}}"
+MODULES = f"""method=[{{targets: "role:ffn", candidates: [{{name: channels}}, {LINEARS}]}},
+                      {{targets: "role:vo", candidates: [{{name: value_dims}}, {LINEARS}]}},
+                      {{targets: "role:qk", candidates: [{{name: rotary_pairs}}, {LINEARS}]}}]"""
+
+
+@pytest.mark.parametrize("keep", [0.8, 0.5])
+def test_with_candidates_of_whole_modules_no_plan_is_worse_than_without(run, keep):
+    _, _, plan = run(MODULES, f"allocation.keep={keep}", output="modules")
+    _, _, without = run(f"method=[{{candidates: [{LINEARS}]}}]", f"allocation.keep={keep}")
+    kinds = {"channels", "value_dims", "rotary_pairs", "low_rank", "sparse"}
+    assert plan["contest"].keys() <= {"all", "single linears"} | kinds and {"all", "single linears"} <= plan["contest"].keys()
+    assert plan["contest"]["single linears"] == without["contest"]["all"]  # to the last bit: what modules do leaves no trace
+    assert min(plan["contest"].values()) <= min(without["contest"].values())
+    spent = [sum(choice["bits"] for choice in each["linears"].values()) for each in (plan, without)]
+    dense = sum(choice["dense_bits"] for choice in plan["linears"].values())
+    assert max(spent) <= keep * dense
+
+
+def test_low_rank_attention_pruned_channels_and_integers_make_one_model(run, tmp_path):
+    """Of one recipe, by a plan edited by hand: attention of low rank, channels of the first block, the second in four bits."""
+    four = "{name: quantize, options: {bits: [4], group: ['auto:16']}}"
+    entries = (
+        """method=[{targets: "role:ffn", candidates: [%s], dense: false}, {targets: "role:attention", candidates: [%s], dense: false}]"""
+    )
+    recipe = entries % ("{name: channels}, " + four, "{name: low_rank}, " + four)
+    pruned, packed = (
+        run(entries % pair, "allocation.keep=0.6", "evaluation.enabled=false", output=output)[2]["linears"]
+        for output, pair in (("pruned", ("{name: channels}", "{name: low_rank}")), ("packed", (four, four)))
+    )
+    wanted = {name: (packed if "layers.1.mlp" in name else pruned)[name] for name in pruned}
+    edited = tmp_path / "edited.json"
+    edited.write_text(json.dumps({"linears": wanted}))
+    folder, report, _ = run(recipe, "allocation.keep=0.5", output="mixed", plan=edited)
+    assert {linear["method"] for linear in report["linears"]} == {"low_rank", "channels", "quantize"}
+    assert pipeline.verify(folder) == [] and 0 < report["kl"] < 1
+    model, _ = compressor.load(folder)
+    kinds = {type(module).__name__ for module in model.modules() if hasattr(module, "to_dense")}
+    assert kinds == {"LowRank", "Pruned", "Packed"}
+
+
 def test_linears_that_share_store_one_dictionary(run):
     folder, report, plan = run(SHARED, "allocation.keep=0.6")
     model, _ = compressor.load(folder)
