@@ -1,8 +1,10 @@
 """Time and memory of compression against their floors, measured in the same run on the same machine.
 
     python -m benchmarks.run [--case svd_llm-reference] [--case svd_llm-wide] [--case dictionary-rocket] [--case gptq_w4-sequential]
+        [--case channels-widths]
 
-Cases called dictionary-… are the comparisons of `benchmarks.dictionary`, each in a process of its own.
+Cases called dictionary-… are the comparisons of `benchmarks.dictionary`, channels-widths that of `benchmarks.channels`, each in a process of
+its own.
 
 Cases called …-sequential hold a run whose linears are solved in order against the same recipe without that, in place of a floor.
 
@@ -29,7 +31,7 @@ CASES = {  # name: (recipe, model, calibration windows)
     "svd_llm-wide": ("svd_llm", "wide", 16),
 }
 SEQUENTIAL = {"gptq_w4-sequential": ("gptq_w4", "reference", 128)}  # against the same recipe that is not
-DICTIONARY = {f"dictionary-{part}": part for part in PARTS}
+APART = {f"dictionary-{part}": ["benchmarks.dictionary", "--part", part] for part in PARTS} | {"channels-widths": ["benchmarks.channels"]}
 
 
 def wide_llama(folder: Path) -> Path:
@@ -54,13 +56,13 @@ def tokens_file(folder: Path, windows: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", action="append", choices=[*CASES, *SEQUENTIAL, *DICTIONARY])
+    parser.add_argument("--case", action="append", choices=[*CASES, *SEQUENTIAL, *APART])
     parser.add_argument("--one", help=argparse.SUPPRESS)  # a child process that measures one case
     arguments = parser.parse_args()
     if arguments.one:
         print(json.dumps(measure(**json.loads(arguments.one))))
         return
-    chosen = arguments.case or [*CASES, *SEQUENTIAL, *DICTIONARY]
+    chosen = arguments.case or [*CASES, *SEQUENTIAL, *APART]
     if any(case in CASES | SEQUENTIAL for case in chosen):
         print(f"{'case':20} {'compress s':>10} {'floor s':>8} {'ratio':>6} {'peak MiB':>9} {'base MiB':>9} {'ratio':>6}")
     with tempfile.TemporaryDirectory() as temporary:
@@ -68,7 +70,7 @@ def main() -> None:
             if case in CASES | SEQUENTIAL:
                 compare(case, Path(temporary))
             else:
-                subprocess.run([sys.executable, "-m", "benchmarks.dictionary", "--part", DICTIONARY[case]], check=True)
+                subprocess.run([sys.executable, "-m", *APART[case]], check=True)
 
 
 def compare(case: str, folder: Path) -> None:

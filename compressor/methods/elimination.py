@@ -12,10 +12,13 @@ Equations
                 tr(D H Dᵀ), D = W − W', of the refit on what is left: one elimination is the exact curve of all widths
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 BATCHES = 256  # eliminations in at most this many steps; within one, costs are not renewed
+PACKED = 15 / 16  # share of what was there that is left when the matrices are made smaller
 
 
 def eliminate(weight: Tensor, moment: Tensor, size: int = 1, order: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -24,30 +27,47 @@ def eliminate(weight: Tensor, moment: Tensor, size: int = 1, order: Tensor | Non
     weight: W (out, in); moment: H (in, in), positive definite; order: a given order of the groups, or None for the cheapest first.
     Float64. The last group is never asked for, but has its place.
     """
+    chosen, costs = zip(*removals(weight, moment, size, order), strict=True)
+    return torch.cat(chosen), torch.cat(costs).clamp(min=0).cumsum(0)
+
+
+def removals(weight: Tensor, moment: Tensor, size: int, order: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Groups that leave together, and the cost of each after those before it, step by step; as `eliminate`."""
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment))
-    weight, groups = weight.clone(), len(moment) // size
-    left = torch.ones(groups, dtype=torch.bool, device=weight.device)
-    chosen, costs = [], []
-    batch = max(1, groups // BATCHES)
-    while left.any():
-        if order is None:
-            price = group_costs(weight, inverse, size).masked_fill(~left, torch.inf)
-            take = price.topk(min(batch, int(left.sum())), largest=False).indices
-        else:
-            take = order[len(chosen) : len(chosen) + batch]
-        for group in take.tolist():  # one by one: the exact cost of each, in the order within the batch
-            inside = torch.arange(group * size, group * size + size, device=weight.device)
-            block, rows = inverse[inside][:, inside], inverse[inside]
-            step = torch.linalg.solve(block, rows)  # ((H⁻¹)_PP)⁻¹ (H⁻¹)_P
-            costs.append((weight[:, inside] @ torch.linalg.solve(block, weight[:, inside].T)).trace())
-            weight -= weight[:, inside].clone() @ step
-            inverse -= rows.T @ step
-            inverse[inside], inverse[:, inside] = 0.0, 0.0
-            inverse[inside, inside] = 1.0  # keeps later blocks invertible; the group is not looked at again
-            weight[:, inside] = 0.0
-            chosen.append(group)
+    weight, groups, gone = weight.clone(), len(moment) // size, 0
+    names, left = torch.arange(groups, device=weight.device), torch.ones(groups, dtype=torch.bool, device=weight.device)
+    batch, rank = max(1, groups // BATCHES), None
+    if order is not None:
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(groups, device=order.device)
+    while gone < groups:
+        price = group_costs(weight, inverse, size) if rank is None else rank[names].double()
+        take = price.masked_fill(~left, torch.inf).topk(min(batch, groups - gone), largest=False).indices
+        inside = (take[:, None] * size + torch.arange(size, device=take.device)).flatten()
+        yield names[take], torch.stack(step_costs(weight[:, inside], inverse[inside][:, inside], size))
+        gone += len(take)
+        rows = inverse[inside]
+        step = torch.linalg.solve(rows[:, inside], rows)  # ((H⁻¹)_PP)⁻¹ (H⁻¹)_P
+        weight -= weight[:, inside] @ step
+        inverse -= rows.T @ step
+        inverse[inside], inverse[:, inside], weight[:, inside] = 0.0, 0.0, 0.0
+        inverse[inside, inside] = 1.0  # keeps their blocks invertible; they are not looked at again
         left[take] = False
-    return torch.tensor(chosen, device=weight.device), torch.stack(costs).clamp(min=0).cumsum(0)
+        if left.sum() <= PACKED * len(left):
+            places = left.repeat_interleave(size)
+            weight, inverse, names, left = weight[:, places], inverse[places][:, places], names[left], left[left]
+
+
+def step_costs(weight: Tensor, block: Tensor, size: int) -> list[Tensor]:
+    """Exact costs of removing groups in order, each after those before it. weight: W_P (out, n); block: (H⁻¹)_PP (n, n)."""
+    costs = []
+    while len(block):
+        first, rest = slice(size), slice(size, None)
+        costs.append((weight[:, first] @ torch.linalg.solve(block[first, first], weight[:, first].T)).trace())
+        step = torch.linalg.solve(block[first, first], block[first, rest])
+        weight = weight[:, rest] - weight[:, first] @ step
+        block = block[rest, rest] - block[rest, first] @ step
+    return costs
 
 
 def group_costs(weight: Tensor, inverse: Tensor, size: int) -> Tensor:
