@@ -3,8 +3,8 @@
     python -m benchmarks.run [--case svd_llm-reference] [--case svd_llm-wide] [--case dictionary-rocket] [--case gptq_w4-sequential]
         [--case channels-widths]
 
-Cases called dictionary-… are the comparisons of `benchmarks.dictionary`, channels-widths that of `benchmarks.channels`, each in a process of
-its own.
+Cases called dictionary-… are the comparisons of `benchmarks.dictionary`, channels-widths that of `benchmarks.channels`, each in a process
+of its own.
 
 Cases called …-sequential hold a run whose linears are solved in order against the same recipe without that, in place of a floor.
 
