@@ -15,7 +15,8 @@ from compressor.shards import inside, read_json
 NAME = "manifest.json"
 FORMAT = "compressor manifest"
 OUTSIDE = frozenset({NAME, "timings.json"})
-DOCUMENTS = frozenset({"README.md", "recipe.yaml", "plan.json", "report.json"})  # for people; the model does not depend on them
+# For people; the model does not depend on them.
+DOCUMENTS = frozenset({"README.md", "recipe.yaml", "plan.json", "curves.json", "report.json"})
 
 
 def digest(path: Path) -> dict[str, Any]:

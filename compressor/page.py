@@ -1,6 +1,6 @@
 """One page about one or several checkpoints, as HTML that needs no other file and no network, or as Markdown.
 
-Everything comes from `report.json`, `plan.json` and `recipe.yaml`; no model is loaded. Only HTML has figures.
+Everything comes from `report.json`, `plan.json`, `curves.json` and `recipe.yaml`; no model is loaded. Only HTML has figures.
 """
 
 import re
@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
-from compressor import plots, report
+from compressor import figures, plots, report
 from compressor.errors import CheckpointError, ConfigError
 from compressor.plan import DENSE
 from compressor.shards import read_json
@@ -22,6 +22,7 @@ from compressor.tables import ABSENT, number, percent, size
 TEMPLATES = Path(__file__).parent / "templates"
 FORMATS = (".html", ".md")
 COMPARED = ("checkpoint", "methods", "targets kept", "files", "perplexity", "KL", "best at its size")
+FIGURED = 8  # checkpoints on one page that get figures of their own
 SAMPLES = ("prompt", "original", "compressed")
 LINEARS = ("linear", "method", "setting", "kept", "error", "damage, nats")
 
@@ -34,6 +35,7 @@ class Run:
     report: dict[str, Any]
     contest: dict[str, float]  # held-out divergence of competing plans, empty if there was one only
     recipe: str
+    curves: tuple[dict[str, Any], ...] = ()  # what each linear could have been, see `curves`; none in folders of older versions
     samples: tuple[tuple[str, str, str], ...] = ()  # prompt, continuation by the original, by the compressed model
 
     @property
@@ -68,9 +70,11 @@ def _read(folder: Path, name: str) -> Run:
         if not (folder / needed).is_file():
             raise CheckpointError(f"{folder / needed}: no such file; give folders that `compressor compress` wrote")
     contest = read_json(folder / "plan.json").get("contest") or {}
-    run = Run(name, read_json(folder / "report.json"), contest, (folder / "recipe.yaml").read_text(encoding="utf-8"))
+    drawn = read_json(folder / "curves.json").get("curves", []) if (folder / "curves.json").is_file() else []
     try:
+        run = Run(name, read_json(folder / "report.json"), contest, (folder / "recipe.yaml").read_text(encoding="utf-8"), tuple(drawn))
         _summary(run)
+        figures.lines_of(run.report["linears"], run.curves)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{folder / 'report.json'}: is not a report of `compressor compress` ({error!r})") from None
     return run
@@ -99,7 +103,7 @@ def render(runs: Sequence[Run], ending: str) -> str:
     if html:
         trade_off = _trade_off(runs) if len(runs) > 1 else None
         for index, (run, summary) in enumerate(zip(runs, summaries, strict=True)):
-            drawn = enumerate(_figures(run))
+            drawn = enumerate(figures.of(run.report, run.curves) if index < FIGURED else ())
             summary["figures"] = [(caption, Markup(plots.prefixed(svg, f"run{index}-{which}-"))) for which, (caption, svg) in drawn]
     text = environment.get_template(f"report{ending}.j2").render(
         runs=summaries,
@@ -170,47 +174,15 @@ def _comparison(runs: Sequence[Run]) -> list[tuple[str, ...]]:
 
 
 def _notes(runs: Sequence[Run]) -> list[str]:
-    """Why the runs may not compare."""
+    """Why the runs may not compare, and what is left out."""
     texts = {"evaluation": "were evaluated on different windows", "model": "come from different models"}
     marks = {key: {run.report["fingerprints"].get(key) for run in runs} for key in texts}
-    return [f"These checkpoints {texts[key]}: their scores do not compare." for key in texts if len(marks[key]) > 1]
+    found = [f"These checkpoints {texts[key]}: their scores do not compare." for key in texts if len(marks[key]) > 1]
+    many = f"Figures of single checkpoints are shown for the first {FIGURED} of {len(runs)}; give fewer for the others."
+    return found + ([many] if len(runs) > FIGURED else [])
 
 
 def _trade_off(runs: Sequence[Run]) -> str | None:
     measured = [(run, score) for run, score in zip(runs, _scored(runs)[1], strict=True) if score is not None]
     points = [{"name": run.name, "series": run.methods, "mib": run.size / 2**20, "score": score} for run, score in measured]
     return plots.trade_off(points, _score_label(runs)) if points else None
-
-
-def _figures(run: Run) -> list[tuple[str, str]]:
-    """Captions and figures of one run."""
-    linears = run.report["linears"]
-    maps = {
-        "Share of bits removed": ("removed", "viridis", lambda part: 1 - _sum(part, "bits") / _sum(part, "dense_bits")),
-        "Error of the output": ("relative error", "YlOrRd", lambda part: _largest(part, "error")),
-        "Damage counted by the allocation": ("nats per token", "YlOrRd", lambda part: _largest(part, "kl")),
-    }
-    found = [("Allocation, and the errors predicted and measured", plots.allocation(linears))] if linears else []
-    for caption, (label, colours, value) in maps.items():
-        cells = {place: value(part) for place, part in _by_place(linears).items()}
-        cells = {place: value for place, value in cells.items() if value is not None}
-        found += [(caption, plots.heat_map(cells, label, colours))] if cells else []
-    return found
-
-
-def _by_place(linears: Sequence[Mapping[str, Any]]) -> dict[tuple[int, str], list[Mapping[str, Any]]]:
-    """Linears by (block, projection); experts of one block share a place."""
-    found: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
-    for linear in linears:
-        if match := re.search(r"(?:^|\.)(\d+)\.(.+)", linear["name"]):
-            projection = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", match[2])
-            found.setdefault((int(match[1]), projection), []).append(linear)
-    return found
-
-
-def _sum(linears: Sequence[Mapping[str, Any]], key: str) -> float:
-    return sum(linear[key] for linear in linears)
-
-
-def _largest(linears: Sequence[Mapping[str, Any]], key: str) -> float | None:
-    return max((linear[key] for linear in linears if linear[key] is not None), default=None)

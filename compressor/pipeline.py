@@ -4,13 +4,28 @@ compress   source → statistics → curves → probes → plan → modules → 
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compressor import artifacts, checkpoint, estimate, evaluation, exchange, finer, folder, manifest, refine, report, selection, stages
+from compressor import (
+    artifacts,
+    checkpoint,
+    curves,
+    estimate,
+    evaluation,
+    exchange,
+    finer,
+    folder,
+    manifest,
+    refine,
+    report,
+    selection,
+    stages,
+)
 from compressor import export as exporting
 from compressor import model as models
 from compressor.config import dump_yaml
@@ -108,7 +123,8 @@ def plan_and_build(
     if finer.wanted(job.recipe):
         with watch("evaluate"):
             made = finer.judged(job, made, base, found, collected)
-    return stages.with_gram_errors(made, job, modules, collected), modules
+    made = replace(stages.with_gram_errors(made, job, modules, collected), curves=tuple(curves.summary(found)))
+    return made, modules
 
 
 def write(job: Job, made: Plan, output: Path, watch: Stopwatch, journal: Journal, progress: Progress) -> dict[str, Any]:
@@ -147,6 +163,7 @@ def documents(recipe: Recipe, made: Plan, found: dict[str, Any]) -> dict[str, st
     return {
         "recipe.yaml": yaml,
         "plan.json": report.to_json(made.to_json()),
+        "curves.json": curves.to_json(made.curves),
         "report.json": report.to_json(found),
         "README.md": report.model_card(found, yaml, recipe.model.name),
     }

@@ -63,9 +63,11 @@ class Plan:
     price: float | None = None  # marginal price of the budget, nats per MiB; None where the allocation does not measure nats
     recipe: dict[str, Any] = field(default_factory=dict)
     contest: dict[str, float] = field(default_factory=dict)  # held-out divergence of whole models: all methods together, each alone, …
+    curves: tuple[dict[str, Any], ...] = ()  # what each linear could have been, see `curves`
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """What plan.json holds: all but the curves, which have a file of their own."""
+        return {key: value for key, value in asdict(self).items() if key != "curves"}
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> "Plan":

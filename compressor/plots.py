@@ -13,6 +13,8 @@ INK = "#010203"  # stands for the page's own text colour
 SVG = "http://www.w3.org/2000/svg"
 SERIES = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2", "#9d755d", "#bab0ac")
 MARKERS = "osD^vP*X"
+PANELS = 3  # beside each other
+DEPTH = 1e-6  # of a logarithmic scale, below its top
 LEGEND = {"frameon": False, "ncols": 4, "fontsize": 8, "loc": "lower left", "bbox_to_anchor": (0, 1)}  # above the axes
 STYLE = {
     "svg.fonttype": "none",
@@ -32,13 +34,13 @@ def _styled(draw: Callable[..., str]) -> Callable[..., str]:
     """Run a function that draws under STYLE. Raises ConfigError where matplotlib is missing."""
 
     @wraps(draw)
-    def drawn(*arguments: Any) -> str:
+    def drawn(*arguments: Any, **options: Any) -> str:
         try:
             import matplotlib
         except ImportError:
             raise ConfigError("a report in HTML needs matplotlib; install it with `pip install compressor[report]`, or write .md") from None
         with matplotlib.rc_context(STYLE):
-            return draw(*arguments)
+            return draw(*arguments, **options)
 
     return drawn
 
@@ -125,12 +127,52 @@ def allocation(linears: Sequence[Mapping[str, Any]]) -> str:
     return _to_svg(upper, titles)
 
 
-def _axes(width: float, height: float, rows: int = 1) -> Any:
+@_styled
+def panels(lines: Sequence[Mapping[str, Any]], across: str, up: str, label: str, height: str, marks: bool = False) -> str:
+    """Lines {panel, block, name, mark, …} in a panel for each projection, coloured by block, heights on a logarithmic scale.
+
+    across, up: keys of their points; label, height: what these mean. marks: whether to put a dot at the `mark` (x, y) of a line.
+    """
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    names = list(dict.fromkeys(line["panel"] for line in lines))
+    rows = -(-len(names) // PANELS)
+    axes = _axes(7.5, 0.6 + 1.9 * rows, rows, PANELS)
+    every, titles = axes.figure.axes, {}
+    last = max(line["block"] for line in lines)
+    scale = ScalarMappable(Normalize(0, max(last, 1)), colormaps["cool"])  # readable on light and dark
+    for index, line in enumerate(lines):
+        place, colour = every[names.index(line["panel"])], scale.to_rgba(line["block"])
+        points = [(x, y) for x, y in zip(line[across], line[up], strict=True) if y > 0]
+        place.plot(*zip(*points, strict=True), color=colour, linewidth=1, gid=f"line-{index}") if points else None
+        titles[f"line-{index}"] = line["name"]
+        if marks and line["mark"] and line["mark"][1]:
+            place.plot(*line["mark"], "o", color=colour, markersize=4, gid=f"mark-{index}")
+            titles[f"mark-{index}"] = f"{line['name']}: {100 * line['mark'][0]:.1f} % kept, {line['mark'][1]:.3g}"
+    for place, name in zip(every, names, strict=False):
+        place.set_title(name, fontsize=8)
+        place.set_yscale("log")
+        place.set_ylim(bottom=max(place.get_ylim()[0], place.get_ylim()[1] * DEPTH))
+        place.tick_params(labelsize=7, labelbottom=True)
+        place.minorticks_off()
+        place.grid(True, which="major")
+    for place in every[len(names) :]:
+        place.remove()
+    axes.figure.supxlabel(label, fontsize=10, color=INK)
+    axes.figure.supylabel(height, fontsize=10, color=INK)
+    if last:
+        axes.figure.colorbar(scale, ax=every[: len(names)], label="block", fraction=0.03, aspect=30, shrink=0.5, ticks=[0, last])
+    return _to_svg(axes, titles)
+
+
+def _axes(width: float, height: float, rows: int = 1, columns: int = 1) -> Any:
     """The first axes of a new figure of this size in inches."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    figure.subplots(rows, 1, sharex=True)
+    figure.subplots(rows, columns, sharex=True)
     return figure.axes[0]
 
 

@@ -24,6 +24,7 @@ LEVELS = (
         "exchange",
         "report",
         "plots",
+        "figures",
         "page",
         "samples",
         "hub",
@@ -33,7 +34,7 @@ LEVELS = (
         "sequential",
         "gate",
     ),
-    ("assignments", "decompose", "probe", "units", "rules", "planning"),
+    ("assignments", "decompose", "curves", "probe", "units", "rules", "planning"),
     ("stages", "workshop", "selection", "refine", "finer", "estimate", "evaluation", "pipeline", "points", "sweep"),
     ("options", "verbs", "worker", "listings", "cli", "__main__"),
 )

@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from compressor import cli, load, page, plots, report, samples
+from compressor import cli, figures, load, page, plots, report, samples
 from compressor.errors import CheckpointError, ConfigError
 from compressor.plan import Choice, Plan
 
@@ -33,6 +33,9 @@ def checkpoint(folder: Path, kl: float | None = 0.25, size: int = 2**20, method:
     folder.mkdir()
     (folder / "plan.json").write_text(json.dumps(plan.to_json()))
     (folder / "report.json").write_text(json.dumps(found))
+    line = {"method": method, "kept": [0.1, 0.5, 0.9], "error": [0.5, 0.02, 0.001], "ranks": [1, 2, 9], "spectrum": [0.9, 0.09, 0.0]}
+    lines = [{"linear": name, "members": [name]} | line for name in names]
+    (folder / "curves.json").write_text(json.dumps({"curves": lines}))
     (folder / "recipe.yaml").write_text("seed: 7 # <b>bold</b>\n")
     return folder
 
@@ -74,7 +77,7 @@ def test_html_holds_tables_figures_and_recipe_and_needs_nothing_else(two, tmp_pa
     assert len(collected.ids) == len(set(collected.ids))
     assert all(address.startswith(("#", "data:")) for address in collected.addresses)
     assert not re.search(r"@import|<script|url\((?!#)", text)
-    assert text.count("<svg") == 1 + 2 * 4
+    assert text.count("<svg") == 1 + 2 * (4 + 2)
     assert "prefers-color-scheme: dark" in text and "width=device-width" in text
     assert "big &lt;i&gt;" in text and "<i>" not in text and "<b>" not in text
     assert "5 % &lt; 10 %" in text and "seed: 7" in text and "low_rank alone" in text
@@ -82,6 +85,8 @@ def test_html_holds_tables_figures_and_recipe_and_needs_nothing_else(two, tmp_pa
     assert "<title>small $x$: 0.5 MiB, 0.5</title>" in text
     assert "<title>block 1, mlp.experts.*.w1: 0.4719</title>" in text
     assert "<title>model.layers.0.attn.q_proj: low_rank, 50.0 % kept</title>" in text
+    assert "<title>model.layers.1.mlp.experts.1.w1</title>" in text
+    assert "<title>model.layers.0.attn.q_proj: 50.0 % kept, 0.02</title>" in text
 
 
 def test_markdown_holds_the_same_tables(two, tmp_path):
@@ -102,7 +107,9 @@ def test_one_checkpoint_without_scores_is_shown_with_the_reason(tmp_path):
     folder = checkpoint(tmp_path / "a", reason="overflow", kl=None, perplexity={"original": None, "compressed": None})
     text = page.render(page.read([folder]), ".html")
     assert "scores missing: overflow" in text
-    assert text.count("<svg") == 4
+    assert text.count("<svg") == 4 + 2
+    (folder / "curves.json").unlink()  # as in folders of older versions
+    assert page.render(page.read([folder]), ".html").count("<svg") == 4
 
 
 def test_runs_without_kl_are_compared_by_perplexity_and_runs_without_scores_have_no_mark(tmp_path):
@@ -116,6 +123,28 @@ def test_runs_without_kl_are_compared_by_perplexity_and_runs_without_scores_have
 def test_runs_that_do_not_compare_say_so(tmp_path):
     folders = [checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b", fingerprints=MARKS | {"evaluation": "other"})]
     assert "were evaluated on different windows" in page.render(page.read(folders), ".md")
+
+
+def test_many_checkpoints_have_one_plot_and_few_figures(tmp_path):
+    folders = [checkpoint(tmp_path / f"run{number}", size=2**20 + number) for number in range(page.FIGURED + 2)]
+    text = page.render(page.read(folders), ".html")
+    assert text.count("<svg") == 1 + page.FIGURED * (4 + 2)
+    assert "shown for the first 8 of 10; give fewer" in text
+    assert all(f"<title>run{number}: 1 MiB, 0.25</title>" in text for number in range(10))
+
+
+def test_curves_of_groups_have_a_panel_of_their_own_and_panels_hold_so_many_lines():
+    linears = [
+        {"name": f"layers.{n}.attn.{part}", "method": "m", "bits": 50, "dense_bits": 100, "predicted": 0.1, "measured": None}
+        for n in range(60)
+        for part in "qk"
+    ]
+    shared = [{"linear": "x", "members": [f"layers.{n}.attn.q", f"layers.{n}.attn.k"], "method": "m"} for n in range(60)]
+    lines = figures.lines_of(linears, [*shared, {"linear": "y", "members": ["layers.3.attn.q"], "method": "other"}])
+    assert {line["panel"] for line in lines} == {"attn.{q,k}", "attn.q"}
+    assert lines[5]["mark"] == (0.5, 0.1) and lines[5]["block"] == 5 and lines[-1]["mark"] is None
+    assert [line["block"] for line in figures.thinned(lines)][:3] == [0, 2, 4]
+    assert figures.place_of("lm_head") is None
 
 
 def test_samples_stand_side_by_side_and_cannot_break_the_page(tmp_path):
@@ -172,6 +201,12 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
         page.read([tmp_path / "none"])
     with pytest.raises(CheckpointError, match=r"report\.json: no such file"):
         page.read([tmp_path])
+    curves = (folder / "curves.json").read_text()
+    for text in ('{"curves": 3}', '{"curves": [{"members": ["none"]}]}'):
+        (folder / "curves.json").write_text(text)
+        with pytest.raises(CheckpointError, match="is not a report"):
+            page.read([folder])
+    (folder / "curves.json").write_text(curves)
     (folder / "report.json").write_text('{"kept": 3}')
     with pytest.raises(CheckpointError, match="is not a report"):
         page.read([folder])

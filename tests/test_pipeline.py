@@ -19,6 +19,7 @@ from compressor.folder import read_headers
 FILES = {
     "README.md",
     "config.json",
+    "curves.json",
     "generation_config.json",
     "manifest.json",
     "model.safetensors",
