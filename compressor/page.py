@@ -18,11 +18,14 @@ from compressor.plan import DENSE
 from compressor.shards import read_json
 from compressor.staging import replace_text
 from compressor.tables import ABSENT, number, percent, size
+from compressor.yaml_reader import parse_yaml
 
 TEMPLATES = Path(__file__).parent / "templates"
 FORMATS = (".html", ".md")
 COMPARED = ("checkpoint", "methods", "targets kept", "files", "perplexity", "KL", "best at its size")
 FIGURED = 8  # checkpoints on one page that get figures of their own
+SETTINGS = 3  # named in the label of a series, at most
+TITLED = 4  # checkpoints named in the title of a page, at most
 SAMPLES = ("prompt", "original", "compressed")
 LINEARS = ("linear", "method", "setting", "kept", "error", "damage, nats")
 
@@ -74,6 +77,7 @@ def _read(folder: Path, name: str) -> Run:
     try:
         run = Run(name, read_json(folder / "report.json"), contest, (folder / "recipe.yaml").read_text(encoding="utf-8"), tuple(drawn))
         _summary(run)
+        series([run])
         figures.lines_of(run.report["linears"], run.curves)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{folder / 'report.json'}: is not a report of `compressor compress` ({error!r})") from None
@@ -106,6 +110,7 @@ def render(runs: Sequence[Run], ending: str) -> str:
             drawn = enumerate(figures.of(run.report, run.curves) if index < FIGURED else ())
             summary["figures"] = [(caption, Markup(plots.prefixed(svg, f"run{index}-{which}-"))) for which, (caption, svg) in drawn]
     text = environment.get_template(f"report{ending}.j2").render(
+        title=", ".join(run.name for run in runs) if len(runs) <= TITLED else f"{len(runs)} checkpoints",
         runs=summaries,
         compared=COMPARED,
         comparison=_comparison(runs) if len(runs) > 1 else None,
@@ -182,7 +187,30 @@ def _notes(runs: Sequence[Run]) -> list[str]:
     return found + ([many] if len(runs) > FIGURED else [])
 
 
+def series(runs: Sequence[Run]) -> list[str]:
+    """For each run its methods, and where others with the same methods differ in more than the size, what is set otherwise there."""
+    settings = [_settings(parse_yaml(run.recipe, run.name)) for run in runs]
+    labels = []
+    for run, mine in zip(runs, settings, strict=True):
+        alike = [other for other, each in zip(settings, runs, strict=True) if each.methods == run.methods]
+        differing = [key for key in mine if any(other.get(key) != mine[key] for other in alike)]
+        shown = ", ".join(f"{key.rpartition('.')[2]} {mine[key]}" for key in differing[:SETTINGS])
+        labels.append(f"{run.methods} ({shown})" if shown else run.methods)
+    return labels
+
+
+def _settings(section: Any, path: str = "") -> dict[str, Any]:
+    """Dotted settings of a recipe that make another method of it, not another size, model or evaluation."""
+    if path in ("model", "evaluation", "output", "seed", "allocation.keep", "allocation.target_size", "compensation.keep"):
+        return {}
+    items = section.items() if isinstance(section, dict) else enumerate(section) if isinstance(section, list) else ()
+    found = {}
+    for key, value in items:
+        found |= _settings(value, f"{path}.{key}" if path else str(key))
+    return found if isinstance(section, dict | list) and section else {path: section}
+
+
 def _trade_off(runs: Sequence[Run]) -> str | None:
-    measured = [(run, score) for run, score in zip(runs, _scored(runs)[1], strict=True) if score is not None]
-    points = [{"name": run.name, "series": run.methods, "mib": run.size / 2**20, "score": score} for run, score in measured]
+    measured = [each for each in zip(runs, series(runs), _scored(runs)[1], strict=True) if each[2] is not None]
+    points = [{"name": run.name, "series": label, "mib": run.size / 2**20, "score": score} for run, label, score in measured]
     return plots.trade_off(points, _score_label(runs)) if points else None

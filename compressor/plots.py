@@ -180,7 +180,9 @@ def _to_svg(axes: Any, titles: Mapping[str, str]) -> str:
     for each in axes.figure.axes:
         if each.get_yscale() == "log":
             each.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-            each.yaxis.set_minor_formatter(lambda value, _: "")
+            low, high = each.get_ylim()
+            few = high < 30 * low  # then there may be one power of ten or none, and a label at 2 and 5 as well
+            each.yaxis.set_minor_formatter(lambda value, _, few=few: f"{value:g}" if few and f"{value:e}"[0] in "25" else "")
     written = io.StringIO()
     axes.figure.savefig(written, format="svg", transparent=True, metadata={"Date": None})
     return inline(written.getvalue(), titles)

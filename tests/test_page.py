@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -131,6 +132,18 @@ def test_many_checkpoints_have_one_plot_and_few_figures(tmp_path):
     assert text.count("<svg") == 1 + page.FIGURED * (4 + 2)
     assert "shown for the first 8 of 10; give fewer" in text
     assert all(f"<title>run{number}: 1 MiB, 0.25</title>" in text for number in range(10))
+
+
+def test_series_tell_apart_what_differs_in_more_than_size(tmp_path):
+    runs = page.read([checkpoint(tmp_path / name) for name in "abcd"])
+    recipes = [
+        "allocation: {keep: 0.5}\nmethod: [{candidates: [{name: low_rank, options: {metric: gram}}]}]",
+        "allocation: {keep: 0.6}\nmethod: [{candidates: [{name: low_rank, options: {metric: gram}}]}]",
+        "allocation: {keep: 0.5}\nmethod: [{candidates: [{name: low_rank, options: {metric: identity}}]}]",
+    ]
+    runs = [replace(run, recipe=text) for run, text in zip(runs[:3], recipes, strict=True)]
+    assert page.series(runs) == ["low_rank (metric gram)", "low_rank (metric gram)", "low_rank (metric identity)"]
+    assert page.series(runs[:2]) == ["low_rank", "low_rank"]
 
 
 def test_curves_of_groups_have_a_panel_of_their_own_and_panels_hold_so_many_lines():
