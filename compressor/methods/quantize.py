@@ -4,6 +4,7 @@ References (solver → paper)
     rtn       round to nearest, ranges clipped where that lowers the error; quantisation card §2
     gptq      error feedback from input to input: GPTQ, arXiv 2210.17323; in the two-sided metric also from output to output: YAQA,
               arXiv 2505.22988
+    sweeps    adaptive rounding of what either returns, by coordinate descent: QuantEase, arXiv 2309.01885; see `descent`
     residual  EoRA, arXiv 2410.21271, see `residual`, and `residual_integers` for factors of integers; choosing bits and rank together for
               each linear by a knapsack is MLoRQ's idea, arXiv 2507.09616
 
@@ -34,9 +35,10 @@ from compressor.linears import Adapted, CompressedLinear, Dense, Packed
 from compressor.linears.packed import packed_size
 from compressor.methods import register
 from compressor.methods.base import Method
+from compressor.methods.descent import descend
 from compressor.methods.residual import Residual, decompose
 from compressor.methods.residual_integers import Codec, IntegerResidual, round_residuals
-from compressor.methods.rounding import Grid, fit_grid, nearest, round_columns, round_entries
+from compressor.methods.rounding import Entries, Grid, fit_grid, nearest, round_columns, round_entries
 from compressor.methods.sparse import obs_factor
 from compressor.methods.sparsity import NEEDS, Fraction, MetricName, Weighed, weigh
 from compressor.plan import Candidate, Curve
@@ -134,6 +136,7 @@ class QuantizeMethod(Method[Prepared]):
     ordering: Literal["moment", "natural"] = "moment"  # `gptq` only: inputs of large second moment first, or as they stand
     damping: tuple[Annotated[float, Field(ge=0)], ...] = (0.01, 0.1, 1.0)  # `gptq` only: over the mean diagonal, the first that works
     block: Annotated[int, Field(ge=1)] = 32  # `gptq` only: columns, and rows of the two-sided metric, whose feedback is applied together
+    sweeps: Annotated[int, Field(ge=0)] = 0  # of adaptive rounding after that, see `descent`: each code in turn moves to the best one
     shrink_gram: Fraction = 0.01  # `two_sided` only: shrinkage of the input Gram
     shrink_grad_gram: Fraction = 0.1  # `two_sided` only: shrinkage of the output-gradient moment
 
@@ -205,8 +208,10 @@ class QuantizeMethod(Method[Prepared]):
         for start in range(0, len(new), together):
             part = new[start : start + together]
             grids = [fit_grid(weight, *scheme, self.symmetric, importance, self.ranges(), dense.dtype) for scheme in part]
-            modules = []
-            for grid, codes in zip(grids, self.codes(weight, grids, feedback), strict=True):
+            modules, rounded = [], self.codes(weight, grids, feedback)
+            if self.sweeps:
+                rounded = descend(weight, rounded, Entries.of(grids), weighed.metric, weighed.root, self.sweeps, self.block)
+            for grid, codes in zip(grids, rounded, strict=True):
                 linalg.require_finite(grid.scales, f"{weighed.linear}: scales in {dense.dtype}")
                 bias = None if dense.bias is None else dense.bias.to(dense.dtype, copy=True)
                 modules.append(Packed.of_codes(codes, grid.scales.to(dense.dtype), grid.zeros, bias, grid.bits))
@@ -237,7 +242,7 @@ class QuantizeMethod(Method[Prepared]):
         if self.residual_bits is not None:
             groups = tuple(group_size(self.residual_group, side, weighed.linear) for side in (height, width))
             dampings = () if feedback is None else self.damping
-            codec = Codec(self.residual_bits, groups, self.ranges(), dampings, self.block, weighed.dense.dtype)
+            codec = Codec(self.residual_bits, groups, self.ranges()[::3], dampings, self.block, weighed.dense.dtype)
             integers = round_residuals(what, lost, found, (weighed.metric, weighed.root, importance), codec, feedback)
         return [
             Scheme(module, part.tail[0].item() / (weighed.energy or 1.0), part, stored, damping)

@@ -24,7 +24,7 @@ from torch import Tensor
 from compressor.linalg import Metric
 from compressor.linears.packed import Packed
 from compressor.methods.residual import Residual
-from compressor.methods.rounding import Entries, Grid, feed_back, fit_grid, round_columns
+from compressor.methods.rounding import Entries, Grid, feed_back, fit_grid, nearest, round_columns
 from compressor.methods.sparse import obs_factor
 
 
@@ -48,6 +48,7 @@ class IntegerResidual:
     codec: Codec
     down: Packed  # (largest rank, in) Â
     cross: Tensor  # (out, largest rank) C, float64
+    seen: Tensor  # (out, largest rank) Lᵀ C
     moment: Tensor  # (largest rank, largest rank) S, float64
     root: Tensor | None  # L (out, out), or None for H = I
     lost: float  # tr(H E M Eᵀ)
@@ -73,10 +74,9 @@ class IntegerResidual:
     def error(self, rank: int) -> float:
         """What this rank leaves of E, absolute."""
         codes, grid = self.up(rank)
-        up, cross = (codes * grid.columns()[0]).T, self.cross[:, :rank]
-        if self.root is not None:
-            up, cross = self.root.T @ up, self.root.T @ cross
-        return max(0.0, self.lost + ((up @ self.moment[:rank, :rank] - 2 * cross) * up).sum().item())
+        up = (codes * grid.columns()[0]).T
+        up = up if self.root is None else self.root.T @ up
+        return max(0.0, self.lost + ((up @ self.moment[:rank, :rank] - 2 * self.seen[:, :rank]) * up).sum().item())
 
 
 def round_residuals(
@@ -95,7 +95,8 @@ def round_residuals(
     downs = torch.stack([part.pair(error, root, part.frame.shape[1])[1] for error, part in zip(lost, found, strict=True)])
     grids = [fit_grid(down, codec.bits, codec.groups[1], True, importance, codec.clips, codec.dtype) for down in downs]
     if feedback is None:
-        codes = Entries.of(grids).round(downs)[0]
+        entries = Entries.of(grids)
+        codes = nearest(downs, entries.scales, entries.zeros, 2 ** (codec.bits - 1))
     else:
         codes = round_columns(downs, grids, feedback.inner, feedback.order, codec.block)
     rounded = []
@@ -103,5 +104,7 @@ def round_residuals(
         down = Packed.of_codes(chosen, grid.scales.to(codec.dtype), None, None, grid.bits)
         values = chosen * grid.columns()[0]
         weighted = metric.weigh(values)
-        rounded.append(IntegerResidual(what, codec, down, error @ weighted.T, weighted @ values.T, root, part.tail[0].item()))
+        cross = error @ weighted.T
+        seen = cross if root is None else root.T @ cross
+        rounded.append(IntegerResidual(what, codec, down, cross, seen, weighted @ values.T, root, part.tail[0].item()))
     return rounded

@@ -45,10 +45,10 @@ VARIANTS += [
     for options in (
         {"solver": "rtn"},
         {"symmetric": False},
-        {"metric": "two_sided"},
+        {"metric": "two_sided", "sweeps": 2},
         {"metric": "two_sided", "residual": [0, 2, 4], "bits": [2, 5]},
         {"metric": "two_sided", "residual": [0, 2, 4], "bits": [2, 5], "residual_bits": 8, "residual_group": "channel"},
-        {"residual": [0, 1, 3], "bits": [2, 3, 5], "residual_bits": 4, "residual_group": "auto:16"},
+        {"residual": [0, 1, 3], "bits": [2, 3, 5], "residual_bits": 4, "residual_group": "auto:16", "solver": "rtn"},
     )
 ]
 VARIANTS += [

@@ -13,9 +13,10 @@ from compressor.errors import ConfigError, NumericalError
 from compressor.linalg import Metric
 from compressor.linears import Adapted, Dense, Packed
 from compressor.methods import build
+from compressor.methods.descent import descend
 from compressor.methods.quantize import group_size
 from compressor.methods.residual import decompose
-from compressor.methods.rounding import Grid, fit_grid, nearest, round_columns, round_entries
+from compressor.methods.rounding import Entries, Grid, fit_grid, nearest, round_columns, round_entries
 from compressor.methods.sparse import obs_factor
 from compressor.stats import LinearStats
 
@@ -372,3 +373,52 @@ def test_a_weight_that_is_not_finite_names_the_linear():
     case.dense.weight[3, 4] = float("nan")
     with pytest.raises(NumericalError, match="linear: the weight holds NaN"):
         prepared(case)
+
+
+def loss(weight: Tensor, codes: Tensor, entries: Entries, metric: Metric, root: Tensor | None) -> Tensor:
+    """tr(H D M Dᵀ) of every scheme (K,), by definition."""
+    lost = weight - entries.scales * (codes - entries.zeros)
+    lost = lost if root is None else root.T @ lost
+    return torch.stack([(metric.weigh(one) * one).sum() for one in lost])
+
+
+@pytest.mark.parametrize("kind", ["square", "wide", "dead_inputs", "few_tokens", "zero_weight"])
+@pytest.mark.parametrize("start", ["nearest", "random"])
+@pytest.mark.parametrize("two_sided", [False, True], ids=["gram", "two-sided"])
+def test_no_sweep_of_adaptive_rounding_raises_the_error(kind, start, two_sided):
+    """From any codes at all, on several grids at once; where nothing moves any more, no single code is better moved."""
+    case = cases.make(kind)
+    weight, metric = case.dense.weight.double(), Metric(case.stats.gram, 1 / case.stats.tokens)
+    root = linalg.cholesky(linalg.shrink(case.stats.grad_gram, 0.1), "gradients", "none") if two_sided else None
+    width, ones = weight.shape[1], torch.ones(weight.shape[1], dtype=torch.float64)
+    schemes = [(2, width // 2, True), (4, width // 2, False)]
+    grids = [fit_grid(weight, *scheme, ones, torch.ones(1), torch.float32) for scheme in schemes]
+    entries, half = Entries.of(grids), torch.tensor([2.0, 8.0])[:, None, None]
+    codes = nearest(weight, entries.scales, entries.zeros, half)
+    if start == "random":
+        codes = torch.randint(-2, 2, codes.shape, generator=torch.Generator().manual_seed(0)).double()
+    losses = [loss(weight, codes, entries, metric, root)]
+    for sweeps in (1, 2, 30):
+        found = descend(weight, codes, entries, metric, root, sweeps, 5)
+        losses.append(loss(weight, found, entries, metric, root))
+        assert (losses[-1] <= losses[-2] * (1 + EXACT) + 1e-12).all()
+        assert (found >= -half).all() and (found < half).all() and torch.equal(found, found.round())
+    if two_sided:
+        return
+    for column in range(0, width, 3):
+        for move in (-1, 1):
+            other = found.clone()
+            other[..., column] = (other[..., column] + move).clamp(-entries.halves, entries.halves - 1)
+            assert (loss(weight, other, entries, metric, root) >= losses[-1] * (1 - EXACT)).all()
+
+
+@pytest.mark.parametrize("metric", ["gram", "two_sided"])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_adaptive_rounding_ends_below_feedback_and_is_what_is_measured(bits, metric):
+    errors: dict[int, float] = {}
+    for sweeps in (0, 3):
+        method, state = prepared(correlated(), bits=[bits], group=[16], metric=metric, sweeps=sweeps)
+        (candidate,) = method.candidates(state).candidates
+        assert method.measure(state, method.compress(state, candidate.setting)) == pytest.approx(candidate.error, rel=1e-6)
+        errors[sweeps] = candidate.error
+    assert errors[3] < 0.97 * errors[0]
