@@ -47,7 +47,8 @@ class Stage:
         """Items in a second, or seconds an item takes if that is more than one."""
         if not self.done or not (seconds := self.seconds):
             return ""
-        return f"{self.done / seconds:.3g}/s" if self.done >= seconds else f"{seconds / self.done:.3g} s each"
+        fast = self.done / seconds
+        return f"{fast:,.0f}/s" if fast >= 100 else f"{fast:.3g}/s" if fast >= 1 else f"{1 / fast:.3g} s each"
 
 
 Event = Literal["start", "advance", "end"]
@@ -149,19 +150,23 @@ class _Lines:
 
 
 class _Bars:
-    """One bar for each stage."""
+    """One bar for each stage; the next one of the same title takes its place, so that long runs do not fill the screen."""
 
     def __init__(self, bars: Any):
         self.bars = bars
         self.tasks: dict[Stage, Any] = {}
+        self.ended: dict[str, Any] = {}
 
     def __call__(self, event: Event, stage: Stage) -> None:
         if event == "start":
+            if stage.title in self.ended:
+                self.bars.remove_task(self.ended.pop(stage.title))
             self.tasks[stage] = self.bars.add_task(stage.title, total=stage.total, rate="")
         elif event == "advance":
             self.bars.update(self.tasks[stage], completed=stage.done, rate=stage.rate)
         else:
-            self.bars.stop_task(self.tasks.pop(stage))
+            self.ended[stage.title] = self.tasks.pop(stage)
+            self.bars.stop_task(self.ended[stage.title])
 
 
 def _bars() -> Any:

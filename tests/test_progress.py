@@ -60,6 +60,32 @@ def test_terminal_shows_nested_stages_and_the_time_left(stderr):
     assert "left" in text
 
 
+def test_a_stage_takes_the_bar_of_the_one_before_with_its_title():
+    class Bars:
+        def __init__(self):
+            self.shown = {}
+
+        def add_task(self, title, **_):
+            self.shown[len(self.shown)] = title
+            return len(self.shown) - 1
+
+        def remove_task(self, task):
+            self.shown[task] = None
+
+        def update(self, *_, **__):
+            pass
+
+        stop_task = update
+
+    bars = Bars()
+    stages = module.Stages([module._Bars(bars)])
+    for _ in stages("ab", "build"):
+        for _ in stages("c", "evaluate"):
+            pass
+    list(stages("d", "build"))
+    assert [title for title in bars.shown.values() if title] == ["evaluate", "build"]
+
+
 def test_error_inside_a_stage_ends_the_display(stderr):
     stream = stderr(Terminal())
 
@@ -133,6 +159,8 @@ def test_rates_are_items_in_a_second_or_seconds_an_item(monkeypatch):
     assert stage.rate == "2/s"
     monkeypatch.setattr(module.time, "monotonic", lambda: 12.0)
     assert stage.rate == "3 s each"
+    stage.done = 123_456
+    assert stage.rate == "10,288/s"
     stage.done = 0
     assert stage.rate == ""
 
