@@ -143,7 +143,7 @@ def test_a_long_stage_says_now_and_then_how_far_it_is(stderr, monkeypatch):
     stream = stderr(io.StringIO())
     with shown() as progress:
         list(progress([1, 2], "calibrate"))
-    assert re.search(r" s  calibrate: 1 of 2, [0-9.e+]+/s, 0 s left\n", stream.getvalue())
+    assert re.search(r" s  calibrate: 1 of 2, [0-9.,]+/s, 0 s left\n", stream.getvalue())
 
 
 def test_terminal_shows_the_rate(stderr):
