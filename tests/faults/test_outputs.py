@@ -10,8 +10,9 @@ import pytest
 from click.testing import Result
 from faults.shell import bytes_of, compress, killed, refused, run
 from handmade import disk_of_20_kb, full_disk
+from killed import forked, wait
 
-from compressor import stages
+from compressor import pipeline, stages
 
 pytestmark = pytest.mark.faults
 
@@ -112,30 +113,31 @@ def test_f08_output_that_is_no_new_folder(tiny_llama, text_file, model, tmp_path
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode) and not (tmp_path / "elsewhere").exists()
 
 
-def test_f09_two_processes_and_one_output(tiny_llama, text_file, tmp_path):
-    """Two processes write one output: the second is refused with host and process of the first; a dead one's lock stops nobody."""
-    from compressor.staging import Staging
+def test_f09_two_processes_and_one_output(tiny_llama, text_file, tmp_path, monkeypatch):
+    """Two processes write one output: the second is refused with number and host of the first; a dead one's lock stops nobody."""
+    output, (said, say), (heard, tell) = tmp_path / "out", os.pipe(), os.pipe()
+    command = compress(tiny_llama, output, text_file)
 
-    output = tmp_path / "out"
-    ready, go = os.pipe(), os.pipe()
-    first = os.fork()
-    if first == 0:
-        try:
-            with Staging(output):
-                os.write(ready[1], b"1")
-                os.read(go[0], 1)
-                os._exit(0)  # without unlocking, as if killed
-        finally:
-            os._exit(1)
+    def wait_and_die(*_):
+        os.write(say, b"1")
+        os.read(heard, 1)
+        os._exit(0)  # without unlocking, as if killed
+
+    def first():
+        pipeline.plan_and_build = wait_and_die
+        run(*command)
+
+    child = forked(first)
     try:
-        os.read(ready[0], 1)
-        refused(run(*compress(tiny_llama, output, text_file)), 2, "another process is writing it", f"{socket.gethostname()}-{first}-")
-        assert not output.exists()
+        os.read(said, 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(stages, "start", lambda *_: pytest.fail("work was done"))
+            refused(run(*command), 2, "another process is writing it", f"process {child} on {socket.gethostname()}")
     finally:
-        os.write(go[1], b"1")
-        assert os.waitpid(first, 0)[1] == 0
-    assert (tmp_path / ".out.lock").exists()
-    assert run(*compress(tiny_llama, output, text_file)).exit_code == 0
+        os.write(tell, b"1")
+        assert wait(child) == 0
+    assert not output.exists() and (tmp_path / "out.journal" / "lock").exists()
+    assert run(*command).exit_code == 0
     assert run("verify", output).exit_code == 0
 
 
