@@ -1,6 +1,7 @@
 # make run    install, compress the bundled reference checkpoint with the default recipe, print the before/after table
 # make test   install and run the tests          make slow    the tests that take minutes
 # make check  style of the code                  make bench   time and memory against their floors
+# make sweep  twelve recipes on the bundled reference checkpoint, with a plot of divergence against bytes in out/sweep/report.html
 # make faults one test for each fault in docs/reliability.md
 # make gate   compress the reference checkpoint for CI and hold its report against benchmarks/gate/baseline.json
 
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: install run test slow faults check gate bench clean
+.PHONY: install run sweep test slow faults check gate bench clean
 
 install: $(INSTALLED)
 
@@ -21,6 +22,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 run: install
 	$(BIN)/compressor compress reference out/reference --overwrite
+
+sweep: install
+	$(BIN)/compressor sweep examples/sweep.yaml out/sweep
 
 test: install
 	$(BIN)/python -m pytest

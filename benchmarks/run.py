@@ -1,10 +1,10 @@
 """Time and memory of compression against their floors, measured in the same run on the same machine.
 
     python -m benchmarks.run [--case svd_llm-reference] [--case svd_llm-wide] [--case dictionary-rocket] [--case gptq_w4-sequential]
-        [--case channels-widths]
+        [--case channels-widths] [--case sweep-sizes]
 
-Cases called dictionary-… are the comparisons of `benchmarks.dictionary`, channels-widths that of `benchmarks.channels`, each in a process
-of its own.
+Cases called dictionary-… are the comparisons of `benchmarks.dictionary`, channels-widths that of `benchmarks.channels`, sweep-sizes that
+of `benchmarks.sweep`, each in a process of its own.
 
 Cases called …-sequential hold a run whose linears are solved in order against the same recipe without that, in place of a floor.
 
@@ -31,7 +31,8 @@ CASES = {  # name: (recipe, model, calibration windows)
     "svd_llm-wide": ("svd_llm", "wide", 16),
 }
 SEQUENTIAL = {"gptq_w4-sequential": ("gptq_w4", "reference", 128)}  # against the same recipe that is not
-APART = {f"dictionary-{part}": ["benchmarks.dictionary", "--part", part] for part in PARTS} | {"channels-widths": ["benchmarks.channels"]}
+APART = {f"dictionary-{part}": ["benchmarks.dictionary", "--part", part] for part in PARTS}
+APART |= {"channels-widths": ["benchmarks.channels"], "sweep-sizes": ["benchmarks.sweep"]}
 
 
 def wide_llama(folder: Path) -> Path:
