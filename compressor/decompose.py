@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from compressor import linalg
 from compressor.assignments import Assignment, Group, keys_of
@@ -98,6 +99,8 @@ def _prepare(method: Engine, name: str, inputs: Any) -> tuple[Any, Curve]:
     return state, method.candidates(state)
 
 
-def gram_error(assignment: Assignment, module: CompressedLinear, stats: LinearStats) -> float:
+def gram_error(assignment: Assignment, module: nn.Module, stats: LinearStats) -> float:
     """tr(D G Dᵀ) / tr(W G Wᵀ) of a module as it is stored: the `error` of reports, one yardstick for every method."""
-    return linalg.relative_error(dense_weight(assignment).weight, module.to_dense(), linalg.Metric(stats.gram, 1 / stats.tokens))
+    compressed = isinstance(module, CompressedLinear)
+    stored = module.to_dense() if compressed else dense_of(replace(assignment.info, module=module), assignment.dtype).weight
+    return linalg.relative_error(dense_weight(assignment).weight, stored, linalg.Metric(stats.gram, 1 / stats.tokens))

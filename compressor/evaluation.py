@@ -29,9 +29,11 @@ def measure(job: Job, found: dict[str, Any], store: Store, progress: Progress) -
     )
     store = store.within(windows.digest)
     result = scoring.compare(original, model, windows.tokens, section.batch_size, progress, store)
-    held = None
-    if len(job.heldout.tokens):
-        held = scoring.compare(original, model, job.heldout.tokens, section.batch_size, progress, store.within("held out")).to_json()
+    other = {"heldout": job.heldout.tokens} | ({"calibration": job.calibration.tokens} if recipe.trains else {})
+    for which, tokens in other.items():
+        if len(tokens):
+            held = scoring.compare(original, model, tokens, section.batch_size, progress, store.within(which))
+            found = found | {which: report.scores(held.to_json())}
     tasks = {
         key: store.recall("tasks", [key, *section.tasks], partial(tasks_of, each, tokenizer, recipe, progress))
         for key, each in (("lm_eval", model), ("lm_eval_original", original))
@@ -39,7 +41,7 @@ def measure(job: Job, found: dict[str, Any], store: Store, progress: Progress) -
     }
     shared = data.overlap(job.calibration, windows)
     warnings = [f"{shared:.1%} of the evaluation windows repeat text of the calibration windows"] if shared else []
-    found = found | {"reason": None, "heldout": held and report.scores(held), "warnings": found["warnings"] + warnings}
+    found = found | {"reason": None, "warnings": found["warnings"] + warnings}
     found |= report.scores(result.to_json()) | tasks
     return found | {"fingerprints": found["fingerprints"] | {"evaluation": windows.digest}}
 

@@ -256,17 +256,18 @@ def dense_of(info: LinearInfo, dtype: torch.dtype) -> Dense:
 
 
 def fitted(model: PreTrainedModel, name: str, module: nn.Module) -> nn.Module:
-    """`module` in the floating dtype and on the device of the linear `name`: itself, or a copy if it must change."""
+    """`module` in the floating dtype and on the device of what stands at `name`: itself, or a copy if it must change."""
     old = model.get_submodule(name)
     with align_module_device(old):
-        device, dtype = old.weight.device, old.weight.dtype
+        first = next(old.parameters(recurse=False))
+        device, dtype = first.device, first.dtype
     if any(tensor.device != device or (tensor.is_floating_point() and tensor.dtype != dtype) for tensor in module.state_dict().values()):
         return deepcopy(module).to(device=device, dtype=dtype)
     return module
 
 
 def replace(model: PreTrainedModel, name: str, module: nn.Module) -> None:
-    """Install `module` in place of the linear `name`, in the floating dtype and on the device of that linear; copied if it must change.
+    """Install `module` in place of what stands at `name`, in its floating dtype and on its device; copied if it must change.
 
     A tied lm_head is untied: the embedding keeps the dense weight and the model's config says so.
     """

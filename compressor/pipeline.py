@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compressor import (
@@ -21,6 +22,7 @@ from compressor import (
     finer,
     folder,
     manifest,
+    recovery,
     refine,
     report,
     selection,
@@ -32,10 +34,9 @@ from compressor.config import dump_yaml
 from compressor.errors import CheckpointError, CompressorError, ConfigError, did_you_mean
 from compressor.evaluation import evaluate
 from compressor.journal import Journal
-from compressor.linears import CompressedLinear
 from compressor.plan import Plan
 from compressor.progress import Progress, silent
-from compressor.recipe import Recipe, size_in_bytes
+from compressor.recipe import Heal, Recipe, Repair, size_in_bytes
 from compressor.shards import read_json
 from compressor.stages import Job
 from compressor.staging import Staging, amend, preflight, replace_text
@@ -103,8 +104,8 @@ def described(job: Job, edited: Plan | None, stats: Path | None) -> dict[str, An
 
 def plan_and_build(
     job: Job, collected: dict[str, LinearStats], edited: Plan | None, watch: Stopwatch, progress: Progress
-) -> tuple[Plan, dict[str, CompressedLinear]]:
-    """Decompose, probe, allocate and build: the plan with its measured errors, and the modules as they will be stored."""
+) -> tuple[Plan, dict[str, nn.Module]]:
+    """Decompose, probe, allocate, build and train: the plan with its measured errors, and the modules as they will be stored."""
     with watch("decompose"):
         found = stages.decompositions(job, collected, progress)
         if not (refine.wanted(job.recipe, edited) or finer.wanted(job.recipe)):
@@ -123,6 +124,9 @@ def plan_and_build(
     if finer.wanted(job.recipe):
         with watch("evaluate"):
             made = finer.judged(job, made, base, found, collected)
+    if job.recipe.trains:
+        with watch("train"):
+            made, modules = recovery.recover(job, made, modules, found, progress)
     made = replace(stages.with_gram_errors(made, job, modules, collected), curves=tuple(curves.summary(found)))
     return made, modules
 
@@ -205,6 +209,7 @@ def plan(recipe: Recipe, stats: Path | None = None, progress: Progress = silent)
     if stats is None:
         return found
     job = stages.start(recipe, stages.open_source(recipe.model.name, recipe.model.revision, progress), progress)
+    job = replace(job, recipe=recipe.model_copy(update={"repair": Repair(), "heal": Heal()}))  # neither changes a size
     made, _ = plan_and_build(job, artifacts.load_statistics(stats, stages.fingerprint(job)), None, Stopwatch(), progress)
     chosen = {name: {"method": c.method, "setting": c.setting, "bits": c.bits, "error": c.error} for name, c in made.linears.items()}
     return found | {"price": made.price, "linears": [linear | chosen[linear["name"]] for linear in found["linears"]]}

@@ -5,22 +5,11 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, Strict, model_validator
 
-DEFAULT_KEEP = 0.8
-_UNITS = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+from compressor.sizes import size_in_bytes
 
+DEFAULT_KEEP = 0.8
 T = TypeVar("T")
 Many = Annotated[tuple[T, ...], Strict(False)]  # a YAML list
-
-
-def size_in_bytes(size: str | int) -> int:
-    """Turn `3.2GiB`, `500 MB` or a number of bytes into bytes. Raises ValueError saying which units exist."""
-    match = re.fullmatch(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([A-Za-z]*)", str(size).strip())
-    if type(size) not in (str, int) or match is None or match[2] not in _UNITS:
-        raise ValueError(f"must be a number with a unit ({', '.join(filter(None, _UNITS))}) such as 3.2GiB, not {size!r}")
-    if (count := int(float(match[1]) * _UNITS[match[2]])) < 1:
-        raise ValueError(f"must be at least one byte, not {size!r}")
-    return count
 
 
 def _size(value: Any) -> Any:
@@ -216,6 +205,38 @@ class Compensation(Section):
         return self
 
 
+class Training(Section):
+    """What repair and healing have in common: AdamW on 32-bit masters, warm-up and cosine, the best state on held-out windows kept."""
+
+    enabled: bool = False
+    """Whether to train at all."""
+    train: Literal["compressed", "norms", "everything"] = "everything"
+    """What learns: tensors of compressed linears, also norms and biases of the blocks, or also weights that are kept dense."""
+    steps: Count = 200
+    """Steps at most, each on one batch of calibration windows."""
+    learning_rate: Annotated[float, Field(gt=0)] = 0.02
+    """Largest step of a number, relative to the median of the absolute values of its tensor."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Fraction of the steps in which the learning rate rises; then it falls along a cosine to a tenth."""
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    """Largest norm of a gradient; longer ones are shortened to it."""
+    check: Count = 20
+    """Steps between two looks at the held-out windows."""
+    patience: Count = 5
+    """Looks without improvement after which training stops."""
+
+
+class Repair(Training):
+    """Each block, once compressed, is fitted to the outputs of the dense block, on the inputs that the blocks before it leave."""
+
+
+class Heal(Training):
+    """Then all blocks are trained together on the output of the model."""
+
+    loss: Literal["kl", "ce", "both"] = "kl"
+    """Divergence from the original's distribution (needs no labels), cross-entropy of the text, or the sum of the two."""
+
+
 class Evaluation(Section):
     """The comparison with the original that ends a run."""
 
@@ -259,6 +280,8 @@ class Recipe(Section):
     """Which decompositions apply to which linears."""
     allocation: Allocation = Allocation()
     compensation: Compensation = Compensation()
+    repair: Repair = Repair()
+    heal: Heal = Heal()
     evaluation: Evaluation = Evaluation()
     output: Output = Output()
 
@@ -267,6 +290,10 @@ class Recipe(Section):
         if self.compensation.enabled and self.allocation.limits:
             raise ValueError("allocation.limits do not count the residuals of compensation; leave one of the two out")
         return self
+
+    @property
+    def trains(self) -> bool:
+        return self.repair.enabled or self.heal.enabled
 
     @property
     def evaluation_window(self) -> int:

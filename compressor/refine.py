@@ -103,7 +103,7 @@ def offer(job: Job, name: str, choice: Choice, module: CompressedLinear, stats: 
 
 
 @dataclass(frozen=True)
-class _Stack:
+class Stack:
     """Linears that were decomposed together, as what their method measures."""
 
     modules: Sequence[CompressedLinear]
@@ -220,7 +220,7 @@ class _Run:
                 self.modules[name] = compensate.extend(self.modules[name], fit, rank)
         modules = [self.modules[name] for name in part.members]
         if any(self.ranks.get(name, 0) for name in part.members):
-            error = part.method.measure(state, modules[0] if len(modules) == 1 else _Stack(modules))
+            error = part.method.measure(state, modules[0] if len(modules) == 1 else Stack(modules))
             for name in part.members:
                 self.choices[name] = replace(self.choices[name], measured=error)
         for name, module in zip(part.members, modules, strict=True):
@@ -243,6 +243,7 @@ def only(name: str, method: str, setting: dict[str, Any], found: Sequence[Decomp
     named = [part for part in found if part.method.name == method and any(one.setting == setting for one in part.curve.candidates)]
     if len(named) > 1:
         raise ConfigError(
-            f"{name}: several candidates '{method}' offer {setting}; list one of them, or leave out calibration.sequential and compensation"
+            f"{name}: several candidates '{method}' offer {setting}; list one of them, or leave out calibration.sequential, compensation, "
+            "repair and heal"
         )
     return named[0]

@@ -71,6 +71,7 @@ def build(
         "lm_eval_original": lm_eval_original,
         "price": plan.price,
         "contest": dict(plan.contest),
+        "trained": plan.trained,
         "linears": [{"name": name} | asdict(choice) for name, choice in plan.linears.items()],
         "warnings": list(warnings),
         "fingerprints": dict(fingerprints or {}),

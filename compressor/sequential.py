@@ -36,7 +36,7 @@ Keep = Callable[[Sequence[str], Callable[[], dict[str, CompressedLinear]]], dict
 class Streams:
     """What the block before `block` returned for each batch: in the model behind its compressed linears, and in the dense model."""
 
-    def __init__(self, model: PreTrainedModel, batches: list[Tensor], anchored: bool):
+    def __init__(self, model: PreTrainedModel, batches: list[Tensor], anchored: bool, cure: str = "set calibration.sequential to false"):
         """batches: (batch, length) int64 each, on the model's device; anchored: whether the dense stream is carried as well.
 
         Raises CompressorError if passes through this architecture cannot be restarted between its blocks.
@@ -49,7 +49,7 @@ class Streams:
         logits, outputs = block_outputs(model, batches[0])
         middle = (len(outputs) + 1) // 2
         restarted = forward_from(model, middle, [outputs[middle - 1]] * middle, batches[0])
-        require_restartable(model, logits, restarted, "set calibration.sequential to false")
+        require_restartable(model, logits, restarted, cure)
 
     @property
     def parted(self) -> bool:
@@ -114,11 +114,14 @@ class Streams:
         for outputs in [self.dense, self.compressed] if self.parted and self.anchored else [self.compressed]:
             with installed(self.model, modules if outputs is self.compressed else {}):
                 for index in range(len(self.batches)):
-                    hook = self.members[self.block].register_forward_hook
-                    with _capture(hook, lambda module, args, output: output) as seen:
-                        self.run(index, outputs)
-                    outputs[index] = seen[0]
+                    outputs[index] = self.output(index, outputs)
         self.block += 1
+
+    def output(self, index: int, outputs: list[Any]) -> Any:
+        """What this block returns for one batch (a tensor or a tuple), with autograd where that is on."""
+        with _capture(self.members[self.block].register_forward_hook, lambda module, args, output: output) as seen:
+            self.run(index, outputs)
+        return seen[0]
 
 
 @contextmanager

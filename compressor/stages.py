@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compressor import data, folder
@@ -17,7 +17,7 @@ from compressor.assignments import Assignment, Group, assign, groups
 from compressor.calibrate import collect
 from compressor.decompose import decompose_group, decompose_one, gram_error
 from compressor.errors import ConfigError
-from compressor.linears import CompressedLinear, Pruned
+from compressor.linears import Pruned
 from compressor.plan import Plan
 from compressor.planning import Found
 from compressor.probe import Prober, ProbeResult, probe
@@ -215,7 +215,7 @@ def output_dtype(recipe: Recipe) -> torch.dtype | None:
     return None if recipe.output.dtype == "auto" else getattr(torch, recipe.output.dtype)
 
 
-def with_gram_errors(plan: Plan, job: Job, modules: dict[str, CompressedLinear], stats: dict[str, LinearStats]) -> Plan:
+def with_gram_errors(plan: Plan, job: Job, modules: Mapping[str, nn.Module], stats: dict[str, LinearStats]) -> Plan:
     """Add the error of every module in the one metric that reports share.
 
     Linears of a pruned module are in a basis of their own and say nothing one by one: they have the error of the module.
@@ -223,11 +223,12 @@ def with_gram_errors(plan: Plan, job: Job, modules: dict[str, CompressedLinear],
     errors = {
         name: plan.linears[name].measured if isinstance(module, Pruned) else gram_error(job.assignments[name], module, stats[name])
         for name, module in modules.items()
+        if name in plan.linears
     }
     return replace(plan, linears={n: replace(choice, error=errors.get(n, 0.0)) for n, choice in plan.linears.items()})
 
 
-def install(job: Job, modules: dict[str, CompressedLinear]) -> None:
+def install(job: Job, modules: Mapping[str, nn.Module]) -> None:
     """Turn the loaded model into the compressed one, in the output dtype. The original weights of the targets are let go."""
     if dtype := output_dtype(job.recipe):
         for parameter in job.model.parameters():

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-STAGES = ("calibrate", "probe", "decompose", "allocate", "write", "evaluate")
+STAGES = ("calibrate", "probe", "decompose", "allocate", "train", "write", "evaluate")
 
 
 class Stopwatch:

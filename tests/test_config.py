@@ -32,6 +32,7 @@ PRESETS = [
     "mlorq",
     "modules",
     "oats",
+    "repaired",
     "rocket",
     "rocket_uniform",
     "rtn_w4",

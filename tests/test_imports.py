@@ -12,7 +12,7 @@ PACKAGE = Path(compressor.__file__).parent
 MAX_LINES, MAX_FUNCTION_LINES = 300, 40
 
 LEVELS = (
-    ("errors", "progress", "logs", "resources", "tables", "linalg", "yaml_reader", "recipe", "config"),
+    ("errors", "progress", "logs", "resources", "tables", "linalg", "yaml_reader", "sizes", "recipe", "config"),
     ("stats", "linears", "plan", "roles", "shards", "sources", "timings"),
     ("methods",),
     ("knapsack", "compensate", "allocate"),
@@ -32,10 +32,13 @@ LEVELS = (
         "lm_eval_bridge",
         "restart",
         "sequential",
+        "training",
+        "repair",
+        "heal",
         "gate",
     ),
     ("assignments", "decompose", "curves", "probe", "units", "rules", "planning"),
-    ("stages", "workshop", "selection", "refine", "finer", "estimate", "evaluation", "pipeline", "points", "sweep"),
+    ("stages", "workshop", "selection", "refine", "finer", "recovery", "estimate", "evaluation", "pipeline", "points", "sweep"),
     ("options", "verbs", "worker", "listings", "cli", "__main__"),
 )
 ORDER = [module for level in LEVELS for module in level]

@@ -81,7 +81,7 @@ def test_report_counts_what_is_on_disk(run, tiny_llama):
         assert stored[key] is not None
     assert stored["kl"] > 0 and stored["reason"] is None and stored["window"] == 32
     assert set(conftest.read_json(folder / "timings.json")["seconds"]) == {
-        "calibrate", "probe", "decompose", "allocate", "write", "evaluate", "total"
+        "calibrate", "probe", "decompose", "allocate", "train", "write", "evaluate", "total"
     }  # fmt: skip
     assert pipeline.verify(folder) == []
 

@@ -31,7 +31,7 @@ def test_unknown_stage_is_refused():
 def test_json_has_the_promised_keys():
     found = json.loads(json.dumps(Stopwatch().to_json(), allow_nan=False))
     assert found.keys() == {"seconds", "peak_memory_bytes", "peak_device_memory_bytes", "host"}
-    assert list(found["seconds"]) == ["calibrate", "probe", "decompose", "allocate", "write", "evaluate", "total"]
+    assert list(found["seconds"]) == ["calibrate", "probe", "decompose", "allocate", "train", "write", "evaluate", "total"]
     assert found["host"].keys() == {"name", "system", "cpus", "threads", "device", "python", "torch"}
 
 

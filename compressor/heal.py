@@ -1,0 +1,85 @@
+"""Healing: all blocks are trained together until the model's output distribution is that of the original again.
+
+References: label-free divergence from the original's logits after Minitron (arXiv 2407.14679); training only what the compressed linears
+store is WeLore's (arXiv 2407.11239) and ROCKET's (arXiv 2602.11008); healing card §8.
+
+Minimises the mean over positions of KL(original‖model), in nats, or of the cross-entropy of the next token, or of their sum.
+
+The original is not kept as a second model: the outputs of its last block are cached, and its logits come from them through its own norm
+and head, which healing leaves as they are.
+
+Memory: windows × length × hidden size × 4 bytes for the cache, the logits of one batch three times, and the activations, gradients and
+moments of all blocks.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from compressor.model import blocks
+from compressor.restart import block_outputs, forward_from, require_restartable
+from compressor.scoring import kl_sum
+
+
+class Divergence(torch.autograd.Function):
+    """KL(p‖q) summed over positions, of logits (…, vocabulary) of q and of p, with gradients for q.
+
+    The gradient q − p is exactly zero where the logits agree. That of a composed loss is rounding noise there, which AdamW, whose steps do
+    not shrink with the gradient, would make large.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, expected: Tensor) -> Tensor:
+        log_q, log_p = functional.log_softmax(logits, -1), functional.log_softmax(expected, -1)
+        ctx.save_for_backward(log_q, log_p)
+        return torch.where(log_p.isneginf(), 0.0, log_p.exp() * (log_p - log_q)).sum()
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None]:
+        log_q, log_p = ctx.saved_tensors
+        return scale * (log_q.exp() - log_p.exp()), None
+
+
+class Original:
+    """What a model says, as it is now, to batches of windows, whatever is installed in its blocks later."""
+
+    def __init__(self, model: PreTrainedModel, batches: Sequence[Tensor]):
+        """batches: (batch, length) int64, on the model's device.
+
+        Raises CompressorError if passes through this architecture cannot be restarted behind its blocks.
+        """
+        self.model, self.batches = model, list(batches)
+        self.depth = len(blocks(model)[1])
+        self.last: list[Any] = []
+        for batch in self.batches:
+            logits, outputs = block_outputs(model, batch)
+            self.last.append(outputs[-1])
+            if len(self.last) == 1:
+                require_restartable(model, logits, self.logits(0), "switch repair and heal off")
+
+    def logits(self, index: int) -> Tensor:
+        """Logits (batch, length, vocabulary) of the original for one batch."""
+        return forward_from(self.model, self.depth, [self.last[index]] * self.depth, self.batches[index])
+
+    def loss(self, kind: str, index: int) -> Tensor:
+        """Loss of the model as it is now on one batch, nats for each position, with autograd; `kind` as in the recipe."""
+        batch = self.batches[index]
+        logits = self.model(input_ids=batch, use_cache=False).logits
+        total = logits.new_zeros(())
+        if kind in ("kl", "both"):
+            total = total + Divergence.apply(logits, self.logits(index)) / batch.numel()
+        if kind in ("ce", "both"):
+            total = total + functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+        return total
+
+    @torch.no_grad()
+    def divergence(self) -> float:
+        """KL(original‖model as it is now), nats per token, mean over all positions of all batches, as `scoring.compare`."""
+        total = 0.0
+        for index, batch in enumerate(self.batches):
+            total += kl_sum(self.logits(index), self.model(input_ids=batch, use_cache=False).logits).item()
+        return total / sum(batch.numel() for batch in self.batches)

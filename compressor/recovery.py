@@ -1,0 +1,147 @@
+"""Repair and healing of the modules of a plan: each is kept only where the divergence on the held-out windows falls."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from compressor.errors import ConfigError
+from compressor.heal import Original
+from compressor.linears import CompressedLinear
+from compressor.methods.base import ModuleMethod
+from compressor.model import blocks, installed
+from compressor.plan import Choice, Plan
+from compressor.planning import Found
+from compressor.progress import Progress, silent
+from compressor.refine import Stack, only, setting_of
+from compressor.repair import repair_blocks
+from compressor.scoring import in_float32
+from compressor.stages import Job, output_dtype
+from compressor.store import Store
+from compressor.training import Learners, Task, fit, rebind, rebuilt
+
+Modules = dict[str, nn.Module]
+
+
+def recover(job: Job, plan: Plan, modules: Modules, found: Found, progress: Progress = silent) -> tuple[Plan, Modules]:
+    """Train what the modules of a plan store, as the recipe says; return its choices, measured again, and the modules to install.
+
+    These now hold norms and dense linears too, where they have changed. The job's model is left as it was.
+    Raises ConfigError without held-out windows.
+    """
+    if not len(job.heldout.tokens):
+        raise ConfigError("repair and heal need held-out windows to be judged on; set calibration.heldout above 0")
+    recovery = _Recovery(job, plan, modules)
+    with training(job.model):
+        recovery.begin()
+        if job.recipe.repair.enabled:
+            recovery.repair(progress)
+        if job.recipe.heal.enabled:
+            recovery.heal(progress)
+    return measured(plan, job, recovery.modules, found, recovery.outcomes), recovery.modules
+
+
+@contextmanager
+def training(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model compute in float32, with none of its own parameters taking gradients; everything is restored on leaving."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with in_float32(model):
+        model.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in learning:
+                parameter.requires_grad_(True)
+
+
+def stored_dtypes(job: Job, modules: Mapping[str, nn.Module]) -> dict[str, torch.dtype]:
+    """Dtype in which every parameter will be stored, by full name."""
+    wanted = output_dtype(job.recipe)
+    found = {name: wanted or parameter.dtype for name, parameter in job.model.named_parameters()}
+    return found | {f"{name}.{key}": parameter.dtype for name, module in modules.items() for key, parameter in module.named_parameters()}
+
+
+class _Recovery:
+    """The modules of a plan, replaced by trained ones where that helps; `outcomes` says what each stage did."""
+
+    def __init__(self, job: Job, plan: Plan, modules: Modules):
+        self.job, self.modules = job, modules
+        self.outcomes: dict[str, Any] = {}
+        self.dtypes = stored_dtypes(job, modules)
+        size, device = job.recipe.calibration.batch_size, job.device
+        self.batches = [[batch.to(device) for batch in one.tokens.split(size)] for one in (job.calibration, job.heldout)]
+        recipe = job.recipe.model_dump(mode="json", include={"seed", "method", "allocation", "compensation", "output", "repair"})
+        self.store: Store = job.store.within(plan.to_json(), recipe)
+
+    def begin(self) -> None:
+        with torch.no_grad():
+            self.originals = [Original(self.job.model, batches) for batches in self.batches]
+        self.before = self.divergence("before", self.modules)
+
+    def divergence(self, stage: str, modules: Modules) -> dict[str, float]:
+        """Divergence of the model with these modules, on the calibration and on the held-out windows, nats per token."""
+
+        def measure() -> dict[str, float]:
+            with installed(self.job.model, modules):
+                return {name: one.divergence() for name, one in zip(("calibration", "heldout"), self.originals, strict=True)}
+
+        return self.store.recall("divergence", stage, measure)
+
+    def judge(self, stage: str, modules: Modules, details: dict[str, Any]) -> None:
+        """Take trained modules if the held-out divergence has fallen."""
+        after = self.divergence(stage, modules)
+        kept = after["heldout"] < self.before["heldout"]
+        self.outcomes[stage] = {"kept": kept, "before": self.before, "after": after} | details
+        if kept:
+            self.modules, self.before = modules, after
+
+    def repair(self, progress: Progress) -> None:
+        recipe = self.job.recipe
+        modules, blocks_ = repair_blocks(
+            self.job.model, self.modules, self.dtypes, self.batches, recipe.repair, recipe.seed, self.store, progress
+        )
+        self.judge("repair", modules, {"blocks": [block.to_json() for block in blocks_]})
+
+    def heal(self, progress: Progress) -> None:
+        job, section = self.job, self.job.recipe.heal
+        fit_on, heldout = self.originals
+        learners = Learners(job.model, self.modules, blocks(job.model)[1], section.train)
+        if not learners.parameters:
+            return
+        store = self.store = self.store.within(section.model_dump(mode="json"))
+        with installed(job.model, self.modules | learners.copies):
+            task = Task("heal", learners.parameters, len(fit_on.batches), partial(fit_on.loss, section.loss), heldout.divergence)
+            state = fit(task, section, job.recipe.seed, store, progress)
+        modules = self.modules | rebuilt(learners.originals, learners.values(self.dtypes))
+        rebind(modules)
+        self.judge("heal", modules, {"steps": state.step, "looks": list(state.scores)})
+
+
+def measured(plan: Plan, job: Job, modules: Modules, found: Found, outcomes: dict[str, Any]) -> Plan:
+    """The plan with the error of every compressed linear as it is stored now, in the metric of its method on the dense model's inputs."""
+    choices = dict(plan.linears)
+    for name, choice in plan.linears.items():
+        members = choice.setting.get("shared")
+        if not isinstance(modules.get(name), CompressedLinear) or (members is not None and name != members[0]):
+            continue
+        for each, error in _errors(name, choice, job, modules, found).items():
+            choices[each] = replace(choices[each], measured=error)
+    return replace(plan, linears=choices, trained=outcomes)
+
+
+def _errors(name: str, choice: Choice, job: Job, modules: Modules, found: Found) -> dict[str, float]:
+    """Error of the linears that are stored together with this one."""
+    members = choice.setting.get("shared")
+    unit = name if members is None else next(group.name for group in job.groups.values() if [*group.members] == members)
+    part = only(name, choice.method, setting_of(choice), found[unit])
+    made: Any = [modules[each] for each in part.members]
+    if isinstance(part.method, ModuleMethod):
+        made = {key: modules[each] for each, key in part.members.items()}
+    else:
+        made = made[0] if len(made) == 1 else Stack(made)
+    return dict.fromkeys(part.members, part.method.measure(part.state, made))

@@ -1,0 +1,193 @@
+"""Training what a compressed model stores: which tensors learn, and the loop that repair and healing share.
+
+Masks, integer codes, positions and pivots are fixed; every floating tensor that a storage kind keeps as a parameter learns: factors, kept
+sparse values, atoms and codes, wrappers, scales, biases. Copies in 32 bits learn (the masters); the modules they were made from stay as
+they are. The learning rate of a tensor is relative to the median of its absolute values, since factors, scales and norms differ by orders
+of magnitude; some atoms and factors have a few entries a thousand times the others, which inputs hardly reach and a mean would follow.
+
+References: settings after AA-SVD's block refinement (arXiv 2604.02119; low-rank card 2.17): AdamW, warm-up of a tenth, cosine to a tenth,
+clipping at 1. Differs: no weight decay, so that a tensor without a gradient stays as it is; relative learning rates; early stop.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from compressor.codec import borrower
+from compressor.errors import NumericalError
+from compressor.linears import CompressedLinear
+from compressor.model import fitted
+from compressor.progress import Progress, silent
+from compressor.recipe import Training
+from compressor.store import NOWHERE, Store
+
+ZERO = 1e-2  # what the learning rate of a tensor is relative to whose median is zero, such as a bias
+END = 0.1  # the learning rate falls to this fraction
+BETAS = (0.9, 0.99)  # steps are few: a second moment over thousands of them would never settle
+
+Values = dict[str, dict[str, Tensor]]  # module → name within it → tensor
+
+
+def learning(module: nn.Module, train: str) -> dict[str, nn.Parameter]:
+    """The parameters of a module without children that learn; `train` as in the recipe, which trains other modules than linears and norms
+    never."""
+    own = {name: parameter for name, parameter in module.named_parameters(recurse=False) if parameter.is_floating_point()}
+    if isinstance(module, CompressedLinear):
+        return own
+    if train == "everything" and isinstance(module, (nn.Linear, Conv1D)):
+        return own
+    return {} if train == "compressed" else {name: parameter for name, parameter in own.items() if parameter.ndim == 1}
+
+
+class Learners:
+    """Copies, in the dtype in which the model runs, of the modules below `scopes` that have anything to learn."""
+
+    def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module], scopes: Iterable[nn.Module], train: str):
+        """modules: what is to stand in the model, by name; what is not among them is taken from the model."""
+        names = {id(module): name for name, module in model.named_modules()}
+        inside = (names[id(module)] for scope in scopes for module in scope.modules() if not any(module.children()))
+        originals = {name: modules.get(name, model.get_submodule(name)) for name in inside}
+        self.originals = {name: module for name, module in originals.items() if learning(module, train)}
+        self.copies = {name: deepcopy(fitted(model, name, module)) for name, module in self.originals.items()}
+        rebind(self.copies)
+        self.parameters: dict[str, nn.Parameter] = {}
+        for name, copy in self.copies.items():
+            copy.requires_grad_(False)
+            for key, parameter in learning(copy, train).items():
+                self.parameters[f"{name}.{key}"] = parameter
+
+    def values(self, dtypes: Mapping[str, torch.dtype]) -> Values:
+        """What has been learned, cast to the dtypes of the output. dtypes: of each parameter, by its full name."""
+        return {
+            name: {key: p.detach().to(dtypes[f"{name}.{key}"]) for key, p in copy.named_parameters() if f"{name}.{key}" in self.parameters}
+            for name, copy in self.copies.items()
+        }
+
+
+def rebuilt(originals: Mapping[str, nn.Module], values: Values) -> dict[str, nn.Module]:
+    """Copies of modules with new values, in the dtype of these."""
+    made = {name: deepcopy(originals[name]) for name in values}
+    for name, tensors in values.items():
+        for key, tensor in tensors.items():
+            setattr(made[name], key, nn.Parameter(tensor.clone(), requires_grad=False))
+    return made
+
+
+def rebind(modules: Mapping[str, nn.Module]) -> None:
+    """Let dictionaries that borrow their atoms borrow them from these modules, where the lender is among them."""
+    for module in modules.values():
+        part = borrower(module) if isinstance(module, CompressedLinear) else None
+        if part is not None and part.lender in modules:
+            part.borrow(getattr(modules[part.lender], "base", modules[part.lender]))
+
+
+@dataclass(frozen=True)
+class State:
+    """Where training stands: all of it, so that it goes on to the same bits."""
+
+    step: int
+    parameters: dict[str, Tensor]
+    moments: dict[str, tuple[Tensor, Tensor]]  # of AdamW
+    best: dict[str, Tensor]
+    scores: tuple[float, ...]  # on the held-out windows at each look, the first before any step
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained on what. batches: how many there are; loss(index): of one, with autograd; score(): on the held-out windows."""
+
+    title: str
+    parameters: dict[str, nn.Parameter]
+    batches: int
+    loss: Callable[[int], Tensor]
+    score: Callable[[], float]
+
+
+def fit(task: Task, section: Training, seed: int, store: Store = NOWHERE, progress: Progress = silent) -> State:
+    """Train, and leave the parameters at the best held-out score that was seen, which may be the first.
+
+    Every look is kept in `store`. Raises NumericalError where the loss is not finite.
+    """
+    sizes = {name: parameter.detach().abs().median().item() or ZERO for name, parameter in task.parameters.items()}
+    order = drawn(task.batches, section.steps, seed)
+    values = {name: parameter.detach().clone() for name, parameter in task.parameters.items()}
+    state = State(
+        0, values, {name: (torch.zeros_like(one), torch.zeros_like(one)) for name, one in values.items()}, values, (task.score(),)
+    )
+    for first in progress(range(0, section.steps, section.check), task.title):
+        if len(state.scores) - 1 - state.scores.index(min(state.scores)) >= section.patience:
+            break
+        state = store.recall("training", [task.title, first], partial(_advance, task, section, state, order, sizes))
+    _load(task.parameters, state.best)
+    return state
+
+
+def drawn(batches: int, steps: int, seed: int) -> list[int]:
+    """Which batch each step sees: all of them in one random order after the other."""
+    generator = torch.Generator().manual_seed(seed)
+    rounds = (torch.randperm(batches, generator=generator).tolist() for _ in range(-(-steps // batches)))
+    return [index for each in rounds for index in each][:steps]
+
+
+def rate(step: int, section: Training) -> float:
+    """Learning rate of a step, from 0, relative to the largest: a line up, then half a cosine down to END."""
+    warm = max(1, round(section.warmup * section.steps))
+    if step < warm:
+        return (step + 1) / warm
+    return END + (1 - END) * (1 + math.cos(math.pi * (step - warm) / max(1, section.steps - warm))) / 2
+
+
+def _advance(task: Task, section: Training, state: State, order: list[int], sizes: dict[str, float]) -> State:
+    """The steps up to the next look, and the look."""
+    _load(task.parameters, state.parameters)
+    groups = [{"params": [parameter], "lr": 0.0} for parameter in task.parameters.values()]
+    optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0)
+    for name, parameter in task.parameters.items():
+        first, second = (moment.clone() for moment in state.moments[name])
+        optimizer.state[parameter] = {"step": torch.tensor(float(state.step)), "exp_avg": first, "exp_avg_sq": second}
+    last = min(state.step + section.check, section.steps)
+    with torch.enable_grad(), _attached(task.parameters.values()):
+        for step in range(state.step, last):
+            for group, name in zip(optimizer.param_groups, task.parameters, strict=True):
+                group["lr"] = section.learning_rate * sizes[name] * rate(step, section)
+            loss = task.loss(order[step])
+            if not math.isfinite(loss.item()):
+                raise NumericalError(f"{task.title}: the loss is {loss.item()} at step {step + 1}; lower the learning_rate of that section")
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(task.parameters.values(), section.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+    values = {name: parameter.detach().clone() for name, parameter in task.parameters.items()}
+    moments = {name: (optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"]) for name, p in task.parameters.items()}
+    score = task.score()
+    best = values if score < min(state.scores) else state.best
+    return State(last, values, moments, best, (*state.scores, score))
+
+
+class _attached:
+    """Parameters take gradients inside the `with`."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]):
+        self.parameters = list(parameters)
+
+    def __enter__(self) -> None:
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+
+    def __exit__(self, *error: Any) -> None:
+        for parameter in self.parameters:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
+
+@torch.no_grad()
+def _load(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])

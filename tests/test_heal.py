@@ -1,0 +1,241 @@
+"""Healing, and whole runs that train: frozen where they should be, kept only where held-out divergence falls, the same bytes again."""
+
+import json
+
+import conftest
+import pytest
+import torch
+from conftest import tiny_model
+from handmade import low_rank
+from killed import contents
+from observed import windows
+from test_pipeline import recipe
+from torch.nn import functional
+
+import compressor
+from compressor import pipeline, recovery, scoring, stages
+from compressor import training as trainer
+from compressor.errors import ConfigError, NumericalError
+from compressor.heal import Divergence, Original
+from compressor.model import blocks, installed, linears
+from compressor.progress import silent
+from compressor.recipe import Heal
+from compressor.recovery import training
+from compressor.store import Store
+from compressor.timings import Stopwatch
+from compressor.training import Learners, Task, fit
+
+CLOSE = 1e-5
+NOISE = 2e-2  # relative, of divergences of some 1e-5 nats computed in float32
+SECTION = Heal(enabled=True, steps=30, check=10, learning_rate=0.02)
+QUICK = [f"{stage}.{key}" for stage in ("repair", "heal") for key in ("enabled=true", "steps=12", "check=4", "learning_rate=0.01")]
+
+
+def modules_of(model, rank=4):
+    return {name: low_rank(info.module.weight, None, rank, True) for name, info in linears(model).items() if "down" in name}
+
+
+def task_of(model, modules, kind="kl", train="everything"):
+    original = Original(model, [windows()])
+    learners = Learners(model, modules, blocks(model)[1], train)
+    return original, learners, Task("heal", learners.parameters, 1, lambda index: original.loss(kind, index), original.divergence)
+
+
+def test_the_losses_are_those_of_the_definition():
+    model, batch = tiny_model("llama"), windows()
+    modules = modules_of(model)
+    with training(model):
+        expected = functional.log_softmax(model(input_ids=batch).logits, -1)
+        original = Original(model, [batch])
+        with installed(model, modules):
+            found = functional.log_softmax(model(input_ids=batch).logits, -1)
+            losses = {kind: original.loss(kind, 0).item() for kind in ("kl", "ce", "both")}
+            divergence = original.divergence()
+    kl = (expected.exp() * (expected - found)).sum(-1).mean().item()
+    ce = functional.cross_entropy(found[:, :-1].flatten(0, 1), batch[:, 1:].flatten()).item()
+    assert losses["kl"] == pytest.approx(kl, abs=1e-7) and losses["ce"] == pytest.approx(ce, rel=CLOSE)
+    assert losses["both"] == pytest.approx(kl + ce, rel=CLOSE) and divergence == pytest.approx(kl, abs=1e-7)
+
+
+def test_a_student_that_is_the_teacher_has_no_loss_and_does_not_move():
+    model = tiny_model("llama")
+    with training(model):
+        original, learners, task = task_of(model, {})
+        before = {name: tensor.detach().clone() for name, tensor in learners.parameters.items()}
+        with installed(model, learners.copies):
+            assert original.loss("kl", 0).item() == 0 and original.divergence() == 0
+            state = fit(task, SECTION, 0)
+    assert state.scores[-1] == 0 and len(learners.parameters) == 18
+    assert all(torch.equal(tensor, before[name]) for name, tensor in learners.parameters.items())
+
+
+@pytest.mark.parametrize("kind", ["kl", "ce", "both"])
+def test_the_loss_of_one_batch_falls(kind):
+    model = tiny_model("llama")
+    with training(model):
+        original, learners, task = task_of(model, modules_of(model), kind)
+        with installed(model, learners.copies):
+            before = original.loss(kind, 0).item()
+            task = Task("heal", task.parameters, 1, task.loss, lambda: original.loss(kind, 0).item())
+            state = fit(task, SECTION, 0)
+            assert original.loss(kind, 0).item() == pytest.approx(min(state.scores), rel=CLOSE)
+    assert min(state.scores) < {"kl": 0.5, "ce": 0.99, "both": 0.99}[kind] * before
+
+
+def test_training_stops_after_some_looks_without_improvement_and_the_best_is_back():
+    parameter = torch.nn.Parameter(torch.ones(3), requires_grad=False)
+    scores = iter([5.0, 3.0, 4.0, 4.0, 1.0])
+    seen = []
+
+    def score():
+        seen.append(parameter.clone())
+        return next(scores)
+
+    task = Task("toy", {"it": parameter}, 1, lambda index: parameter.square().sum(), score)
+    state = fit(task, Heal(steps=50, check=2, patience=2), 0)
+    assert state.scores == (5.0, 3.0, 4.0, 4.0) and state.step == 6
+    assert torch.equal(parameter, seen[1]) and not torch.equal(seen[1], seen[0])
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_cure():
+    parameter = torch.nn.Parameter(torch.ones(1))
+    with pytest.raises(NumericalError, match=r"toy: the loss is nan at step 1; lower the learning_rate"):
+        fit(Task("toy", {"it": parameter}, 1, lambda index: (parameter * torch.nan).sum(), lambda: 1.0), Heal(), 0)
+
+
+def test_it_goes_on_to_the_same_bits(tmp_path):
+    def run(store, stop_at=None):
+        model = tiny_model("llama")
+        with training(model):
+            _, learners, task = task_of(model, modules_of(model))
+            calls = []
+
+            def loss(index):
+                calls.append(index)
+                if len(calls) == stop_at:
+                    raise KeyboardInterrupt
+                return task.loss(index)
+
+            with installed(model, learners.copies):
+                fit(Task("heal", task.parameters, 1, loss, task.score), SECTION, 0, store)
+        return [parameter.clone() for parameter in learners.parameters.values()], len(calls)
+
+    expected, steps = run(Store(tmp_path / "unbroken"))
+    with pytest.raises(KeyboardInterrupt):
+        run(Store(tmp_path / "store"), stop_at=25)
+    again, left = run(Store(tmp_path / "store"))
+    assert (steps, left) == (30, 10)
+    assert all(torch.equal(one, other) for one, other in zip(expected, again, strict=True))
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_llama, text_file, tmp_path_factory):
+    """A run of every stage that trains, in bfloat16: (recipe, folder, report)."""
+    folder = tmp_path_factory.mktemp("trained") / "out"
+    made = recipe(tiny_llama, text_file, "allocation.keep=0.5", "output.dtype=bfloat16", *QUICK)
+    return made, folder, pipeline.compress(made, folder)
+
+
+def test_a_run_says_what_training_did_on_all_three_texts(trained, tiny_llama, text_file, tmp_path):
+    _, folder, report = trained
+    plan = conftest.read_json(folder / "plan.json")
+    assert plan["trained"] == report["trained"] and list(plan["trained"]) == ["repair", "heal"]
+    last = plan["trained"]["heal"]
+    assert last["kept"] and last["before"] == plan["trained"]["repair"]["after"]
+    assert last["after"]["heldout"] < last["before"]["heldout"]
+    assert report["heldout"]["kl"] == pytest.approx(last["after"]["heldout"], rel=NOISE)
+    assert report["calibration"]["kl"] == pytest.approx(last["after"]["calibration"], rel=NOISE)
+    plain = pipeline.compress(recipe(tiny_llama, text_file, "allocation.keep=0.5", "output.dtype=bfloat16"), tmp_path / "plain")
+    assert report["kept"] == plain["kept"] and report["kl"] != plain["kl"]
+    assert last["after"]["heldout"] < plain["heldout"]["kl"] and plain["calibration"] is None and plain["trained"] == {}
+
+
+def test_errors_are_those_of_what_is_stored_and_norms_and_dense_weights_are_written(trained, tiny_llama):
+    _, folder, report = trained
+    model, source = compressor.load(folder)[0], compressor.load(tiny_llama)[0]
+    linears_ = {linear["name"]: linear for linear in report["linears"]}
+    kept = [name for name, linear in linears_.items() if linear["method"] == "dense"]
+    assert all(linear["error"] > 0 for linear in linears_.values())
+    norm = "model.layers.1.post_attention_layernorm"
+    for name in [*kept, norm]:
+        assert not torch.equal(model.get_submodule(name).weight, source.get_submodule(name).weight.bfloat16()), name
+    assert torch.equal(model.model.embed_tokens.weight, source.model.embed_tokens.weight.bfloat16())
+    assert torch.equal(model.model.norm.weight, source.model.norm.weight.bfloat16())
+
+
+def test_the_job_is_left_as_it_was_and_measured_errors_follow(tiny_llama, text_file):
+    made = recipe(tiny_llama, text_file, "allocation.keep=0.5", *QUICK)
+    job = stages.start(made, stages.open_source(str(tiny_llama), None))
+    before = {name: tensor.clone() for name, tensor in job.model.state_dict().items()}
+    plan, modules = pipeline.plan_and_build(job, stages.statistics(job), None, Stopwatch(), silent)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in job.model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in job.model.parameters())
+    changed = [choice for choice in plan.linears.values() if choice.method == "low_rank"]
+    assert changed and all(choice.measured != pytest.approx(choice.predicted, rel=1e-6) for choice in changed)
+    stages.install(job, modules)
+    original = compressor.load(tiny_llama)[0]
+    found = scoring.compare(original, job.model, job.heldout.tokens).kl
+    assert found == pytest.approx(plan.trained["heal"]["after"]["heldout"], rel=NOISE)
+
+
+@pytest.mark.parametrize("stage", ["repair", "heal"])
+def test_what_helps_on_too_few_tokens_only_is_not_kept(tiny_llama, text_file, stage):
+    few = ["calibration.windows=10", "calibration.length=2", "calibration.heldout=9", "allocation.keep=0.9"]
+    sets = [f"{stage}.{value}" for value in ("enabled=true", "steps=40", "check=40", "learning_rate=0.1")]
+    made = recipe(tiny_llama, text_file, *few, *sets, "allocation.damage=two_sided", "allocation.keep=0.8")
+    job = stages.start(made, stages.open_source(str(tiny_llama), None))
+    plan, modules = pipeline.plan_and_build(job, stages.statistics(job), None, Stopwatch(), silent)
+    done = plan.trained[stage]
+    assert not done["kept"] and all(name in plan.linears for name in modules)
+    if stage == "heal":
+        assert done["after"]["heldout"] >= done["before"]["heldout"]
+
+
+def test_a_stopped_run_goes_on_to_the_same_bytes(trained, tmp_path, monkeypatch):
+    made, folder, _ = trained
+    for at in (2, 8):  # in the repair of the first block and in healing
+        calls, real = [], trainer._advance
+
+        def advance(*args, calls=calls, at=at, real=real):
+            calls.append(None)
+            if len(calls) == at:
+                raise KeyboardInterrupt
+            return real(*args)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(trainer, "_advance", advance)
+            pipeline.compress(made, tmp_path / "out")
+    pipeline.compress(made, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(folder)
+
+
+def test_planning_does_not_train(trained, tmp_path, monkeypatch):
+    made, _, _ = trained
+    pipeline.calibrate(made, tmp_path / "stats")
+    monkeypatch.setattr(recovery, "recover", None)
+    assert json.dumps(pipeline.plan(made, stats=tmp_path / "stats"))
+
+
+def test_training_without_held_out_windows_is_refused(tiny_llama, text_file, tmp_path):
+    sets = ["calibration.heldout=0", "allocation.damage=two_sided", "repair.enabled=true"]
+    with pytest.raises(ConfigError, match=r"held-out windows to be judged on; set calibration\.heldout above 0"):
+        pipeline.compress(recipe(tiny_llama, text_file, *sets), tmp_path / "out")
+
+
+def test_linears_that_are_stored_together_are_trained_and_measured_together(tiny_llama, text_file, tmp_path):
+    share = "method=[{dense: false, candidates: [{name: compot, options: {rounds: 3}, share: [qkv, gate_up]}]}]"
+    report = pipeline.compress(recipe(tiny_llama, text_file, share, "allocation.keep=0.8", *QUICK), tmp_path / "out")
+    linears_ = {linear["name"]: linear for linear in report["linears"]}
+    gate, up = (linears_[f"model.layers.1.mlp.{part}_proj"] for part in ("gate", "up"))
+    assert report["trained"]["heal"]["kept"] and gate["measured"] == up["measured"] != gate["predicted"]
+    model = compressor.load(tmp_path / "out")[0]
+    found = scoring.compare(compressor.load(tiny_llama)[0], model, windows(40, 20)).kl
+    assert found > 0 and report["heldout"]["kl"] == pytest.approx(report["trained"]["heal"]["after"]["heldout"], rel=NOISE)
+
+
+def test_the_gradient_of_the_divergence_is_that_of_its_definition():
+    generator = torch.Generator().manual_seed(0)
+    logits, expected = (torch.randn(4, 7, generator=generator, dtype=torch.float64) for _ in range(2))
+    expected[:, 2] = -torch.inf
+    assert torch.autograd.gradcheck(lambda found: Divergence.apply(found, expected), logits.requires_grad_(True))
+    assert Divergence.apply(logits, expected).item() == pytest.approx(scoring.kl_sum(expected[None], logits[None]).item())
