@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -41,7 +42,10 @@ def finish(
     settled on the plan's modules. stats: of the dense model; their gradient sums serve in either case. edited: a plan whose ranks are
     taken as they are. Raises ConfigError for residuals that do not fit.
     """
-    ranks = ranks_of(job, plan, modules, stats) if edited is None else {n: c.residual or 0 for n, c in edited.linears.items()}
+    if edited is None:
+        ranks = job.store.recall("ranks", plan.to_json(), partial(ranks_of, job, plan, modules, stats))
+    else:
+        ranks = {name: choice.residual or 0 for name, choice in edited.linears.items()}
     run = _Run(job, plan, modules, found, stats, ranks)
     if not job.recipe.calibration.sequential:
         for name in progress(list(modules), "compensate"):
