@@ -13,3 +13,7 @@ def test_every_test_of_a_fault_carries_the_marker():
     for path in page.FOLDER.glob("test_*.py"):
         marks = [ast.unparse(node) for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.Assign)]
         assert "pytestmark = pytest.mark.faults" in marks, path.name
+
+
+def test_no_fault_is_left_out():
+    assert [*page.faults()] == [f"F{number:02}" for number in range(1, 37)]
