@@ -19,8 +19,9 @@ from compressor.methods.base import Engine, ModuleMethod
 from compressor.model import blocks, covered_share, fused, skeleton
 from compressor.plan import Candidate
 from compressor.planning import budgets, reserved
-from compressor.recipe import Recipe, size_in_bytes
+from compressor.recipe import Recipe
 from compressor.shards import read_json
+from compressor.sizes import size_in_bytes
 from compressor.stages import other_bytes, output_dtype
 from compressor.weights import DTYPES
 

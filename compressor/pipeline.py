@@ -36,8 +36,9 @@ from compressor.evaluation import evaluate
 from compressor.journal import Journal
 from compressor.plan import Plan
 from compressor.progress import Progress, silent
-from compressor.recipe import Heal, Recipe, Repair, size_in_bytes
+from compressor.recipe import Heal, Recipe, Repair
 from compressor.shards import read_json
+from compressor.sizes import size_in_bytes
 from compressor.stages import Job
 from compressor.staging import Staging, amend, preflight, replace_text
 from compressor.stats import LinearStats

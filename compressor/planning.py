@@ -12,8 +12,9 @@ from compressor.linears import CompressedLinear
 from compressor.model import selects
 from compressor.plan import Choice, Plan
 from compressor.probe import ProbeResult, damage
-from compressor.recipe import Recipe, size_in_bytes
+from compressor.recipe import Recipe
 from compressor.rules import RULES, Rule
+from compressor.sizes import size_in_bytes
 from compressor.units import Bundle, Option, cost_of, damage_of, decomposed, joint, linear_options, tied
 
 MIB_BITS = 8 * 2**20

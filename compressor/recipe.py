@@ -5,16 +5,11 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, Strict, model_validator
 
-from compressor.sizes import size_in_bytes
+from compressor.sizes import Size
 
 DEFAULT_KEEP = 0.8
 T = TypeVar("T")
 Many = Annotated[tuple[T, ...], Strict(False)]  # a YAML list
-
-
-def _size(value: Any) -> Any:
-    size_in_bytes(value)
-    return value
 
 
 def _keep(value: Any) -> Any:
@@ -39,7 +34,6 @@ def _ascending(value: tuple[float, float]) -> tuple[float, float]:
     return value
 
 
-Size = Annotated[str | int, BeforeValidator(_size)]
 Pattern = Annotated[str, AfterValidator(_pattern)]
 Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -213,11 +207,11 @@ class Training(Section):
     train: Literal["compressed", "norms", "everything"] = "everything"
     """What learns: tensors of compressed linears, also norms and biases of the blocks, or also weights that are kept dense."""
     steps: Count = 200
-    """Steps at most, each on one batch of calibration windows."""
+    """Steps at most; the learning rate rises in the first tenth, then falls along a cosine to a tenth."""
     learning_rate: Annotated[float, Field(gt=0)] = 0.02
     """Largest step of a number, relative to the median of the absolute values of its tensor."""
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Fraction of the steps in which the learning rate rises; then it falls along a cosine to a tenth."""
+    batch_size: Count = 4
+    """Windows in one step."""
     clip: Annotated[float, Field(gt=0)] = 1.0
     """Largest norm of a gradient; longer ones are shortened to it."""
     check: Count = 20
@@ -233,6 +227,10 @@ class Repair(Training):
 class Heal(Training):
     """Then all blocks are trained together on the output of the model."""
 
+    steps: Count = 300
+    """Steps at most; the learning rate rises in the first tenth, then falls along a cosine to a tenth."""
+    learning_rate: Annotated[float, Field(gt=0)] = 0.005
+    """Largest step of a number, relative to the median of the absolute values of its tensor."""
     loss: Literal["kl", "ce", "both"] = "kl"
     """Divergence from the original's distribution (needs no labels), cross-entropy of the text, or the sum of the two."""
 

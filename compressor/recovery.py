@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compressor.errors import ConfigError
@@ -73,15 +73,19 @@ class _Recovery:
         self.job, self.modules = job, modules
         self.outcomes: dict[str, Any] = {}
         self.dtypes = stored_dtypes(job, modules)
-        size, device = job.recipe.calibration.batch_size, job.device
-        self.batches = [[batch.to(device) for batch in one.tokens.split(size)] for one in (job.calibration, job.heldout)]
         recipe = job.recipe.model_dump(mode="json", include={"seed", "method", "allocation", "compensation", "output", "repair"})
         self.store: Store = job.store.within(plan.to_json(), recipe)
 
     def begin(self) -> None:
         with torch.no_grad():
-            self.originals = [Original(self.job.model, batches) for batches in self.batches]
+            self.originals = [Original(self.job.model, batches) for batches in self.batches(self.job.recipe.heal.batch_size)]
         self.before = self.divergence("before", self.modules)
+
+    def batches(self, size: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Calibration windows in batches of `size`, and the held-out ones in batches of a forward pass."""
+        sizes = (size, self.job.recipe.calibration.batch_size)
+        texts = (self.job.calibration, self.job.heldout)
+        return tuple([batch.to(self.job.device) for batch in text.tokens.split(size)] for text, size in zip(texts, sizes, strict=True))
 
     def divergence(self, stage: str, modules: Modules) -> dict[str, float]:
         """Divergence of the model with these modules, on the calibration and on the held-out windows, nats per token."""
@@ -90,7 +94,7 @@ class _Recovery:
             with installed(self.job.model, modules):
                 return {name: one.divergence() for name, one in zip(("calibration", "heldout"), self.originals, strict=True)}
 
-        return self.store.recall("divergence", stage, measure)
+        return self.store.recall("divergence", [stage, self.job.recipe.heal.batch_size], measure)
 
     def judge(self, stage: str, modules: Modules, details: dict[str, Any]) -> None:
         """Take trained modules if the held-out divergence has fallen."""
@@ -102,10 +106,9 @@ class _Recovery:
 
     def repair(self, progress: Progress) -> None:
         recipe = self.job.recipe
-        modules, blocks_ = repair_blocks(
-            self.job.model, self.modules, self.dtypes, self.batches, recipe.repair, recipe.seed, self.store, progress
-        )
-        self.judge("repair", modules, {"blocks": [block.to_json() for block in blocks_]})
+        batches = self.batches(recipe.repair.batch_size)
+        modules, found = repair_blocks(self.job.model, self.modules, self.dtypes, batches, recipe.repair, recipe.seed, self.store, progress)
+        self.judge("repair", modules, {"blocks": [block.to_json() for block in found]})
 
     def heal(self, progress: Progress) -> None:
         job, section = self.job, self.job.recipe.heal

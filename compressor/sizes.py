@@ -1,6 +1,9 @@
 """Sizes as people write them."""
 
 import re
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
 
 _UNITS = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -14,3 +17,11 @@ def size_in_bytes(size: str | int) -> int:
     if (count := int(float(match[1]) * _UNITS[match[2]])) < 1:
         raise ValueError(f"must be at least one byte, not {size!r}")
     return count
+
+
+def _size(value: Any) -> Any:
+    size_in_bytes(value)
+    return value
+
+
+Size = Annotated[str | int, BeforeValidator(_size)]

@@ -22,8 +22,9 @@ from compressor.plan import Plan
 from compressor.planning import Found
 from compressor.probe import Prober, ProbeResult, probe
 from compressor.progress import Progress, silent
-from compressor.recipe import Recipe, size_in_bytes
+from compressor.recipe import Recipe
 from compressor.scoring import in_float32
+from compressor.sizes import size_in_bytes
 from compressor.stats import LinearStats, blind_spots
 from compressor.store import NOWHERE, Store
 

@@ -72,11 +72,23 @@ class Store:
         """
         if self.folder is None:
             return make()
-        path = self.folder / f"{kind}-{digest([self.scope, kind, key])[:40]}"
+        path = self._path(kind, key)
         if not self.shared:
             return _recall(path, make, known)
         with FileLock(path.with_suffix(".lock")):
             return _recall(path, make, known)
+
+    def holds(self, kind: str, key: Any) -> bool:
+        """Whether there is such a piece, damaged or not."""
+        return self.folder is not None and self._path(kind, key).exists()
+
+    def forget(self, kind: str, key: Any) -> None:
+        """Remove a piece that a later one stands in for, if it is there."""
+        if self.folder is not None:
+            self._path(kind, key).unlink(missing_ok=True)
+
+    def _path(self, kind: str, key: Any) -> Path:
+        return self.folder / f"{kind}-{digest([self.scope, kind, key])[:40]}"
 
 
 def _recall(path: Path, make: Callable[[], T], known: Any) -> T:

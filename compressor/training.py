@@ -29,7 +29,7 @@ from compressor.recipe import Training
 from compressor.store import NOWHERE, Store
 
 ZERO = 1e-2  # what the learning rate of a tensor is relative to whose median is zero, such as a bias
-END = 0.1  # the learning rate falls to this fraction
+WARM, END = 0.1, 0.1  # the learning rate rises in this fraction of the steps, and falls to this fraction
 BETAS = (0.9, 0.99)  # steps are few: a second moment over thousands of them would never settle
 
 Values = dict[str, dict[str, Tensor]]  # module → name within it → tensor
@@ -113,7 +113,7 @@ class Task:
 def fit(task: Task, section: Training, seed: int, store: Store = NOWHERE, progress: Progress = silent) -> State:
     """Train, and leave the parameters at the best held-out score that was seen, which may be the first.
 
-    Every look is kept in `store`. Raises NumericalError where the loss is not finite.
+    The state at the last look is kept in `store`, 16 bytes for each number that learns. Raises NumericalError where the loss is not finite.
     """
     sizes = {name: parameter.detach().abs().median().item() or ZERO for name, parameter in task.parameters.items()}
     order = drawn(task.batches, section.steps, seed)
@@ -121,10 +121,13 @@ def fit(task: Task, section: Training, seed: int, store: Store = NOWHERE, progre
     state = State(
         0, values, {name: (torch.zeros_like(one), torch.zeros_like(one)) for name, one in values.items()}, values, (task.score(),)
     )
-    for first in progress(range(0, section.steps, section.check), task.title):
+    ends = [*range(section.check, section.steps, section.check), section.steps]
+    newest = max((end for end in ends if store.holds("training", [task.title, end])), default=0)
+    for end in progress([end for end in ends if end >= newest], task.title):
         if len(state.scores) - 1 - state.scores.index(min(state.scores)) >= section.patience:
             break
-        state = store.recall("training", [task.title, first], partial(_advance, task, section, state, order, sizes))
+        former, state = state, store.recall("training", [task.title, end], partial(_reach, task, section, state, order, sizes, end))
+        store.forget("training", [task.title, former.step])
     _load(task.parameters, state.best)
     return state
 
@@ -138,10 +141,16 @@ def drawn(batches: int, steps: int, seed: int) -> list[int]:
 
 def rate(step: int, section: Training) -> float:
     """Learning rate of a step, from 0, relative to the largest: a line up, then half a cosine down to END."""
-    warm = max(1, round(section.warmup * section.steps))
+    warm = max(1, round(WARM * section.steps))
     if step < warm:
         return (step + 1) / warm
     return END + (1 - END) * (1 + math.cos(math.pi * (step - warm) / max(1, section.steps - warm))) / 2
+
+
+def _reach(task: Task, section: Training, state: State, order: list[int], sizes: dict[str, float], end: int) -> State:
+    while state.step < end:
+        state = _advance(task, section, state, order, sizes)
+    return state
 
 
 def _advance(task: Task, section: Training, state: State, order: list[int], sizes: dict[str, float]) -> State:
