@@ -136,18 +136,17 @@ class Channels(ModuleMethod[Block]):
 
     def eliminated(self, module: str, parts: Mapping[str, Part], consumer: str, weight: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
         """Order in which channels leave, and the error after each."""
-        linalg.require_finite(moment, f"{module}: the moment of the hidden activations")
+        what = f"{module}: the moment of the hidden activations"
+        linalg.require_finite(moment, what)
         if self.score == "obs" and self.refit != "none":
-            linalg.cholesky(moment, f"{module}: the moment of the hidden activations", "ridge")
-            return eliminate(weight, moment)
+            return eliminate(weight, moment, what=what)
         order = self.scores(parts, consumer, weight, moment).argsort(stable=True)
         if self.keep_least:
             first = int(LEAST * len(order))
             order = torch.cat([order[first:], order[:first]])
         if self.refit == "none":
             return order, dropped_errors(weight, moment, order)
-        linalg.cholesky(moment, f"{module}: the moment of the hidden activations", "ridge")
-        return eliminate(weight, moment, order=order)
+        return eliminate(weight, moment, order=order, what=what)
 
     def scores(self, parts: Mapping[str, Part], consumer: str, weight: Tensor, moment: Tensor) -> Tensor:
         """Worth of every channel, (m,); `obs` without a refit is that of the first step."""

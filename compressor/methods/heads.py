@@ -136,7 +136,8 @@ class _Values(ModuleMethod[Mixed]):
             part.stats.require(part.linear, self.needs)
         output, stats, root = parts["o"].dense.weight.double(), parts["o"].stats, None
         moment = stats.gram.double() / stats.tokens
-        linalg.require_finite(moment, f"{module}: the moment of the mixed values")
+        what = f"{module}: the moment of the mixed values"
+        linalg.require_finite(moment, what)
         weighed = output
         if self.metric == "two_sided":
             grads = linalg.shrink(stats.grad_gram.double() / stats.grad_tokens, self.shrink_grad_gram)
@@ -153,7 +154,7 @@ class _Values(ModuleMethod[Mixed]):
         level = self.ridge * moment.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
         moment = moment + level * torch.eye(len(moment)).to(moment)
         weighed = (output if root is None else root.T @ output)[:, places]
-        order, errors = eliminate(weighed, moment[places][:, places], self.size_of_unit(shape), order)
+        order, errors = eliminate(weighed, moment[places][:, places], self.size_of_unit(shape), order, what)
         return Mixed(module, dict(parts), shape, basis, output, moment, root, order, errors, energy)
 
     def candidates(self, state: Mixed) -> Curve:

@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from compressor.methods.elimination import dropped_errors, eliminate, group_costs, refit
+from compressor.errors import NumericalError
+from compressor.methods.elimination import PANEL, dropped_errors, eliminate, refit, removals
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
 
@@ -72,10 +73,46 @@ def test_errors_without_a_refit_are_those_of_masking():
     assert torch.all(eliminate(weight, moment, 2, order)[1] <= errors * (1 + 1e-12))
 
 
-def test_group_costs_are_the_errors_of_single_removals():
-    weight, moment = case(9)
-    for size in (1, 2, 4):
-        costs = group_costs(weight, torch.linalg.inv(moment), size)
-        for group in range(8 // size):
-            kept = mask_of(torch.tensor([group]), 1, 8, size)
-            torch.testing.assert_close(costs[group], error(weight, refit(weight, moment, kept), moment), **EXACT)
+def naive(weight, moment, size: int) -> tuple[list[int], torch.Tensor]:
+    """Groups and costs, one at a time, every step from the inverse of the moment of what is left."""
+    names, order, costs = list(range(len(moment) // size)), [], []
+    while names:
+        places = (torch.tensor(names)[:, None] * size + torch.arange(size)).flatten()
+        left = torch.linalg.inv(moment[places][:, places])
+        now = (weight @ moment)[:, places] @ left  # the refit on what is left
+        blocks = [slice(start, start + size) for start in range(0, len(places), size)]
+        prices = torch.stack([(now[:, block] @ torch.linalg.solve(left[block, block], now[:, block].T)).trace() for block in blocks])
+        costs.append(prices.min())
+        order.append(names.pop(prices.argmin().item()))
+    return order, torch.stack(costs).cumsum(0)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("condition", [1e1, 1e8])
+def test_panels_give_the_order_and_the_errors_of_one_at_a_time(size, condition):
+    width = 6 * (PANEL // 2)
+    generator = torch.Generator().manual_seed(11)
+    basis = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))[0]
+    moment = basis * torch.logspace(0, -torch.tensor(condition).log10().item(), width, dtype=torch.float64) @ basis.T
+    weight = torch.randn(20, width, generator=generator, dtype=torch.float64)
+    order, errors = eliminate(weight, (moment + moment.T) / 2, size)
+    wanted, costs = naive(weight, (moment + moment.T) / 2, size)
+    assert order.tolist() == wanted
+    torch.testing.assert_close(errors, costs, rtol=1e-12 * condition + 1e-10, atol=0)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_first_groups_are_those_of_the_whole_order(size):
+    weight, moment = case(13)
+    order, errors = eliminate(weight, moment, size)
+    found, costs = removals(weight, moment, size, 3)
+    assert torch.equal(found, order[:3])
+    torch.testing.assert_close(costs.cumsum(0), errors[:3])
+    torch.testing.assert_close(eliminate(weight, moment, size, order)[1], errors, **EXACT)
+
+
+@pytest.mark.parametrize("options", [{}, {"size": 2}, {"order": torch.arange(8)}], ids=str)
+def test_a_singular_moment_is_one_clear_line(options):
+    weight, moment = case(1)
+    with pytest.raises(NumericalError, match=r"mlp: the moment .* raise the option 'ridge'"):
+        eliminate(weight, moment - 2 * torch.eye(8) * moment.diagonal().max(), what="mlp: the moment of its inputs", **options)
