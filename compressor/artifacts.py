@@ -70,6 +70,11 @@ def load_statistics(folder: Path, fingerprint: dict[str, Any] | None = None) -> 
     return stats
 
 
+def read_fingerprint(folder: Path) -> dict[str, Any]:
+    """What the statistics of a folder were collected on. Raises DataError as `load_statistics` does."""
+    return _describe(folder)["fingerprint"]
+
+
 def _write(tensors: dict[str, Tensor], path: Path) -> None:
     try:
         save_file(tensors, path)

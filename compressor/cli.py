@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from typer import Argument, Option
 
-from compressor import __version__, listings
+from compressor import __version__, adapter_verbs, listings
 from compressor.options import (
     CHECKPOINT,
     DANGER,
@@ -272,6 +272,7 @@ def gate(
 
 for listing in (listings.methods, listings.presets, listings.schema):
     app.command()(verb(listing))
+app.add_typer(adapter_verbs.app, name="adapter")
 
 
 @app.command("lm-eval", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

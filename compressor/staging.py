@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from compressor import manifest
 from compressor.errors import CheckpointError, ConfigError
 
-OURS = ("config.json", "statistics.json")  # a folder with one of these holds a model or statistics, and may be overwritten
+OURS = ("config.json", "statistics.json", "adapter_config.json")  # a model, statistics or an adapter: may be overwritten
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,9 @@ def check_place(output: Path, overwrite: bool) -> None:
     if not overwrite:
         raise ConfigError(f"{output}: exists already; pass --overwrite to replace it, or choose another name")
     if any(output.iterdir()) and not any((output / name).is_file() for name in OURS):
-        raise ConfigError(f"{output}: holds neither a model nor statistics, so --overwrite does not remove it; choose another name")
+        raise ConfigError(
+            f"{output}: holds neither a model nor statistics nor an adapter, so --overwrite does not remove it; choose another name"
+        )
 
 
 def leftovers(output: Path) -> list[Path]:

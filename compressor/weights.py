@@ -49,7 +49,7 @@ def stored_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if name not in dropped}
 
 
-def fetch(model: PreTrainedModel, name: str, tensor: Tensor) -> Tensor:
+def fetch(model: PreTrainedModel | None, name: str, tensor: Tensor) -> Tensor:
     """Return an entry of `stored_tensors` on the CPU, from the offload folder if that is where it is."""
     value = load_offloaded_parameter(model, name) if tensor.is_meta else tensor
     return value.detach().cpu()
@@ -80,8 +80,8 @@ def split(tensors: dict[str, Tensor], shard_size: int) -> list[dict[str, Tensor]
     return groups
 
 
-def write_shard(path: Path, tensors: dict[str, Tensor], model: PreTrainedModel, progress: Progress = silent) -> None:
-    """Write one safetensors file. Raises CheckpointError naming it if the disk is full."""
+def write_shard(path: Path, tensors: dict[str, Tensor], model: PreTrainedModel | None = None, progress: Progress = silent) -> None:
+    """Write one safetensors file; `model` is where offloaded tensors come from. Raises CheckpointError naming it if the disk is full."""
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # wide types first keeps every tensor aligned
     header: dict[str, dict] = {"__metadata__": METADATA}
     start = 0

@@ -30,6 +30,7 @@ VERBS = [
     "methods",
     "presets",
     "schema",
+    "adapter",
     "lm-eval",
 ]
 MAX_BODY_LINES = 15
@@ -78,7 +79,7 @@ def test_help_lists_every_verb():
     assert sorted(typer.main.get_command(cli.app).commands) == sorted(VERBS)
 
 
-@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "lm-eval"])
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("lm-eval", "adapter")])
 def test_every_verb_explains_itself_and_speaks_json(verb):
     result = run(verb, "--help")
     assert result.exit_code == 0

@@ -15,13 +15,14 @@ LEVELS = (
     ("errors", "progress", "logs", "resources", "tables", "linalg", "yaml_reader", "sizes", "recipe", "config"),
     ("stats", "linears", "plan", "roles", "shards", "sources", "timings"),
     ("methods",),
-    ("knapsack", "compensate", "allocate"),
+    ("knapsack", "compensate", "squeeze", "allocate"),
     ("manifest", "folder", "staging", "codec", "store", "journal", "weights", "artifacts", "hf", "model", "data", "calibrate"),
     (
         "scoring",
         "checkpoint",
         "export",
         "exchange",
+        "adapter",
         "report",
         "plots",
         "figures",
@@ -39,11 +40,11 @@ LEVELS = (
     ),
     ("assignments", "decompose", "curves", "probe", "units", "rules", "planning"),
     ("stages", "workshop", "selection", "refine", "finer", "recovery", "estimate", "evaluation", "pipeline", "points", "sweep"),
-    ("options", "verbs", "worker", "listings", "cli", "__main__"),
+    ("options", "verbs", "adapter_verbs", "worker", "listings", "cli", "__main__"),
 )
 ORDER = [module for level in LEVELS for module in level]
 NO_TORCH = LEVELS[0][:5] + LEVELS[0][6:] + ("plan", "roles", "shards", "manifest", "folder", "staging", "gate")
-NO_TORCH += ("hub", "options", "verbs", "listings", "cli")
+NO_TORCH += ("hub", "options", "verbs", "adapter_verbs", "listings", "cli")
 UNITS = sorted({path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")} - {"__init__"})
 
 
