@@ -243,3 +243,13 @@ def test_the_gradient_of_the_divergence_is_that_of_its_definition():
     expected[:, 2] = -torch.inf
     assert torch.autograd.gradcheck(lambda found: Divergence.apply(found, expected), logits.requires_grad_(True))
     assert Divergence.apply(logits, expected).item() == pytest.approx(scoring.kl_sum(expected[None], logits[None]).item())
+
+
+def test_looks_in_between_do_not_disturb_training():
+    def trained_with(check):
+        parameter = torch.nn.Parameter(torch.linspace(0.5, 2, 6), requires_grad=False)
+        task = Task("toy", {"it": parameter}, 3, lambda index: ((index + 1) * parameter.square()).sum(), lambda: parameter.sum().item())
+        return fit(task, Heal(steps=12, check=check), 0)
+
+    often, once = trained_with(3), trained_with(12)
+    assert torch.equal(often.parameters["it"], once.parameters["it"]) and len(often.scores) == 5
