@@ -2,9 +2,10 @@
 
     python -m benchmarks.channels
 
-The block is the first of the reference checkpoint with its calibration. Both begin with the second moment of the hidden channels and end
-with the refit of the last linear for the same width. One width: between them, channels leave one after the other until so many are left.
-All widths: the curve of `channels`, every width with its error. Seconds are those of the processor, one thread.
+Blocks: the first of the reference checkpoint with its calibration, and a random one of 2816 channels, as of a model with 1B parameters.
+Both sides begin with the second moment of the hidden channels and end with the refit of the last linear for the same width. One width:
+between them, channels leave one after the other until so many are left. All widths: the curve of `channels`, every width with its error.
+Seconds are those of the processor, one thread.
 """
 
 import time
@@ -13,7 +14,6 @@ from collections.abc import Callable
 from benchmarks.dictionary import reference_windows
 
 KEPT = (0.8, 0.5, 0.2)
-REPEATS = 7
 
 
 def block_parts(windows: int = 16):
@@ -30,20 +30,42 @@ def block_parts(windows: int = 16):
     return {info.role: Part(name, dense_of(info, torch.float32), stats[name]) for name, info in infos.items()}
 
 
+def random_parts(width: int = 1024, hidden: int = 2816):
+    """Parts of a random block; channels have energies over three decades and are correlated."""
+    import torch
+
+    from compressor.linears import Dense
+    from compressor.methods.base import Part
+    from compressor.stats import LinearStats
+
+    generator = torch.Generator().manual_seed(0)
+    mixed = torch.randn(hidden, hidden, generator=generator) / hidden**0.5 + torch.eye(hidden)
+    x = (torch.randn(2 * hidden, hidden, generator=generator) @ mixed) * torch.logspace(-1.5, 1.5, hidden)
+    inputs = LinearStats(tokens=1, gram=torch.eye(width, dtype=torch.float64))
+    channels = LinearStats(tokens=len(x), gram=(x.T @ x).double())
+    shapes = {"gate": ((hidden, width), inputs), "up": ((hidden, width), inputs), "down": ((width, hidden), channels)}
+    return {
+        role: Part(
+            role, Dense(torch.randn(shape, generator=generator), None, torch.float32), stats if role == "down" else LinearStats(1, inputs)
+        )
+        for role, (shape, sums) in shapes.items()
+    }
+
+
 def seconds_of(call: Callable[[], None]) -> float:
     start = time.process_time()
     call()
     return time.process_time() - start
 
 
-def main() -> None:
+def compare(parts: dict, repeats: int) -> None:
+    """Print the times of one width and of all, the best of some repeats."""
     import torch
 
     from compressor.methods import build
     from compressor.methods.elimination import refit, removals
 
-    torch.set_num_threads(1)
-    method, parts = build("channels", {}), block_parts()
+    method = build("channels", {})
     state = method.prepare("block", parts)
     dense, stats, hidden = parts[state.consumer].dense, parts[state.consumer].stats, state.hidden
 
@@ -62,7 +84,7 @@ def main() -> None:
 
     runs = [(call, kept) for kept in KEPT for call in (one, every)]
     seconds = {run: [] for run in runs}
-    for _ in range(REPEATS):  # in turn, so that a busy moment hits all
+    for _ in range(repeats):  # in turn, so that a busy moment hits all
         for call, kept in runs:
             seconds[call, kept].append(seconds_of(lambda call=call, kept=kept: call(int(kept * hidden))))
     best = {run: min(found) for run, found in seconds.items()}
@@ -71,6 +93,14 @@ def main() -> None:
     for kept in KEPT:
         single, whole = best[one, kept], best[every, kept]
         print(f"    keep {kept}: one width {single:.3f} s, all {whole:.3f} s, {whole / single:.2f} times as long", flush=True)
+
+
+def main() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    for parts, repeats in ((block_parts(), 7), (random_parts(), 2)):
+        compare(parts, repeats)
 
 
 if __name__ == "__main__":
