@@ -44,12 +44,8 @@ def random_parts(width: int = 1024, hidden: int = 2816):
     inputs = LinearStats(tokens=1, gram=torch.eye(width, dtype=torch.float64))
     channels = LinearStats(tokens=len(x), gram=(x.T @ x).double())
     shapes = {"gate": ((hidden, width), inputs), "up": ((hidden, width), inputs), "down": ((width, hidden), channels)}
-    return {
-        role: Part(
-            role, Dense(torch.randn(shape, generator=generator), None, torch.float32), stats if role == "down" else LinearStats(1, inputs)
-        )
-        for role, (shape, sums) in shapes.items()
-    }
+    weights = {role: Dense(torch.randn(shape, generator=generator), None, torch.float32) for role, (shape, _) in shapes.items()}
+    return {role: Part(role, weights[role], sums) for role, (_, sums) in shapes.items()}
 
 
 def seconds_of(call: Callable[[], None]) -> float:
