@@ -1,6 +1,6 @@
 """Which structured methods work on which architectures: whole runs on tiny models, and the table of them in the README.
 
-    UPDATE_README=1 python -m pytest tests/test_architectures.py
+    UPDATE_README=1 python -m pytest -m slow tests/test_architectures.py
 
 writes the table; without it a table that is not what the runs say fails. A method works if the compressed model gives the same logits
 token by token with its cache as in one pass, and these are not the original's; otherwise it must refuse in one line.
@@ -22,6 +22,8 @@ from compressor.config import load_recipe
 from compressor.errors import ConfigError
 from compressor.progress import silent
 from compressor.timings import Stopwatch
+
+pytestmark = pytest.mark.slow
 
 README = Path(__file__).parent.parent / "README.md"
 START, END = "<!-- architectures: written by tests/test_architectures.py -->\n", "<!-- end of architectures -->\n"
@@ -132,4 +134,4 @@ def test_the_readme_says_what_the_runs_say(outcome):
     if os.environ.get("UPDATE_README"):
         README.write_text(before + START + table(outcome) + END + after)
     else:
-        assert written == table(outcome), "run UPDATE_README=1 python -m pytest tests/test_architectures.py"
+        assert written == table(outcome), "run UPDATE_README=1 python -m pytest -m slow tests/test_architectures.py"

@@ -23,6 +23,8 @@ from compressor.recipe import Recipe, Section
 from compressor.shards import INDEX, read_json, read_tensors
 from compressor.yaml_reader import dump, parse_yaml
 
+pytestmark = pytest.mark.faults
+
 LEAST_VALID = 0.1  # of the generated recipes: were it few, the round trip would say little
 WEIGHTS = save({"x": torch.arange(6.0).view(2, 3), "y": torch.ones(2, dtype=torch.bfloat16)}, metadata={"format": "pt"})
 LENGTH = struct.unpack("<Q", WEIGHTS[:8])[0]

@@ -145,6 +145,7 @@ def test_without_anything_compressed_nothing_is_done():
     assert repaired(tiny_model("llama"), {}) == ({}, [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gpt2", "gemma2", "phi3", "mixtral", "opt", "gpt_neox"])
 def test_architectures(kind):
     model = tiny_model(kind)
