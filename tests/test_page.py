@@ -100,6 +100,7 @@ def test_markdown_holds_the_same_tables(two, tmp_path):
     assert len(rows) > 20 and "seed: 7 # <b>bold</b>" in lines
 
 
+@pytest.mark.slow
 def test_the_same_checkpoints_give_the_same_page(two):
     assert page.render(page.read(two), ".html") == page.render(page.read(two), ".html")
 
@@ -113,6 +114,7 @@ def test_one_checkpoint_without_scores_is_shown_with_the_reason(tmp_path):
     assert page.render(page.read([folder]), ".html").count("<svg") == 4
 
 
+@pytest.mark.slow
 def test_runs_without_kl_are_compared_by_perplexity_and_runs_without_scores_have_no_mark(tmp_path):
     scored = [checkpoint(tmp_path / name, kl=None, size=size) for name, size in (("a", 2**20), ("b", 2**19))]
     null = checkpoint(tmp_path / "c", kl=None, perplexity={"original": None, "compressed": None})
@@ -126,6 +128,7 @@ def test_runs_that_do_not_compare_say_so(tmp_path):
     assert "were evaluated on different windows" in page.render(page.read(folders), ".md")
 
 
+@pytest.mark.slow
 def test_many_checkpoints_have_one_plot_and_few_figures(tmp_path):
     folders = [checkpoint(tmp_path / f"run{number}", size=2**20 + number) for number in range(page.FIGURED + 2)]
     text = page.render(page.read(folders), ".html")

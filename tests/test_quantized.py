@@ -63,6 +63,7 @@ def test_factors_of_integers_spend_a_budget_and_read_back(request, tmp_path, tex
     model.generate(torch.tensor([[3, 4]]), max_new_tokens=2, do_sample=False)
 
 
+@pytest.mark.slow
 def test_bits_and_ranks_are_chosen_together(tmp_path, tiny_llama, text_file):
     made = recipe(tiny_llama, text_file, f"{OPTIONS}.group=[auto:16]", "allocation.keep=0.45", "evaluation.enabled=false", config="mlorq")
     found = pipeline.compress(made, tmp_path / "out")

@@ -11,6 +11,7 @@ from compressor.timings import peak_memory
 MIB = 1 << 20
 
 
+@pytest.mark.slow
 def test_measures_a_folder_apart_from_this_process(tmp_path):
     folder = save_tiny(tmp_path / "model", "llama", vocab_size=1 << 16, hidden_size=512, num_attention_heads=8)
     weights = (folder / "model.safetensors").stat().st_size
@@ -22,6 +23,7 @@ def test_measures_a_folder_apart_from_this_process(tmp_path):
     assert (found.prompt_tokens, found.decode_tokens, found.device) == (8, 4, "cpu")
 
 
+@pytest.mark.slow
 def test_failures_are_one_line(tiny_llama, tmp_path):
     with pytest.raises(EvaluationError, match=r"its speed could not be measured: 120 \+ 9 tokens do not fit the 128 positions"):
         speed(tiny_llama, prompt=120, decode=9, repeats=1)
