@@ -3,7 +3,7 @@
     OUTDIR/points/NAME/              the checkpoint of each point, whole or not there
     OUTDIR/results.jsonl             a line for each point that has ended, in the order of the sweep
     OUTDIR/report.html               all finished points on one page
-    OUTDIR/work/                     statistics, decompositions and probes; gone once every point is finished
+    OUTDIR/work                      statistics, decompositions and probes; gone once every point is finished
 
 Statistics are collected once for each model and calibration, for the union of what its points need. Decompositions, probes and modules
 are kept in one store, by what they depend on: five sizes of one method decompose and probe once.
