@@ -350,6 +350,7 @@ def test_compressed_and_quantised_inputs_are_refused(run, tmp_path, text_file):
         pipeline.compress(recipe(folder, text_file), tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_f36_local_runs_open_no_socket(tiny_llama, text_file, tmp_path):
     script = f"""
 import socket

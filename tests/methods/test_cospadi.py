@@ -88,6 +88,7 @@ def test_a_dictionary_is_closer_than_low_rank_at_equal_parameters(kind):
         assert method.measure(state, method.compress(state, size.setting)) < rank.error
 
 
+@pytest.mark.slow
 def test_four_anchors_predict_the_fits_within_20_percent_on_average():
     case = cases.make("tall")
     method = build("cospadi", {"anchors": 4})
@@ -97,6 +98,7 @@ def test_four_anchors_predict_the_fits_within_20_percent_on_average():
     assert fmean(abs(ratio - 1) for ratio in ratios) < 0.2
 
 
+@pytest.mark.slow
 def test_the_law_predicts_fits_of_trained_weights_without_any():
     """A block of the reference model on its own text: within 15 % on average, where the start is off by a factor of two."""
     model, tokenizer = load(resolve("reference"))
