@@ -50,7 +50,7 @@ class Journal:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if not self.lock.is_locked:
             return
-        if kind is None or (self.new and not any(self.store.folder.glob("*"))):
+        if kind is None or (self.new and (self.store is None or not any(self.store.folder.glob("*")))):
             self._remove()
             return
         if self.store is not None and isinstance(error, ConfigError):
