@@ -10,8 +10,9 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from compressor.errors import ConfigError, did_you_mean
-from compressor.recipe import Recipe, Section
+from compressor.recipe import Recipe
 from compressor.resources import resource_folder
+from compressor.sections import Section
 from compressor.sizes import size_in_bytes
 from compressor.yaml_reader import Keys, dump, parse_document, parse_yaml, read_text
 

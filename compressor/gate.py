@@ -19,7 +19,7 @@ from pydantic import BeforeValidator, ValidationError
 from rich.console import RenderableType
 
 from compressor.errors import CheckpointError, ConfigError, did_you_mean
-from compressor.recipe import Section
+from compressor.sections import Section
 from compressor.shards import read_json
 from compressor.staging import replace_text
 from compressor.tables import columns, number

@@ -36,7 +36,8 @@ from compressor.evaluation import evaluate
 from compressor.journal import Journal
 from compressor.plan import Plan
 from compressor.progress import Progress, silent
-from compressor.recipe import Heal, Recipe, Repair
+from compressor.recipe import Recipe
+from compressor.sections import Heal, Repair
 from compressor.shards import read_json
 from compressor.sizes import size_in_bytes
 from compressor.stages import Job

@@ -1,15 +1,14 @@
 """What a recipe says: frozen sections in stage order. Sizes are fractions kept, from above 0 to 1."""
 
 import re
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, Strict, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, Strict, model_validator
 
+from compressor.sections import Count, Heal, Many, NonNegative, Repair, Section
 from compressor.sizes import Size
 
 DEFAULT_KEEP = 0.8
-T = TypeVar("T")
-Many = Annotated[tuple[T, ...], Strict(False)]  # a YAML list
 
 
 def _keep(value: Any) -> Any:
@@ -35,12 +34,6 @@ def _ascending(value: tuple[float, float]) -> tuple[float, float]:
 
 
 Pattern = Annotated[str, AfterValidator(_pattern)]
-Count = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[float, Field(ge=0)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Model(Section):
@@ -106,7 +99,7 @@ class Engine(Section):
 
     name: str = "low_rank"
     """Engine, as listed by `compressor methods`."""
-    options: dict[str, JsonValue] = {}
+    options: dict[str, JsonValue] = Field({})
     """Options of the engine; those left out have its defaults."""
     share: Many[Literal["qkv", "gate_up"]] = ()
     """Linears with the same inputs that the engine decomposes together, what they have in common being stored once."""
@@ -153,11 +146,11 @@ class Allocation(Section):
     """Largest damage of a linear in a knapsack, over the mean at uniform sizes; raised in steps of 0.1 until the size can be met."""
     depth_bias: NonNegative = 0.0
     """Weight γ of the factor 1 + γh by which damage in early blocks counts more (kl_probe)."""
-    roles: dict[str, Annotated[float, Field(gt=0)]] = {"q": 1.0, "k": 1.0, "v": 3.0, "o": 3.0}
+    roles: dict[str, Annotated[float, Field(gt=0)]] = Field({"q": 1.0, "k": 1.0, "v": 3.0, "o": 3.0})
     """Relative fraction kept of each role (by_role); linears of other roles keep the whole fraction each."""
     tie: Many[Literal["qkv", "gate_up"]] = ()
     """Linears with the same inputs that must get the same method and setting (knapsack)."""
-    limits: dict[Literal["parameters", "multiply_adds"], Annotated[float, Field(gt=0, le=1)]] = {}
+    limits: dict[Literal["parameters", "multiply_adds"], Annotated[float, Field(gt=0, le=1)]] = Field({})
     """Further limits, each a fraction of what the dense targets have: stored numbers, multiply-adds for a token (knapsack)."""
     shift: Annotated[float, Field(ge=0, lt=1)] = 0.3
     """Fraction β of the rank of q and k that is moved to v (d_rank)."""
@@ -197,42 +190,6 @@ class Compensation(Section):
         if self.keep is not None and self.rank is not None:
             raise ValueError("takes keep or rank, not both")
         return self
-
-
-class Training(Section):
-    """What repair and healing have in common: AdamW on 32-bit masters, warm-up and cosine, the best state on held-out windows kept."""
-
-    enabled: bool = False
-    """Whether to train at all."""
-    train: Literal["compressed", "norms", "everything"] = "everything"
-    """What learns: tensors of compressed linears, also norms and biases of the blocks, or also weights that are kept dense."""
-    steps: Count = 200
-    """Steps at most; the learning rate rises in the first tenth, then falls along a cosine to a tenth."""
-    learning_rate: Annotated[float, Field(gt=0)] = 0.02
-    """Largest step of a number, relative to the median of the absolute values of its tensor."""
-    batch_size: Count = 4
-    """Windows in one step."""
-    clip: Annotated[float, Field(gt=0)] = 1.0
-    """Largest norm of a gradient; longer ones are shortened to it."""
-    check: Count = 20
-    """Steps between two looks at the held-out windows."""
-    patience: Count = 5
-    """Looks without improvement after which training stops."""
-
-
-class Repair(Training):
-    """Each block, once compressed, is fitted to the outputs of the dense block, on the inputs that the blocks before it leave."""
-
-
-class Heal(Training):
-    """Then all blocks are trained together on the output of the model."""
-
-    steps: Count = 300
-    """Steps at most; the learning rate rises in the first tenth, then falls along a cosine to a tenth."""
-    learning_rate: Annotated[float, Field(gt=0)] = 0.005
-    """Largest step of a number, relative to the median of the absolute values of its tensor."""
-    loss: Literal["kl", "ce", "both"] = "kl"
-    """Divergence from the original's distribution (needs no labels), cross-entropy of the text, or the sum of the two."""
 
 
 class Evaluation(Section):

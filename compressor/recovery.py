@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from compressor.errors import ConfigError
 from compressor.heal import Original
+from compressor.learners import Learners, rebind, rebuilt
 from compressor.linears import CompressedLinear
 from compressor.methods.base import ModuleMethod
 from compressor.model import blocks, installed
@@ -23,7 +24,7 @@ from compressor.repair import repair_blocks
 from compressor.scoring import in_float32
 from compressor.stages import Job, output_dtype
 from compressor.store import Store
-from compressor.training import Learners, Task, fit, rebind, rebuilt
+from compressor.training import Task, fit
 
 Modules = dict[str, nn.Module]
 

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from compressor.learners import Learners, Values, rebind, rebuilt
 from compressor.model import blocks, installed
 from compressor.progress import Progress, silent
-from compressor.recipe import Repair
+from compressor.sections import Repair
 from compressor.sequential import Streams
 from compressor.store import NOWHERE, Store
-from compressor.training import Learners, Task, Values, fit, rebind, rebuilt
+from compressor.training import Task, fit
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,6 @@
-"""Training what a compressed model stores: which tensors learn, and the loop that repair and healing share.
+"""The loop that repair and healing share: AdamW from look to look at the held-out windows, the best state kept.
 
-Masks, integer codes, positions and pivots are fixed; every floating tensor that a storage kind keeps as a parameter learns: factors, kept
-sparse values, atoms and codes, wrappers, scales, biases. Copies in 32 bits learn (the masters); the modules they were made from stay as
-they are. The learning rate of a tensor is relative to the median of its absolute values, since factors, scales and norms differ by orders
+The learning rate of a tensor is relative to the median of its absolute values, since factors, scales and norms differ by orders
 of magnitude; some atoms and factors have a few entries a thousand times the others, which inputs hardly reach and a mean would follow.
 
 References: settings after AA-SVD's block refinement (arXiv 2604.02119; low-rank card 2.17): AdamW, warm-up of a tenth, cosine to a tenth,
@@ -11,81 +9,21 @@ clipping at 1. Differs: no weight decay, so that a tensor without a gradient sta
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from compressor.codec import borrower
 from compressor.errors import NumericalError
-from compressor.linears import CompressedLinear
-from compressor.model import fitted
 from compressor.progress import Progress, silent
-from compressor.recipe import Training
+from compressor.sections import Training
 from compressor.store import NOWHERE, Store
 
 ZERO = 1e-2  # what the learning rate of a tensor is relative to whose median is zero, such as a bias
 WARM, END = 0.1, 0.1  # the learning rate rises in this fraction of the steps, and falls to this fraction
 BETAS = (0.9, 0.99)  # steps are few: a second moment over thousands of them would never settle
-
-Values = dict[str, dict[str, Tensor]]  # module → name within it → tensor
-
-
-def learning(module: nn.Module, train: str) -> dict[str, nn.Parameter]:
-    """The parameters of a module without children that learn; `train` as in the recipe, which trains other modules than linears and norms
-    never."""
-    own = {name: parameter for name, parameter in module.named_parameters(recurse=False) if parameter.is_floating_point()}
-    if isinstance(module, CompressedLinear):
-        return own
-    if train == "everything" and isinstance(module, (nn.Linear, Conv1D)):
-        return own
-    return {} if train == "compressed" else {name: parameter for name, parameter in own.items() if parameter.ndim == 1}
-
-
-class Learners:
-    """Copies, in the dtype in which the model runs, of the modules below `scopes` that have anything to learn."""
-
-    def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module], scopes: Iterable[nn.Module], train: str):
-        """modules: what is to stand in the model, by name; what is not among them is taken from the model."""
-        names = {id(module): name for name, module in model.named_modules()}
-        inside = (names[id(module)] for scope in scopes for module in scope.modules() if not any(module.children()))
-        originals = {name: modules.get(name, model.get_submodule(name)) for name in inside}
-        self.originals = {name: module for name, module in originals.items() if learning(module, train)}
-        self.copies = {name: deepcopy(fitted(model, name, module)) for name, module in self.originals.items()}
-        rebind(self.copies)
-        self.parameters: dict[str, nn.Parameter] = {}
-        for name, copy in self.copies.items():
-            copy.requires_grad_(False)
-            for key, parameter in learning(copy, train).items():
-                self.parameters[f"{name}.{key}"] = parameter
-
-    def values(self, dtypes: Mapping[str, torch.dtype]) -> Values:
-        """What has been learned, cast to the dtypes of the output. dtypes: of each parameter, by its full name."""
-        return {
-            name: {key: p.detach().to(dtypes[f"{name}.{key}"]) for key, p in copy.named_parameters() if f"{name}.{key}" in self.parameters}
-            for name, copy in self.copies.items()
-        }
-
-
-def rebuilt(originals: Mapping[str, nn.Module], values: Values) -> dict[str, nn.Module]:
-    """Copies of modules with new values, in the dtype of these."""
-    made = {name: deepcopy(originals[name]) for name in values}
-    for name, tensors in values.items():
-        for key, tensor in tensors.items():
-            setattr(made[name], key, nn.Parameter(tensor.clone(), requires_grad=False))
-    return made
-
-
-def rebind(modules: Mapping[str, nn.Module]) -> None:
-    """Let dictionaries that borrow their atoms borrow them from these modules, where the lender is among them."""
-    for module in modules.values():
-        part = borrower(module) if isinstance(module, CompressedLinear) else None
-        if part is not None and part.lender in modules:
-            part.borrow(getattr(modules[part.lender], "base", modules[part.lender]))
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,14 @@ from compressor import pipeline, recovery, scoring, stages
 from compressor import training as trainer
 from compressor.errors import ConfigError, NumericalError
 from compressor.heal import Divergence, Original
+from compressor.learners import Learners
 from compressor.model import blocks, installed, linears
 from compressor.progress import silent
-from compressor.recipe import Heal
 from compressor.recovery import training
+from compressor.sections import Heal
 from compressor.store import Store
 from compressor.timings import Stopwatch
-from compressor.training import Learners, Task, fit
+from compressor.training import Task, fit
 
 CLOSE = 1e-5
 NOISE = 2e-2  # relative, of divergences of some 1e-5 nats computed in float32

@@ -12,7 +12,7 @@ PACKAGE = Path(compressor.__file__).parent
 MAX_LINES, MAX_FUNCTION_LINES = 300, 40
 
 LEVELS = (
-    ("errors", "progress", "logs", "resources", "tables", "linalg", "yaml_reader", "sizes", "recipe", "config"),
+    ("errors", "progress", "logs", "resources", "tables", "linalg", "yaml_reader", "sizes", "sections", "recipe", "config"),
     ("stats", "linears", "plan", "roles", "shards", "sources", "timings"),
     ("methods",),
     ("knapsack", "compensate", "squeeze", "allocate"),
@@ -33,6 +33,7 @@ LEVELS = (
         "lm_eval_bridge",
         "restart",
         "sequential",
+        "learners",
         "training",
         "repair",
         "heal",

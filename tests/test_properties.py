@@ -19,7 +19,8 @@ from compressor.config import dump_yaml, load_recipe, presets
 from compressor.errors import CheckpointError, CompressorError, ConfigError
 from compressor.folder import check_sizes, check_type
 from compressor.plan import Plan
-from compressor.recipe import Recipe, Section
+from compressor.recipe import Recipe
+from compressor.sections import Section
 from compressor.shards import INDEX, read_json, read_tensors
 from compressor.yaml_reader import dump, parse_yaml
 

@@ -1,0 +1,50 @@
+"""What the sections of a recipe are made of, and those sections that train."""
+
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, Strict
+
+T = TypeVar("T")
+Many = Annotated[tuple[T, ...], Strict(False)]  # a YAML list
+Count = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class Training(Section):
+    """What repair and healing have in common: AdamW on 32-bit masters, warm-up and cosine, the best state on held-out windows kept."""
+
+    enabled: bool = False
+    """Whether to train at all."""
+    train: Literal["compressed", "norms", "everything"] = "everything"
+    """What learns: tensors of compressed linears, also norms and biases of the blocks, or also weights that are kept dense."""
+    steps: Count = 200
+    """Steps at most; the learning rate rises in the first tenth, then falls along a cosine to a tenth."""
+    learning_rate: Annotated[float, Field(gt=0)] = 0.02
+    """Largest step of a number, relative to the median of the absolute values of its tensor."""
+    batch_size: Count = 4
+    """Windows in one step."""
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    """Largest norm of a gradient; longer ones are shortened to it."""
+    check: Count = 20
+    """Steps between two looks at the held-out windows."""
+    patience: Count = 5
+    """Looks without improvement after which training stops."""
+
+
+class Repair(Training):
+    """Each block, once compressed, is fitted to the outputs of the dense block, on the inputs that the blocks before it leave."""
+
+
+class Heal(Training):
+    """Then all blocks are trained together on the output of the model."""
+
+    steps: Count = 300
+    """Steps at most; the learning rate rises in the first tenth, then falls along a cosine to a tenth."""
+    learning_rate: Annotated[float, Field(gt=0)] = 0.005
+    """Largest step of a number, relative to the median of the absolute values of its tensor."""
+    loss: Literal["kl", "ce", "both"] = "kl"
+    """Divergence from the original's distribution (needs no labels), cross-entropy of the text, or the sum of the two."""
