@@ -1,7 +1,8 @@
 """What learns: copies in 32 bits of what a compressed model stores.
 
 Masks, integer codes, positions and pivots are fixed; every floating tensor that a storage kind keeps as a parameter learns: factors, kept
-sparse values, atoms and codes, wrappers, scales, biases. Copies in 32 bits learn (the masters); the modules they were made from stay as
+sparse values, atoms and codes, wrappers, scales, biases; or the factors of low-rank storage alone, and norms: WeLore's low-rank components
+(arXiv 2407.11239; healing card 8.1), whose gradients stay of low rank while what has no such structure is frozen. Copies in 32 bits learn (the masters); the modules they were made from stay as
 they are.
 """
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from compressor.codec import borrower
-from compressor.linears import CompressedLinear
+from compressor.linears import Adapted, Chained, CompressedLinear, LowRank
 from compressor.model import fitted
 
 Values = dict[str, dict[str, Tensor]]  # module → name within it → tensor
@@ -23,11 +24,25 @@ def learning(module: nn.Module, train: str) -> dict[str, nn.Parameter]:
     """The parameters of a module without children that learn; `train` as in the recipe, which trains other modules than linears and norms
     never."""
     own = {name: parameter for name, parameter in module.named_parameters(recurse=False) if parameter.is_floating_point()}
+    if train == "low_rank" and isinstance(module, (nn.Linear, Conv1D)):
+        return {name: parameter for name, parameter in own.items() if name in factors(module)}
     if isinstance(module, CompressedLinear):
         return own
     if train == "everything" and isinstance(module, (nn.Linear, Conv1D)):
         return own
     return {} if train == "compressed" else {name: parameter for name, parameter in own.items() if parameter.ndim == 1}
+
+
+def factors(module: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters that a linear's low-rank part is made of; of factors stored as integers only the scales are parameters."""
+    match module:
+        case LowRank():
+            return ("weight", "up")
+        case Chained():
+            return ("scales", "up_scales")
+        case Adapted():
+            return module.names
+    return ()
 
 
 class Learners:

@@ -19,8 +19,8 @@ class Training(Section):
 
     enabled: bool = False
     """Whether to train at all."""
-    train: Literal["compressed", "norms", "everything"] = "everything"
-    """What learns: tensors of compressed linears, also norms and biases of the blocks, or also weights that are kept dense."""
+    train: Literal["compressed", "norms", "low_rank", "everything"] = "everything"
+    """What learns: tensors of compressed linears, also norms and biases, only low-rank factors and norms, or dense weights too."""
     steps: Count = 200
     """Steps at most; the learning rate rises in the first tenth, then falls along a cosine to a tenth."""
     learning_rate: Annotated[float, Field(gt=0)] = 0.02

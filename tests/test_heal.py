@@ -10,6 +10,7 @@ from handmade import low_rank
 from killed import contents
 from observed import windows
 from test_pipeline import recipe
+from test_repair import DOWN, MADE, low_rank_pair
 from torch.nn import functional
 
 import compressor
@@ -17,7 +18,8 @@ from compressor import pipeline, recovery, scoring, stages
 from compressor import training as trainer
 from compressor.errors import ConfigError, NumericalError
 from compressor.heal import Divergence, Original
-from compressor.learners import Learners
+from compressor.learners import Learners, learning, rebuilt
+from compressor.linears import Adapted, Packed
 from compressor.model import blocks, installed, linears
 from compressor.progress import silent
 from compressor.recovery import training
@@ -131,6 +133,41 @@ def test_it_goes_on_to_the_same_bits(tmp_path):
         again, left = run(Store(tmp_path / "store"))
         assert (steps, left) == (30, made)
         assert all(torch.equal(one, other) for one, other in zip(expected, again, strict=True))
+
+
+FACTORS = {"low_rank": {"weight", "up"}, "chained": {"scales", "up_scales"}, "adapted": {"up", "down"}}
+
+
+@pytest.mark.parametrize("kind", [*MADE, "adapted integers"])
+def test_low_rank_trains_factors_and_no_other_number_of_a_linear(kind):
+    weight, bias = tiny_model("llama").get_submodule(DOWN).weight.detach(), torch.ones(32)
+    expected = FACTORS.get(kind.split()[0], set())
+    if kind == "adapted integers":
+        up, down = low_rank_pair(weight, 4)
+        factors = (Packed.of_codes((part * 9).round().clamp(-4, 3), part.new_ones(4, 4), None, None, 3) for part in (up.T, down))
+        module, expected = Adapted(MADE["sparse"](weight, bias), *factors), {"up_scales", "down_scales"}
+    else:
+        module = MADE[kind](weight, bias)
+    assert learning(module, "low_rank").keys() == expected
+    assert learning(torch.nn.Linear(3, 2), "low_rank") == {} and learning(torch.nn.LayerNorm(3), "low_rank").keys() == {"weight", "bias"}
+
+
+def test_low_rank_leaves_everything_but_factors_and_norms_bit_identical():
+    model = tiny_model("llama")
+    weights = {name: info.module.weight.detach() for name, info in linears(model).items()}
+    modules = {name: low_rank(weight, torch.ones(len(weight)), 4, True) for name, weight in weights.items() if "down" in name}
+    modules |= {name: MADE["sparse"](weight, None) for name, weight in weights.items() if "up" in name}
+    with training(model):
+        _, learners, task = task_of(model, modules, train="low_rank")
+        with installed(model, learners.copies):
+            state = fit(task, SECTION, 0)
+        found = rebuilt(learners.originals, learners.values(dict.fromkeys(learners.parameters, torch.float32)))
+    assert min(state.scores) < state.scores[0]
+    assert {name.split(".")[-1] for name in found} == {"input_layernorm", "post_attention_layernorm", "down_proj"} and len(found) == 6
+    for name, module in found.items():
+        before = modules.get(name, model.get_submodule(name)).state_dict()
+        for key, tensor in module.state_dict().items():
+            assert torch.equal(tensor, before[key]) == (key in ("bias", "pivots")), (name, key)
 
 
 @pytest.fixture(scope="module")
