@@ -1,9 +1,9 @@
 """What learns: copies in 32 bits of what a compressed model stores.
 
 Masks, integer codes, positions and pivots are fixed; every floating tensor that a storage kind keeps as a parameter learns: factors, kept
-sparse values, atoms and codes, wrappers, scales, biases; or the factors of low-rank storage alone, and norms: WeLore's low-rank components
-(arXiv 2407.11239; healing card 8.1), whose gradients stay of low rank while what has no such structure is frozen. Copies in 32 bits learn (the masters); the modules they were made from stay as
-they are.
+sparse values, atoms and codes, wrappers, scales, biases; or the factors of low-rank storage and the norms alone: WeLore's low-rank
+components (arXiv 2407.11239; healing card 8.1), whose gradients stay of low rank, while what has no such structure is frozen. Copies in
+32 bits learn (the masters); the modules they were made from stay as they are.
 """
 
 from collections.abc import Iterable, Mapping
