@@ -75,6 +75,7 @@ def compress(
     Raises CompressorError before anything is written or changed at `output`.
     """
     output, watch = Path(output), Stopwatch()
+    recovery.require_optimizers(recipe)
     source_path = folder.resolve(recipe.model.name, recipe.model.revision)
     with Journal(output, restart) as journal:
         overwrite = recipe.output.overwrite or journal.committed

@@ -16,9 +16,11 @@ from compressor.learners import Learners, rebind, rebuilt
 from compressor.linears import CompressedLinear
 from compressor.methods.base import ModuleMethod
 from compressor.model import blocks, installed
+from compressor.optimizers import require
 from compressor.plan import Choice, Plan
 from compressor.planning import Found
 from compressor.progress import Progress, silent
+from compressor.recipe import Recipe
 from compressor.refine import Stack, only, setting_of
 from compressor.repair import repair_blocks
 from compressor.scoring import in_float32
@@ -45,6 +47,13 @@ def recover(job: Job, plan: Plan, modules: Modules, found: Found, progress: Prog
         if job.recipe.heal.enabled:
             recovery.heal(progress)
     return measured(plan, job, recovery.modules, found, recovery.outcomes), recovery.modules
+
+
+def require_optimizers(recipe: Recipe) -> None:
+    """Raise ConfigError if training needs a library that is missing."""
+    for section in (recipe.repair, recipe.heal):
+        if section.enabled:
+            require(section.optimizer)
 
 
 @contextmanager
