@@ -1,7 +1,7 @@
 """Repair and healing of the modules of a plan: each is kept only where the divergence on the held-out windows falls."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from compressor.progress import Progress, silent
 from compressor.recipe import Recipe
 from compressor.refine import Stack, only, setting_of
 from compressor.repair import repair_blocks
+from compressor.restart import recomputing
 from compressor.scoring import in_float32
 from compressor.stages import Job, output_dtype
 from compressor.store import Store
@@ -127,7 +128,8 @@ class _Recovery:
         if not learners.parameters:
             return
         store = self.store = self.store.within(section.model_dump(mode="json"))
-        with installed(job.model, self.modules | learners.copies):
+        again = recomputing(job.model) if section.checkpointing else nullcontext()
+        with installed(job.model, self.modules | learners.copies), again:
             task = Task("heal", learners.parameters, len(fit_on.batches), partial(fit_on.loss, section.loss), heldout.divergence)
             state = fit(task, section, job.recipe.seed, store, progress)
         modules = self.modules | rebuilt(learners.originals, learners.values(self.dtypes))

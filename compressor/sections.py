@@ -50,3 +50,5 @@ class Heal(Training):
     """Largest step of a number, relative to the median of the absolute values of its tensor."""
     loss: Literal["kl", "ce", "both"] = "kl"
     """Divergence from the original's distribution (needs no labels), cross-entropy of the text, or the sum of the two."""
+    checkpointing: bool = False
+    """Whether blocks run again in the backward pass, in place of keeping what they computed: less memory, more time."""

@@ -6,11 +6,14 @@ import pytest
 import torch
 from test_pipeline import recipe
 
-from compressor import pipeline
+from compressor import pipeline, recovery, stages
 from compressor.errors import ConfigError
 from compressor.optimizers import INSTALL
+from compressor.progress import silent
+from compressor.restart import recomputing
 from compressor.sections import Heal
 from compressor.store import Store
+from compressor.timings import Stopwatch
 from compressor.training import State, Task, fit
 
 SECTION = Heal(steps=12, check=4, learning_rate=0.05)
@@ -97,3 +100,16 @@ def test_a_missing_library_is_named_before_any_work(tiny_llama, text_file, tmp_p
     with pytest.raises(ConfigError, match=r"optimizer 'adamw_8bit' needs bitsandbytes 0\.50 or later; run") as caught:
         pipeline.compress(made, tmp_path / "out")
     assert INSTALL in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def test_healing_with_blocks_that_run_again_is_the_same(tiny_llama, text_file, monkeypatch):
+    calls = []
+    monkeypatch.setattr(recovery, "recomputing", lambda model: calls.append(model) or recomputing(model))
+    found = []
+    for value in ("false", "true"):
+        sets = ["heal.enabled=true", "heal.steps=4", "heal.check=2", f"heal.checkpointing={value}"]
+        made = recipe(tiny_llama, text_file, "allocation.keep=0.5", "allocation.damage=two_sided", *sets)
+        job = stages.start(made, stages.open_source(str(tiny_llama), None))
+        plan, modules = pipeline.plan_and_build(job, stages.statistics(job), None, Stopwatch(), silent)
+        found.append((plan.trained, [tensor for module in modules.values() for tensor in module.state_dict().values()]))
+    assert found[0][0] == found[1][0] and all(map(torch.equal, found[0][1], found[1][1])) and len(calls) == 1
