@@ -80,6 +80,16 @@ def assemble(config: str | Path | None, layers: Iterable[list[Entry]]) -> Recipe
     if not isinstance(document.value, dict):
         raise ConfigError(f"{path}:1: expected a mapping of recipe sections: {', '.join(Recipe.model_fields)}")
     data, origins = document.value, dict(document.places)
+    return _laid_over(data, origins, layers)
+
+
+def changed(recipe: Recipe, settings: dict[str, Any], where: str) -> Recipe:
+    """A recipe with other settings, by dotted key. where: what messages name. Raises ConfigError as `assemble`."""
+    layer = [(keys_of(key, where), value, where) for key, value in settings.items()]
+    return _laid_over(recipe.model_dump(mode="json"), {(): where}, [layer])
+
+
+def _laid_over(data: dict[str, Any], origins: dict[Keys, str], layers: Iterable[list[Entry]]) -> Recipe:
     for layer in layers:
         _overlay(data, origins, layer)
     try:

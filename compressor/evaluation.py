@@ -23,10 +23,7 @@ def measure(job: Job, found: dict[str, Any], store: Store, progress: Progress) -
     recipe, model = job.recipe, job.model
     section = recipe.evaluation
     original, tokenizer = models.load(job.source.path, device=job.device)
-    text = section.source or str(data.bundled("evaluation"))
-    windows = data.load_windows(
-        text, tokenizer, recipe.evaluation_window, section.windows, section.column, seed=recipe.seed, model=model, progress=progress
-    )
+    windows = stages.evaluation_windows(job, progress)
     store = store.within(windows.digest)
     result = scoring.compare(original, model, windows.tokens, section.batch_size, progress, store)
     other = {"heldout": job.heldout.tokens} | ({"calibration": job.calibration.tokens} if recipe.trains else {})

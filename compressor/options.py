@@ -78,6 +78,13 @@ RECIPE_OPTIONS: dict[str, tuple[str | None, Any]] = {
         "output.dtype",
         Annotated[str | None, Option(metavar="TYPE", help="Stored numbers: auto, float32, bfloat16, float16.", rich_help_panel=RECIPE)],
     ),
+    "budget": (
+        "budget",
+        Annotated[
+            str | None,
+            Option(metavar="TIME", help="Time for a run that searches or trains, e.g. 10m.", rich_help_panel=RECIPE),
+        ],
+    ),
     "device": ("model.device", DEVICE),
     "overwrite": ("output.overwrite", OVERWRITE),
 }

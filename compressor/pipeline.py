@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compressor import (
@@ -19,17 +18,16 @@ from compressor import (
     estimate,
     evaluation,
     exchange,
-    finer,
     folder,
     manifest,
-    recovery,
-    refine,
     report,
-    selection,
+    search,
     stages,
 )
 from compressor import export as exporting
 from compressor import model as models
+from compressor.building import plan_and_build
+from compressor.clock import Clock
 from compressor.config import dump_yaml
 from compressor.errors import CheckpointError, CompressorError, ConfigError, did_you_mean
 from compressor.evaluation import evaluate
@@ -42,7 +40,6 @@ from compressor.shards import read_json
 from compressor.sizes import size_in_bytes
 from compressor.stages import Job
 from compressor.staging import Staging, amend, preflight, replace_text
-from compressor.stats import LinearStats
 from compressor.store import Store, digest
 from compressor.timings import Stopwatch
 from compressor.weights import stored_tensors
@@ -74,8 +71,7 @@ def compress(
     its journal, or from nothing with `restart`; `shared` is a store that this run has in common with others.
     Raises CompressorError before anything is written or changed at `output`.
     """
-    output, watch = Path(output), Stopwatch()
-    recovery.require_optimizers(recipe)
+    output, watch, clock = Path(output), Stopwatch(), Clock(recipe.budget)
     source_path = folder.resolve(recipe.model.name, recipe.model.revision)
     with Journal(output, restart) as journal:
         overwrite = recipe.output.overwrite or journal.committed
@@ -83,10 +79,10 @@ def compress(
         edited = None if plan is None else read_plan(plan)
         source = stages.open_source(recipe.model.name, recipe.model.revision, progress)
         preflight(output, source.path, overwrite, source.weight_bytes + ROOM)
-        job = stages.start(recipe, source, progress)
+        job = replace(stages.start(recipe, source, progress), clock=clock)
         job = stages.keeping(job, journal.begin(described(job, edited, stats), shared))
         with watch("calibrate"):
-            collected = artifacts.load_statistics(stats, stages.fingerprint(job)) if stats else stages.statistics(job, progress)
+            collected = artifacts.load_statistics(stats, stages.fingerprint(job)) if stats else search.statistics(job, progress)
         made, modules = plan_and_build(job, collected, edited, watch, progress)
         with watch("write"):
             stages.install(job, modules)
@@ -103,35 +99,6 @@ def described(job: Job, edited: Plan | None, stats: Path | None) -> dict[str, An
     recipe = job.recipe.model_dump(mode="json", exclude={"output": {"overwrite"}})
     given = {"plan": edited and digest(edited.to_json()), "statistics": stats and manifest.digest(stats / manifest.NAME)["sha256"]}
     return {"fingerprint": stages.fingerprint(job), "recipe": recipe} | given
-
-
-def plan_and_build(
-    job: Job, collected: dict[str, LinearStats], edited: Plan | None, watch: Stopwatch, progress: Progress
-) -> tuple[Plan, dict[str, nn.Module]]:
-    """Decompose, probe, allocate, build and train: the plan with its measured errors, and the modules as they will be stored."""
-    with watch("decompose"):
-        found = stages.decompositions(job, collected, progress)
-        if not (refine.wanted(job.recipe, edited) or finer.wanted(job.recipe)):
-            collected = {name: LinearStats(tokens=one.tokens, gram=one.gram) for name, one in collected.items()}
-    if edited is not None:
-        made, modules = selection.build_plan(job, edited, found, progress)
-    else:
-        with watch("probe"):
-            probed = stages.probes(job, found, progress)
-        with watch("allocate"):
-            made, modules = selection.choose(job, found, probed, progress)
-    base = made, modules
-    if refine.wanted(job.recipe, edited):
-        with watch("decompose"):
-            made, modules = refine.finish(job, made, modules, found, collected, edited, progress)
-    if finer.wanted(job.recipe):
-        with watch("evaluate"):
-            made = finer.judged(job, made, base, found, collected)
-    if job.recipe.trains:
-        with watch("train"):
-            made, modules = recovery.recover(job, made, modules, found, progress)
-    made = replace(stages.with_gram_errors(made, job, modules, collected), curves=tuple(curves.summary(found)))
-    return made, modules
 
 
 def write(job: Job, made: Plan, output: Path, watch: Stopwatch, journal: Journal, progress: Progress) -> dict[str, Any]:
@@ -235,7 +202,7 @@ def calibrate(
         source = stages.open_source(recipe.model.name, recipe.model.revision, progress)
         preflight(output, source.path, overwrite, 0)
         job = stages.start(recipe, source, progress)
-        job = stages.needing(job, others)
+        job = stages.needing(job, [*search.recipes(recipe), *others])
         job = stages.keeping(job, journal.begin(described(job, None, None)))
         collected = stages.statistics(job, progress)
         mark = stages.fingerprint(job)

@@ -64,6 +64,7 @@ class Plan:
     recipe: dict[str, Any] = field(default_factory=dict)
     contest: dict[str, float] = field(default_factory=dict)  # held-out divergence of whole models: all methods together, each alone, …
     curves: tuple[dict[str, Any], ...] = ()  # what each linear could have been, see `curves`
+    search: dict[str, Any] = field(default_factory=dict)  # what was tried in search of the recipe, and what was taken
     trained: dict[str, Any] = field(default_factory=dict)  # repair, heal → whether it was kept, divergences before and after
 
     def to_json(self) -> dict[str, Any]:
@@ -77,5 +78,6 @@ class Plan:
             price=data.get("price"),
             recipe=data.get("recipe", {}),
             contest=data.get("contest", {}),
+            search=data.get("search", {}),
             trained=data.get("trained", {}),
         )

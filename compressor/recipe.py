@@ -5,10 +5,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, Strict, model_validator
 
+from compressor.clock import Duration
 from compressor.sections import Count, Heal, Many, NonNegative, Repair, Section
 from compressor.sizes import Size
 
 DEFAULT_KEEP = 0.8
+SEARCHED = ("method.", "allocation.depth_bias", "allocation.cap", "allocation.tie", "allocation.probe.rank")
 
 
 def _keep(value: Any) -> Any:
@@ -155,6 +157,9 @@ class Allocation(Section):
     shift: Annotated[float, Field(ge=0, lt=1)] = 0.3
     """Fraction β of the rank of q and k that is moved to v (d_rank)."""
     probe: Probe = Probe()
+    search: Many[dict[str, JsonValue]] | None = None
+    """Settings by dotted key, e.g. `{allocation.depth_bias: 5}`, tried over the recipe one after the other; those that lower the held-out
+    divergence stay. Before that, further candidates join the first one by one, and stay likewise. Null for no search."""
 
     @model_validator(mode="before")
     @classmethod
@@ -229,6 +234,8 @@ class Recipe(Section):
 
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of everything random."""
+    budget: Duration | None = None
+    """Time for a run, e.g. `10m`: what a search tries and how many steps repair and healing take is fitted to it; null for no limit."""
     model: Model = Model()
     calibration: Calibration = Calibration()
     method: Annotated[Many[Target], Field(min_length=1)] = (Target(),)
@@ -244,6 +251,20 @@ class Recipe(Section):
     def _limits_count_everything(self) -> "Recipe":
         if self.compensation.enabled and self.allocation.limits:
             raise ValueError("allocation.limits do not count the residuals of compensation; leave one of the two out")
+        return self
+
+    @model_validator(mode="after")
+    def _search_fits(self) -> "Recipe":
+        section = self.allocation
+        if section.search is not None and (section.kind, section.damage) != ("knapsack", "kl_probe"):
+            raise ValueError("allocation.search needs allocation.kind 'knapsack' and allocation.damage 'kl_probe', which it decides by")
+        if section.search is not None and self.compensation.enabled:
+            raise ValueError("allocation.search decides about candidates; leave compensation out and let them list residual ranks")
+        for key in (key for layer in section.search or () for key in layer):
+            if not key.startswith(SEARCHED):
+                raise ValueError(f"allocation.search cannot set '{key}', only {', '.join(SEARCHED)}")
+        if self.budget is not None and section.search is None and not self.trains:
+            raise ValueError("budget is the time for allocation.search, repair and heal; this recipe has none of them, leave it out")
         return self
 
     @property

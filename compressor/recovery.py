@@ -1,7 +1,7 @@
 """Repair and healing of the modules of a plan: each is kept only where the divergence on the held-out windows falls."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,26 +10,28 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from compressor import stages
 from compressor.errors import ConfigError
 from compressor.heal import Original
 from compressor.learners import Learners, rebind, rebuilt
 from compressor.linears import CompressedLinear
 from compressor.methods.base import ModuleMethod
 from compressor.model import blocks, installed
-from compressor.optimizers import require
+from compressor.pace import Pace, timed
 from compressor.plan import Choice, Plan
 from compressor.planning import Found
 from compressor.progress import Progress, silent
-from compressor.recipe import Recipe
 from compressor.refine import Stack, only, setting_of
 from compressor.repair import repair_blocks
-from compressor.restart import recomputing
 from compressor.scoring import in_float32
+from compressor.sections import Training
 from compressor.stages import Job, output_dtype
 from compressor.store import Store
-from compressor.training import Task, fit
+from compressor.training import Task, attached, fit
 
 Modules = dict[str, nn.Module]
+
+REPAIR = 1 / 3  # of the time left for training, where healing follows
 
 
 def recover(job: Job, plan: Plan, modules: Modules, found: Found, progress: Progress = silent) -> tuple[Plan, Modules]:
@@ -43,18 +45,11 @@ def recover(job: Job, plan: Plan, modules: Modules, found: Found, progress: Prog
     recovery = _Recovery(job, plan, modules)
     with training(job.model):
         recovery.begin()
-        if job.recipe.repair.enabled:
+        if job.recipe.repair.enabled and recovery.fits("repair", REPAIR if job.recipe.heal.enabled else 1.0):
             recovery.repair(progress)
-        if job.recipe.heal.enabled:
+        if job.recipe.heal.enabled and recovery.fits("heal", 1.0):
             recovery.heal(progress)
     return measured(plan, job, recovery.modules, found, recovery.outcomes), recovery.modules
-
-
-def require_optimizers(recipe: Recipe) -> None:
-    """Raise ConfigError if training needs a library that is missing."""
-    for section in (recipe.repair, recipe.heal):
-        if section.enabled:
-            require(section.optimizer)
 
 
 @contextmanager
@@ -77,6 +72,12 @@ def stored_dtypes(job: Job, modules: Mapping[str, nn.Module]) -> dict[str, torch
     return found | {f"{name}.{key}": parameter.dtype for name, module in modules.items() for key, parameter in module.named_parameters()}
 
 
+def evaluated_tokens(job: Job) -> int:
+    """Tokens of all windows that end a run that trains: those to evaluate on, held-out and calibration ones."""
+    evaluated = stages.evaluation_windows(job).tokens.numel() if job.recipe.evaluation.enabled else 0
+    return evaluated + job.heldout.tokens.numel() + job.calibration.tokens.numel()
+
+
 class _Recovery:
     """The modules of a plan, replaced by trained ones where that helps; `outcomes` says what each stage did."""
 
@@ -84,7 +85,7 @@ class _Recovery:
         self.job, self.modules = job, modules
         self.outcomes: dict[str, Any] = {}
         self.dtypes = stored_dtypes(job, modules)
-        recipe = job.recipe.model_dump(mode="json", include={"seed", "method", "allocation", "compensation", "output", "repair"})
+        recipe = job.recipe.model_dump(mode="json", include={"seed", "budget", "method", "allocation", "compensation", "output", "repair"})
         self.store: Store = job.store.within(plan.to_json(), recipe)
 
     def begin(self) -> None:
@@ -107,6 +108,27 @@ class _Recovery:
 
         return self.store.recall("divergence", [stage, self.job.recipe.heal.batch_size], measure)
 
+    def fits(self, stage: str, share: float) -> bool:
+        """Fit the steps of a stage to its share of the time that is left for training; False if there is none for a look."""
+        job, section = self.job, getattr(self.job.recipe, stage)
+        if not job.clock.limited:
+            return True
+        pace = self.store.recall("pace", section.train, partial(self.pace, section))
+        left = job.clock.left - pace.reserve(evaluated_tokens(job))
+        steps = self.store.recall("steps", stage, lambda: pace.steps(section, share * left, job.recipe.heal.batch_size))
+        if not steps:
+            self.outcomes[stage] = {"kept": False, "before": self.before, "after": self.before, "steps": 0}
+            return False
+        self.job = replace(job, recipe=job.recipe.model_copy(update={stage: section.model_copy(update={"steps": steps})}))
+        return True
+
+    def pace(self, section: Training) -> Pace:
+        """Time a step of healing with what learns in this section, and a look."""
+        fit_on, heldout = self.originals
+        learners = Learners(self.job.model, self.modules, blocks(self.job.model)[1], section.train)
+        with installed(self.job.model, self.modules | learners.copies), attached(learners.parameters.values()):
+            return timed(partial(fit_on.loss, self.job.recipe.heal.loss), heldout.divergence, self.job.heldout.tokens.numel())
+
     def judge(self, stage: str, modules: Modules, details: dict[str, Any]) -> None:
         """Take trained modules if the held-out divergence has fallen."""
         after = self.divergence(stage, modules)
@@ -128,8 +150,7 @@ class _Recovery:
         if not learners.parameters:
             return
         store = self.store = self.store.within(section.model_dump(mode="json"))
-        again = recomputing(job.model) if section.checkpointing else nullcontext()
-        with installed(job.model, self.modules | learners.copies), again:
+        with installed(job.model, self.modules | learners.copies):
             task = Task("heal", learners.parameters, len(fit_on.batches), partial(fit_on.loss, section.loss), heldout.divergence)
             state = fit(task, section, job.recipe.seed, store, progress)
         modules = self.modules | rebuilt(learners.originals, learners.values(self.dtypes))

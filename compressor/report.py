@@ -58,12 +58,11 @@ def build(
     counts = {count: _count(plan, count, getattr(sizes, f"other_{count}")) for count in ("bits", "parameters")}
     kept = {count: _kept(found["targets"]) for count, found in counts.items()}
     kept_model = {f"model_{count}": _kept(found["model"]) for count, found in counts.items()}
-    measured = scores(evaluation)
     return {
         "kept": {"unit": unit, "targets": kept[unit], "model": kept_model[f"model_{unit}"]} | kept | kept_model,
         "bytes": {"original": sizes.original_bytes, "compressed": sizes.compressed_bytes},
         "sizes": {scope: {count: counts[count][scope] for count in counts} for scope in ("targets", "model")},
-        **measured,
+        **scores(evaluation),
         "reason": reason,
         "calibration": None if calibration is None else scores(calibration),
         "heldout": None if heldout is None else scores(heldout),
@@ -71,6 +70,7 @@ def build(
         "lm_eval_original": lm_eval_original,
         "price": plan.price,
         "contest": dict(plan.contest),
+        "search": plan.search,
         "trained": plan.trained,
         "linears": [{"name": name} | asdict(choice) for name, choice in plan.linears.items()],
         "warnings": list(warnings),
@@ -159,6 +159,17 @@ def least_kept(report: dict[str, Any]) -> str:
     return "no linear was targeted" if least is None else f"least kept: {least['name']}, {percent(least['bits'] / least['dense_bits'])}"
 
 
+def searched(report: dict[str, Any]) -> str | None:
+    """A sentence on what a search has found; None for runs without one."""
+    if not (found := report["search"]):
+        return None
+    first, *others = found["trials"]
+    start = "a size it could not meet" if first["heldout"] is None else f"held-out KL {number(first['heldout'])}"
+    stayed = sum(one["kept"] for one in others)
+    left = sum(one["heldout"] is None for one in others)
+    return f"search: from {start} to {number(found['heldout'])}; of {len(others)} trials {stayed} stayed, {left} did not fit size or budget"
+
+
 def residuals(report: dict[str, Any]) -> str | None:
     """A sentence on what the low-rank residuals of a report are worth; None if it has none, or if they were not measured."""
     if WITH_RESIDUALS not in report["contest"]:
@@ -172,7 +183,7 @@ def render(report: dict[str, Any]) -> RenderableType:
     """Before/after table, the mix of methods, and what deserves a warning."""
     notes = [least_kept(report)]
     notes += [f"tokens evaluated: {number(report['tokens'])}"] if report["tokens"] else []
-    notes += [line] if (line := residuals(report)) else []
+    notes += [line for line in (searched(report), residuals(report)) if line]
     notes += [f"scores missing: {report['reason']}"] if report["reason"] else []
     notes += [f"warning: {warning}" for warning in report["warnings"]]
     notes += [f"pushed to {report['pushed']['url']}"] if report.get("pushed") else []

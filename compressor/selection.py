@@ -32,30 +32,32 @@ class Settled(NamedTuple):
     measured: dict[str, float]
 
 
-def choose(job: Job, found: Found, probed: Probes, progress: Progress = silent) -> tuple[Plan, dict[str, CompressedLinear]]:
+def choose(
+    job: Job, found: Found, probed: Probes, progress: Progress = silent, measured: bool = False
+) -> tuple[Plan, dict[str, CompressedLinear]]:
     """Allocate and build what was chosen.
 
     Where several methods compete and divergence is measured, each also gets the whole budget alone, dense linears allowed, and so do all
     that work on single linears where others work on modules; of all these plans the one whose model diverges least on the held-out windows
     is taken, so it is never worse there than without one of the kinds. Probes look at one linear at a time, this looks at all.
+    measured: whether to measure that divergence for one method too.
     """
     damages = damages_of(job.recipe, job.block_of, found, probed.results, len(models.blocks(job.model)[1]))
     others = other_bytes(stored_tensors(job.model), job.assignments, output_dtype(job.recipe))
     problem = Problem(job.recipe, job.assignments, job.groups, found, others, job.calibration.tokens.numel())
     options, workshop = options_of(problem, damages), Workshop(found, probed.results, job.store)
     methods = {part.method.name: part.method for parts in found.values() for part in parts}
-    if probed.prober is None or len(methods) == 1:
-        alone = settle(problem, options, workshop, progress)
-        return to_plan(*alone, {}), alone.modules
+    several = len(methods) > 1 and probed.prober is not None
     entrants = {}
-    for entrant, taking_part in teams(methods).items():
+    for entrant, taking_part in teams(methods).items() if several else ():
         try:
             entrants[entrant] = settle(problem, without(options, methods.keys() - taking_part), workshop, progress)
         except BudgetError:  # it offers nothing small enough by itself
             continue
-    entrants["all"] = settle(
-        problem, options, workshop, progress
-    )  # last: by now the curves have been corrected near what each method chose
+    # the last: by now the curves have been corrected near what each method chose
+    entrants["all"] = settle(problem, options, workshop, progress)
+    if not several and not measured:
+        return to_plan(*entrants["all"], {}), entrants["all"].modules
     with job.computing():
         contest = {name: divergence(job, probed.prober, settled) for name, settled in progress(entrants.items(), "contest")}
     best = entrants[min(contest, key=contest.__getitem__)]

@@ -15,6 +15,7 @@ from compressor import data, folder
 from compressor import model as models
 from compressor.assignments import Assignment, Group, assign, groups
 from compressor.calibrate import collect
+from compressor.clock import NO_LIMIT, Clock
 from compressor.decompose import decompose_group, decompose_one, gram_error
 from compressor.errors import ConfigError
 from compressor.linears import Pruned
@@ -45,6 +46,7 @@ class Job:
     calibration: data.Windows
     heldout: data.Windows
     store: Store = NOWHERE  # where finished pieces of work are kept
+    clock: Clock = NO_LIMIT  # what is left of the budget
 
     @property
     def device(self) -> torch.device:
@@ -102,6 +104,13 @@ def start(recipe: Recipe, source: folder.ModelFolder, progress: Progress = silen
     )
     fit, heldout = data.split_heldout(windows, section.heldout)
     return Job(recipe, source, model, tokenizer, assignments, groups(recipe, assignments), fit, heldout)
+
+
+def evaluation_windows(job: Job, progress: Progress = silent) -> data.Windows:
+    """The windows that original and compressed model are compared on."""
+    section, window, seed = job.recipe.evaluation, job.recipe.evaluation_window, job.recipe.seed
+    text = section.source or str(data.bundled("evaluation"))
+    return data.load_windows(text, job.tokenizer, window, section.windows, section.column, seed=seed, model=job.model, progress=progress)
 
 
 def needing(job: Job, others: Sequence[Recipe]) -> Job:

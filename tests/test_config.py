@@ -11,6 +11,7 @@ PRESETS = [
     "armor",
     "asvd",
     "awsvd",
+    "best",
     "channels",
     "ci",
     "compot",
@@ -47,7 +48,7 @@ PRESETS = [
     "wanda",
     "welore",
 ]
-MAX_PRESET_LINES = 30
+MAX_PRESET_LINES = 40
 
 
 @pytest.fixture

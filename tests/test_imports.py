@@ -12,7 +12,7 @@ PACKAGE = Path(compressor.__file__).parent
 MAX_LINES, MAX_FUNCTION_LINES = 300, 40
 
 LEVELS = (
-    ("errors", "progress", "logs", "resources", "tables", "linalg", "yaml_reader", "sizes", "sections", "recipe", "config"),
+    ("errors", "progress", "clock", "logs", "resources", "tables", "linalg", "yaml_reader", "sizes", "sections", "recipe", "config"),
     ("stats", "linears", "plan", "roles", "shards", "sources", "timings"),
     ("methods",),
     ("knapsack", "compensate", "squeeze", "allocate"),
@@ -34,18 +34,32 @@ LEVELS = (
         "restart",
         "sequential",
         "learners",
-        "optimizers",
+        "pace",
         "training",
         "repair",
         "heal",
         "gate",
     ),
     ("assignments", "decompose", "curves", "probe", "units", "rules", "planning"),
-    ("stages", "workshop", "selection", "refine", "finer", "recovery", "estimate", "evaluation", "pipeline", "points", "sweep"),
+    (
+        "stages",
+        "workshop",
+        "selection",
+        "search",
+        "refine",
+        "finer",
+        "recovery",
+        "building",
+        "estimate",
+        "evaluation",
+        "pipeline",
+        "points",
+        "sweep",
+    ),
     ("options", "verbs", "adapter_verbs", "worker", "listings", "cli", "__main__"),
 )
 ORDER = [module for level in LEVELS for module in level]
-NO_TORCH = LEVELS[0][:5] + LEVELS[0][6:] + ("plan", "roles", "shards", "manifest", "folder", "staging", "gate")
+NO_TORCH = LEVELS[0][:6] + LEVELS[0][7:] + ("plan", "roles", "shards", "manifest", "folder", "staging", "gate")
 NO_TORCH += ("hub", "options", "verbs", "adapter_verbs", "listings", "cli")
 UNITS = sorted({path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")} - {"__init__"})
 

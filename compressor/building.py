@@ -1,0 +1,94 @@
+"""From statistics to the modules that are stored: allocated, solved again in order, given residuals, trained.
+
+In a run that searches, what follows the allocation must earn its place too: solving in order is kept where the divergence on the held-out
+windows falls, as repair and healing are in every run, and what comes out last is measured against the plan as it was allocated.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from compressor import curves, finer, recovery, refine, search, selection, stages
+from compressor.clock import OutOfTime, paced
+from compressor.plan import Plan
+from compressor.progress import Progress
+from compressor.search import Allocated
+from compressor.stages import Job
+from compressor.stats import LinearStats
+from compressor.timings import Stopwatch
+
+IN_ORDER = 0.3  # of the time that is left once the search has ended, at most, for solving in order
+
+Modules = Mapping[str, nn.Module]
+
+
+def plan_and_build(
+    job: Job, stats: dict[str, LinearStats], edited: Plan | None, watch: Stopwatch, progress: Progress
+) -> tuple[Plan, Modules]:
+    """The plan with its measured errors, and the modules as they will be stored."""
+    start = allocated(job, stats, edited, watch, progress)
+    job, found, made, modules = start.job, start.found, start.plan, start.modules
+    searched = edited is None and job.recipe.allocation.search is not None
+    if not (refine.wanted(job.recipe, edited) or finer.wanted(job.recipe)):
+        stats = {name: LinearStats(tokens=one.tokens, gram=one.gram) for name, one in stats.items()}
+    if refine.wanted(job.recipe, edited):
+        with watch("decompose"):
+            if searched:
+                job, made, modules = solved_if_better(start, stats, progress)
+            else:
+                made, modules = refine.finish(job, made, modules, found, stats, edited, progress)
+    if finer.wanted(job.recipe):
+        with watch("evaluate"):
+            made = finer.judged(job, made, (start.plan, start.modules), found, stats)
+    if job.recipe.trains:
+        with watch("train"):
+            made, modules = recovery.recover(job, made, modules, found, progress)
+    if searched:
+        made, modules = better(start, made, modules)
+    return replace(stages.with_gram_errors(made, job, modules, stats), curves=tuple(curves.summary(found))), modules
+
+
+def allocated(job: Job, stats: dict[str, LinearStats], edited: Plan | None, watch: Stopwatch, progress: Progress) -> Allocated:
+    """The plan and its modules: as edited, as searched for, or as the recipe says."""
+    if edited is None:
+        searches = job.recipe.allocation.search is not None
+        return (search.search if searches else search.allocate)(job, stats, watch, progress)
+    job = search.chosen(job, edited)
+    with watch("decompose"):
+        found = stages.decompositions(job, stats, progress)
+    return Allocated(job, found, None, *selection.build_plan(job, edited, found, progress))
+
+
+def solved_if_better(start: Allocated, stats: dict[str, LinearStats], progress: Progress) -> tuple[Job, Plan, Modules]:
+    """The plan solved in order where that lasts no longer than it may and lowers the held-out divergence, else as it was allocated."""
+    job, seconds = start.job, start.job.clock.left * IN_ORDER
+    solve = partial(refine.finish, job, start.plan, start.modules, start.found, stats, None)
+    made: list[tuple[Plan, Modules]] = []
+
+    def outcome() -> float | None:
+        try:
+            made.append(solve(paced(progress, seconds)))
+        except OutOfTime:
+            return None
+        return start.divergence(made[0][1])
+
+    heldout = job.store.within(start.plan.to_json()).recall("in order", search.depends(job.recipe), outcome)
+    kept = heldout is not None and heldout < start.heldout
+    found = start.plan.search | {"in order": {"heldout": heldout, "kept": kept}}
+    if not kept:
+        calibration = job.recipe.calibration.model_copy(update={"sequential": False})
+        job = replace(job, recipe=job.recipe.model_copy(update={"calibration": calibration}))
+        return job, replace(start.plan, search=found), start.modules
+    plan, modules = made[0] if made else solve(progress)
+    return job, replace(plan, search=found), modules
+
+
+def better(start: Allocated, plan: Plan, modules: Modules) -> tuple[Plan, Modules]:
+    """What a run with a search ends with: the modules that diverge less, now that both are measured alike."""
+    final = start.divergence(modules)
+    kept = final < start.heldout
+    found: dict[str, Any] = plan.search | {"final": {"heldout": final, "kept": kept}}
+    return (replace(plan, search=found), modules) if kept else (replace(start.plan, search=found), start.modules)

@@ -1,0 +1,46 @@
+"""How many steps of training the rest of a budget has room for, from one step and one look that are timed on the spot."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compressor.sections import Training
+
+MARGIN = 1.25  # of a step, for the optimizer and for what is done once in a stage
+MODELS = 2  # whose outputs the evaluation that ends a run compares
+WRITING = 5.0  # seconds, and a tenth of what the evaluation takes
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds of a step (all blocks, one batch, forward and backward), of a look, and of a forward pass for a token."""
+
+    step: float
+    look: float
+    token: float
+
+    def reserve(self, tokens: int) -> float:
+        """Seconds that writing takes, and evaluation on so many tokens."""
+        return 1.1 * MODELS * self.token * tokens + WRITING
+
+    def steps(self, section: Training, seconds: float, windows: int) -> int:
+        """Steps that fit, at most those of the section; 0 if there is no time for a look. windows: of the batch that was timed."""
+        each = MARGIN * self.step * section.batch_size / windows + self.look / section.check
+        fitting = min(section.steps, int(seconds / each))
+        return fitting if fitting >= min(section.check, section.steps) else 0
+
+
+def timed(loss: Callable[[int], Tensor], look: Callable[[], float], tokens: int) -> Pace:
+    """Take two steps, whose gradients the caller discards, and a look at held-out windows of so many tokens; the second step counts."""
+    for _ in range(2):
+        start = time.monotonic()
+        with torch.enable_grad():
+            loss(0).backward()
+        step = time.monotonic() - start
+    start = time.monotonic()
+    look()
+    seen = time.monotonic() - start
+    return Pace(step, seen, seen / tokens)

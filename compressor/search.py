@@ -1,0 +1,170 @@
+"""Which kinds of candidates compete, and with which settings: tried one after the other, decided by the divergence on held-out windows.
+
+The first candidate of every entry alone is the start. Then each further kind joins those that are in, then each entry of
+`allocation.search` is laid over the recipe; what lowers the divergence of the whole allocated model stays. So the outcome is never worse
+there than the start, which for the preset `best` is the preset `default`. Card: low_rank.md R10 (LEMS tunes its depth bias in ten trials
+on the divergence of the whole model; code lems-svd/lems), here for any setting, greedily, and on windows that nothing was fitted to.
+
+With a budget a trial may take half of the time that is left for the search, and is dropped when it shows that it would take more. What
+was decided, by the clock too, is kept in the journal: a run that was stopped goes on with the same decisions.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from compressor import selection, stages
+from compressor.assignments import assign, groups
+from compressor.clock import OutOfTime, paced
+from compressor.config import changed
+from compressor.errors import BudgetError
+from compressor.plan import Plan
+from compressor.planning import Found
+from compressor.probe import Prober
+from compressor.progress import Progress, silent
+from compressor.recipe import Recipe
+from compressor.stages import Job
+from compressor.stats import LinearStats
+from compressor.timings import Stopwatch
+
+SHARE = 0.4  # of the time that is left when the search begins
+WHERE = "allocation.search"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A recipe within the recipe: some of its kinds of candidates, by their number in the lists, and settings over it."""
+
+    kinds: tuple[int, ...]
+    settings: tuple[dict[str, Any], ...] = ()
+
+    def recipe(self, whole: Recipe) -> Recipe:
+        """Entries that have none of these kinds keep their first candidate."""
+        for layer in self.settings:
+            whole = changed(whole, layer, WHERE)
+        entries = [
+            entry.model_copy(
+                update={"candidates": tuple(one for i, one in enumerate(entry.candidates) if i in self.kinds) or entry.candidates[:1]}
+            )
+            for entry in whole.method
+        ]
+        return whole.model_copy(update={"method": tuple(entries)})
+
+    def names(self, whole: Recipe) -> list[str]:
+        """Engines of the kinds that are in, from whichever entry has most of them."""
+        longest = max((entry.candidates for entry in whole.method), key=len)
+        return [longest[kind].name for kind in self.kinds]
+
+
+@dataclass(frozen=True)
+class Allocated:
+    """An allocation, built; what follows works on its job."""
+
+    job: Job
+    found: Found
+    prober: Prober | None  # None where nothing is probed
+    plan: Plan
+    modules: dict[str, nn.Module]
+
+    @property
+    def heldout(self) -> float:
+        """Divergence of the whole model with these modules, nats per token; of a search's outcome."""
+        return min(self.plan.contest.values())
+
+    def divergence(self, modules: Mapping[str, nn.Module]) -> float:
+        """That of the model with other modules, measured in the same way."""
+        with self.job.computing():
+            return self.prober.kl(dict(modules), 0)
+
+
+def recipes(recipe: Recipe) -> list[Recipe]:
+    """Everything that a search may try, for statistics that serve all of it. Raises ConfigError for settings that do not fit."""
+    return [changed(recipe, settings, f"{WHERE}.{number}") for number, settings in enumerate(recipe.allocation.search or ())]
+
+
+def allocate(job: Job, stats: dict[str, LinearStats], watch: Stopwatch, progress: Progress = silent, measured: bool = False) -> Allocated:
+    """Decompose, probe, allocate and build; `measured` as in `selection.choose`."""
+    with watch("decompose"):
+        found = stages.decompositions(job, stats, progress)
+    with watch("probe"):
+        probed = stages.probes(job, found, progress)
+    with watch("allocate"):
+        return Allocated(job, found, probed.prober, *selection.choose(job, found, probed, progress, measured))
+
+
+def search(job: Job, stats: dict[str, LinearStats], watch: Stopwatch, progress: Progress = silent) -> Allocated:
+    """Allocate with every trial of the recipe and return the best. Raises BudgetError where none meets the size."""
+    return _Search(job, partial(allocate, stats=stats, watch=watch, measured=True), progress).run()
+
+
+def depends(recipe: Recipe) -> dict[str, Any]:
+    """The part of a recipe that says what a model becomes, JSON."""
+    return recipe.model_dump(mode="json", exclude={"evaluation": True, "output": {"overwrite", "shard_size"}})
+
+
+def statistics(job: Job, progress: Progress = silent) -> dict[str, LinearStats]:
+    """One calibration run for everything that a recipe, or a search of it, may need."""
+    return stages.statistics(stages.needing(job, recipes(job.recipe)), progress)
+
+
+def chosen(job: Job, plan: Plan) -> Job:
+    """The job with the recipe that the search of an earlier run chose, as its plan says."""
+    if not plan.search:
+        return job
+    return with_recipe(job, Trial(tuple(plan.search["kinds"]), tuple(plan.search["settings"])).recipe(job.recipe))
+
+
+def with_recipe(job: Job, recipe: Recipe) -> Job:
+    """The job with another recipe for the same model and calibration."""
+    assignments = assign(recipe, job.model)
+    return replace(job, recipe=recipe, assignments=assignments, groups=groups(recipe, assignments))
+
+
+class _Search:
+    def __init__(self, job: Job, make: Callable[..., Allocated], progress: Progress):
+        self.job, self.make, self.progress = job, make, progress
+        self.record: list[dict[str, Any]] = []
+        self.at, self.best, self.heldout = Trial((0,)), None, float("inf")
+
+    def run(self) -> Allocated:
+        recipe = self.job.recipe
+        self.attempt(self.at, float("inf"))
+        left = self.job.clock.left
+        end = left * (1 - SHARE)
+        for kind in range(1, max(len(entry.candidates) for entry in recipe.method)):
+            self.attempt(replace(self.at, kinds=(*self.at.kinds, kind)), (self.job.clock.left - end) / 2)
+        for settings in recipe.allocation.search:
+            self.attempt(replace(self.at, settings=(*self.at.settings, settings)), (self.job.clock.left - end) / 2)
+        if self.heldout == float("inf"):
+            return self.allocate(self.at, self.progress)  # says which size can be reached
+        best = self.best or self.allocate(self.at, self.progress)
+        found = {"kinds": self.at.kinds, "settings": self.at.settings, "heldout": self.heldout, "trials": self.record}
+        return replace(best, plan=replace(best.plan, search=json.loads(json.dumps(found))))
+
+    def attempt(self, trial: Trial, seconds: float) -> None:
+        """Try, and take what is better; a recipe that has been tried is not tried again."""
+        recipe = trial.recipe(self.job.recipe)
+        if self.record and recipe == self.at.recipe(self.job.recipe):
+            return
+        made: list[Allocated] = []
+        heldout = self.job.store.recall("trial", depends(recipe), partial(self.outcome, trial, seconds, made))
+        kept = heldout is not None and heldout < self.heldout
+        names = trial.names(self.job.recipe)
+        self.record.append({"candidates": names, "settings": trial.settings, "heldout": heldout, "kept": kept})
+        if kept:
+            self.at, self.heldout, self.best = trial, heldout, next(iter(made), None)
+
+    def outcome(self, trial: Trial, seconds: float, made: list[Allocated]) -> float | None:
+        """Held-out divergence; None where the size cannot be met or the time does not last."""
+        try:
+            made.append(self.allocate(trial, paced(self.progress, seconds)))
+        except (BudgetError, OutOfTime):
+            return None
+        return made[0].heldout
+
+    def allocate(self, trial: Trial, progress: Progress) -> Allocated:
+        return self.make(with_recipe(self.job, trial.recipe(self.job.recipe)), progress=progress)

@@ -1,0 +1,188 @@
+"""Searching for kinds of candidates and settings: held-out divergence decides, the clock leaves out, nothing ends worse than its start."""
+
+import itertools
+from copy import deepcopy
+
+import conftest
+import pytest
+from test_pipeline import recipe, tensors
+
+from compressor import building, clock, pipeline, recovery, search
+from compressor.clock import Clock, OutOfTime, paced, seconds_of
+from compressor.config import load_recipe
+from compressor.errors import BudgetError, ConfigError
+from compressor.pace import Pace
+from compressor.progress import silent
+from compressor.report import searched
+from compressor.sections import Heal
+
+KINDS = "method=[{candidates: [{name: low_rank}, {name: sparse, options: {step: 0.05}}]}]"
+SETTINGS = "allocation.search=[{allocation.depth_bias: 3.0}, {method.0.candidates.0.options.shrink_gram: 0.5}]"
+
+
+@pytest.fixture
+def run(tiny_llama, text_file, tmp_path):
+    def compress(*overrides: str, output: str = "out", **options):
+        found = pipeline.compress(recipe(tiny_llama, text_file, *overrides), tmp_path / output, **options)
+        return tmp_path / output, found, conftest.read_json(tmp_path / output / "plan.json")
+
+    return compress
+
+
+def test_what_lowers_the_heldout_divergence_stays_and_the_report_says_what_was_tried(run):
+    _, report, plan = run(KINDS, SETTINGS, "allocation.keep=0.5")
+    trials = plan["search"]["trials"]
+    assert [(one["candidates"], one["settings"]) for one in trials[:2]] == [(["low_rank"], []), (["low_rank", "sparse"], [])]
+    assert [len(one["settings"]) for one in trials[2:]] in ([1, 1], [1, 2])
+    best = float("inf")
+    for one in trials:
+        assert one["kept"] == (one["heldout"] < best)
+        best = min(best, one["heldout"])
+    kept = [one for one in trials if one["kept"]]
+    assert plan["search"]["settings"] == kept[-1]["settings"] and plan["search"]["heldout"] == best == min(plan["contest"].values())
+    assert report["heldout"]["kl"] == pytest.approx(best, rel=1e-2, abs=1e-7) and report["search"] == plan["search"]
+    assert f"of 3 trials {len(kept) - 1} stayed, 0 did not fit" in searched(report)
+
+
+@pytest.mark.slow
+def test_the_plan_alone_builds_what_the_search_chose(run, tmp_path):
+    first, _, plan = run(KINDS, SETTINGS, "allocation.keep=0.5")
+    assert plan["search"]["settings"] or plan["search"]["kinds"] != [0]
+    again, _, _ = run(KINDS, SETTINGS, "allocation.keep=0.5", output="again", plan=first / "plan.json")
+    assert tensors(first) == tensors(again)
+
+
+def test_a_kind_that_cannot_meet_the_size_alone_is_joined_by_one_that_can(run):
+    half = "method=[{candidates: [{name: sparse, options: {pattern: '2:4'}}, {name: low_rank}], dense: false}]"
+    _, _, plan = run(half, "allocation.search=[]", "allocation.keep=0.4")
+    assert [one["heldout"] is None for one in plan["search"]["trials"]] == [True, False]
+    with pytest.raises(BudgetError, match="least"):
+        run(half.replace(", {name: low_rank}", ""), "allocation.search=[]", "allocation.keep=0.4", output="none")
+
+
+def test_without_time_a_search_ends_with_what_it_starts_from(run, monkeypatch):
+    monkeypatch.setattr(Clock, "left", 0.0)
+    made, _, plan = run(KINDS, SETTINGS, "allocation.keep=0.5", "calibration.sequential=true", "budget=1s")
+    assert [one["heldout"] is None for one in plan["search"]["trials"]] == [False, True, True, True]
+    assert plan["search"]["in order"] == {"heldout": None, "kept": False}
+    plain, _, _ = run("allocation.keep=0.5", output="plain")
+    assert tensors(made) == tensors(plain)
+
+
+def test_solving_in_order_stays_where_it_helps(run):
+    _, report, plan = run("allocation.search=[]", "allocation.keep=0.5", "calibration.sequential=true", "calibration.anchor=0.5")
+    found = plan["search"]["in order"]
+    assert found["kept"] == (found["heldout"] < plan["search"]["heldout"])
+    assert any(choice["sequential"] is not None for choice in plan["linears"].values()) == found["kept"]
+    assert report["heldout"]["kl"] == pytest.approx(min(found["heldout"], plan["search"]["heldout"]), rel=3e-2, abs=1e-7)
+
+
+def test_an_outcome_that_is_worse_than_its_start_is_not_written(run, monkeypatch):
+    def spoil(job, plan, modules, found, progress):
+        modules = deepcopy(modules)
+        for module in modules.values():
+            module.up.mul_(0.5)
+        return plan, modules
+
+    plain, _, _ = run("allocation.search=[]", "allocation.keep=0.5")
+    monkeypatch.setattr(recovery, "recover", spoil)
+    made, _, plan = run("allocation.search=[]", "allocation.keep=0.5", "heal.enabled=true", output="spoiled")
+    assert not plan["search"]["final"]["kept"] and plan["search"]["final"]["heldout"] > plan["search"]["heldout"]
+    assert tensors(made) == tensors(plain)
+
+
+@pytest.mark.slow
+def test_a_stopped_search_goes_on_with_its_decisions(run, monkeypatch, tmp_path):
+    whole, _, expected = run(KINDS, SETTINGS, "allocation.keep=0.5", "budget=1h")
+    calls, real = itertools.count(), search.allocate
+
+    def stopping(*args, **options):
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **options)
+
+    monkeypatch.setattr(search, "allocate", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run(KINDS, SETTINGS, "allocation.keep=0.5", "budget=1h", output="stopped")
+    made, _, plan = run(KINDS, SETTINGS, "allocation.keep=0.5", "budget=1h", output="stopped")
+    assert plan == expected and tensors(made) == tensors(whole)
+
+
+def test_a_stage_that_would_last_too_long_is_dropped_when_it_shows(monkeypatch):
+    now = itertools.count()
+    monkeypatch.setattr(clock.time, "monotonic", lambda: float(next(now)))
+    assert list(paced(silent, 100.0)(range(8), "short")) == [*range(8)]
+    for items, total, most in ((range(80), None, 10), (iter(range(80)), 80, 10), (iter(range(80)), None, 50)):
+        taken = []
+        with pytest.raises(OutOfTime):
+            for item in paced(silent, 50.0)(items, "long", total):
+                taken.append(item)
+        assert most - 2 <= len(taken) <= most
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("10m", 600), ("1.5h", 5400)])
+def test_durations(text, seconds):
+    assert seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["budget=10", SETTINGS], "budget must be a time with its unit"),
+        (["budget=10m"], "budget is the time for allocation.search, repair and heal"),
+        (["allocation.search=[{allocation.keep: 0.5}]"], "allocation.search cannot set 'allocation.keep'"),
+        (["allocation.search=[]", "allocation.damage=two_sided"], "needs allocation.kind 'knapsack' and allocation.damage 'kl_probe'"),
+        (["allocation.search=[]", "compensation.keep=0.1"], "list residual ranks"),
+    ],
+)
+def test_what_does_not_fit_is_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(None, overrides)
+
+
+def test_settings_that_do_not_exist_are_refused_before_anything_is_collected(run, monkeypatch):
+    monkeypatch.setattr(building, "plan_and_build", None)
+    with pytest.raises(ConfigError, match=r"allocation.search.0: there is no 'allocation.depth_biass'.*did you mean"):
+        run("allocation.search=[{allocation.depth_biass: 5}]")
+    with pytest.raises(ConfigError, match="shrink_gran"):
+        run("allocation.search=[{method.0.candidates.0.options.shrink_gran: 5}]")
+
+
+HEALING = [
+    "heal.enabled=true",
+    "heal.steps=40",
+    "heal.check=10",
+    "heal.batch_size=2",
+    "repair.enabled=true",
+    "repair.steps=4",
+    "repair.check=2",
+]
+
+
+def test_training_takes_the_steps_that_the_budget_has_room_for(run, monkeypatch):
+    monkeypatch.setattr(recovery, "timed", lambda loss, look, tokens: Pace(step=1.0, look=5.0, token=0.0))
+    monkeypatch.setattr(Clock, "left", 5.0 + 45.0)  # 5 for writing, a third of 45 for repair: 2 of 2.5 + 2.5 seconds; heal: 25 of 1.75
+    _, _, plan = run("allocation.keep=0.5", *HEALING, "budget=1h")
+    assert [block["steps"] for block in plan["trained"]["repair"]["blocks"]] == [3, 3]
+    assert plan["trained"]["heal"]["steps"] == 25
+    monkeypatch.setattr(Clock, "left", 5.0)
+    bare, _, plan = run("allocation.keep=0.5", *HEALING, "budget=1h", output="bare")
+    assert [plan["trained"][stage]["steps"] for stage in ("repair", "heal")] == [0, 0]
+    plain, _, _ = run("allocation.keep=0.5", output="plain")
+    assert tensors(bare) == tensors(plain)
+
+
+@pytest.mark.slow
+def test_a_budget_with_room_for_everything_changes_nothing(run):
+    free, _, _ = run("allocation.keep=0.5", *HEALING)
+    timed, _, plan = run("allocation.keep=0.5", *HEALING, "budget=10h", output="timed")
+    assert plan["trained"]["heal"]["steps"] == 40 and tensors(free) == tensors(timed)
+
+
+def test_the_pace_leaves_room_for_looks_and_for_the_evaluation():
+    pace = Pace(step=2.0, look=10.0, token=1e-3)
+    section = Heal(steps=100, check=20, batch_size=4)
+    assert pace.reserve(10_000) == pytest.approx(2 * 1.1 * 10 + 5)
+    assert pace.steps(section, 1e9, 4) == 100
+    assert pace.steps(section, 30 * (2.5 + 0.5), 4) == 30 and pace.steps(section, 30 * (5 + 0.5), 2) == 30
+    assert pace.steps(section, 19 * (2.5 + 0.5), 4) == 0
