@@ -45,20 +45,29 @@ def factors(module: nn.Module) -> tuple[str, ...]:
     return ()
 
 
+def leaves(model: nn.Module, modules: Mapping[str, nn.Module], scopes: Iterable[nn.Module]) -> dict[str, nn.Module]:
+    """What is to stand in the model, by name, for its modules without children below `scopes`: those of `modules`, else the model's."""
+    names = {id(module): name for name, module in model.named_modules()}
+    inside = (names[id(module)] for scope in scopes for module in scope.modules() if not any(module.children()))
+    return {name: modules.get(name, model.get_submodule(name)) for name in inside}
+
+
+def masters(model: nn.Module, originals: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Copies in the dtype in which the model runs, frozen; those that borrow atoms borrow them from one another."""
+    copies = {name: deepcopy(fitted(model, name, module)).requires_grad_(False) for name, module in originals.items()}
+    rebind(copies)
+    return copies
+
+
 class Learners:
-    """Copies, in the dtype in which the model runs, of the modules below `scopes` that have anything to learn."""
+    """Copies of the modules below `scopes` that have anything to learn."""
 
     def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module], scopes: Iterable[nn.Module], train: str):
         """modules: what is to stand in the model, by name; what is not among them is taken from the model."""
-        names = {id(module): name for name, module in model.named_modules()}
-        inside = (names[id(module)] for scope in scopes for module in scope.modules() if not any(module.children()))
-        originals = {name: modules.get(name, model.get_submodule(name)) for name in inside}
-        self.originals = {name: module for name, module in originals.items() if learning(module, train)}
-        self.copies = {name: deepcopy(fitted(model, name, module)) for name, module in self.originals.items()}
-        rebind(self.copies)
+        self.originals = {name: module for name, module in leaves(model, modules, scopes).items() if learning(module, train)}
+        self.copies = masters(model, self.originals)
         self.parameters: dict[str, nn.Parameter] = {}
         for name, copy in self.copies.items():
-            copy.requires_grad_(False)
             for key, parameter in learning(copy, train).items():
                 self.parameters[f"{name}.{key}"] = parameter
 
@@ -71,11 +80,13 @@ class Learners:
 
 
 def rebuilt(originals: Mapping[str, nn.Module], values: Values) -> dict[str, nn.Module]:
-    """Copies of modules with new values, in the dtype of these."""
+    """Copies of modules with new values, in the dtype of these. values: of parameters, and of buffers whose contents have changed."""
     made = {name: deepcopy(originals[name]) for name in values}
     for name, tensors in values.items():
-        for key, tensor in tensors.items():
-            setattr(made[name], key, nn.Parameter(tensor.clone(), requires_grad=False))
+        copies = {key: tensor.clone() for key, tensor in tensors.items()}
+        made[name].load_state_dict(copies, strict=False, assign=True)  # clears what a module has derived from its buffers
+        for key in tensors.keys() & made[name]._parameters.keys():
+            made[name]._parameters[key].requires_grad_(False)
     return made
 
 

@@ -1,7 +1,7 @@
 """Repair and healing of the modules of a plan: each is kept only where the divergence on the held-out windows falls."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,17 +15,15 @@ from compressor.errors import ConfigError
 from compressor.heal import Original
 from compressor.learners import Learners, rebind, rebuilt
 from compressor.linears import CompressedLinear
+from compressor.loras import Loras, input_metrics, mergeable
 from compressor.methods.base import ModuleMethod
 from compressor.model import blocks, installed
-from compressor.optimizers import require
 from compressor.pace import Pace, timed
 from compressor.plan import Choice, Plan
 from compressor.planning import Found
 from compressor.progress import Progress, silent
-from compressor.recipe import Recipe
 from compressor.refine import Stack, only, setting_of
 from compressor.repair import repair_blocks
-from compressor.restart import recomputing
 from compressor.scoring import in_float32
 from compressor.sections import Training
 from compressor.stages import Job, output_dtype
@@ -41,10 +39,12 @@ def recover(job: Job, plan: Plan, modules: Modules, found: Found, progress: Prog
     """Train what the modules of a plan store, as the recipe says; return its choices, measured again, and the modules to install.
 
     These now hold norms and dense linears too, where they have changed. The job's model is left as it was.
-    Raises ConfigError without held-out windows.
+    Raises ConfigError without held-out windows, and where LoRA is to be merged into integers alone.
     """
     if not len(job.heldout.tokens):
         raise ConfigError("repair and heal need held-out windows to be judged on; set calibration.heldout above 0")
+    if job.recipe.heal.enabled and job.recipe.heal.train == "lora":
+        mergeable(job.model, modules, blocks(job.model)[1])
     recovery = _Recovery(job, plan, modules)
     with training(job.model):
         recovery.begin()
@@ -53,13 +53,6 @@ def recover(job: Job, plan: Plan, modules: Modules, found: Found, progress: Prog
         if job.recipe.heal.enabled and recovery.fits("heal", 1.0):
             recovery.heal(progress)
     return measured(plan, job, recovery.modules, found, recovery.outcomes), recovery.modules
-
-
-def require_optimizers(recipe: Recipe) -> None:
-    """Raise ConfigError if training needs a library that is missing."""
-    for section in (recipe.repair, recipe.heal):
-        if section.enabled:
-            require(section.optimizer)
 
 
 @contextmanager
@@ -135,7 +128,7 @@ class _Recovery:
     def pace(self, section: Training) -> Pace:
         """Time a step of healing with what learns in this section, and a look."""
         fit_on, heldout = self.originals
-        learners = Learners(self.job.model, self.modules, blocks(self.job.model)[1], section.train)
+        learners = self.learners(section)
         with installed(self.job.model, self.modules | learners.copies), attached(learners.parameters.values()):
             return timed(partial(fit_on.loss, self.job.recipe.heal.loss), heldout.divergence, self.job.heldout.tokens.numel())
 
@@ -156,17 +149,24 @@ class _Recovery:
     def heal(self, progress: Progress) -> None:
         job, section = self.job, self.job.recipe.heal
         fit_on, heldout = self.originals
-        learners = Learners(job.model, self.modules, blocks(job.model)[1], section.train)
+        learners = self.learners(section)
         if not learners.parameters:
             return
         store = self.store = self.store.within(section.model_dump(mode="json"))
-        again = recomputing(job.model) if section.checkpointing else nullcontext()
-        with installed(job.model, self.modules | learners.copies), again:
+        with installed(job.model, self.modules | learners.copies):
             task = Task("heal", learners.parameters, len(fit_on.batches), partial(fit_on.loss, section.loss), heldout.divergence)
             state = fit(task, section, job.recipe.seed, store, progress)
-        modules = self.modules | rebuilt(learners.originals, learners.values(self.dtypes))
+            metrics = [input_metrics(job.model, learners, fit_on.batches)] if isinstance(learners, Loras) else []
+        modules = self.modules | rebuilt(learners.originals, learners.values(self.dtypes, *metrics))
         rebind(modules)
         self.judge("heal", modules, {"steps": state.step, "looks": list(state.scores)})
+
+    def learners(self, section: Training) -> Learners | Loras:
+        """What learns in a section, in all blocks."""
+        scopes = blocks(self.job.model)[1]
+        if section.train == "lora":
+            return Loras(self.job.model, self.modules, scopes, section.rank, self.job.recipe.seed)
+        return Learners(self.job.model, self.modules, scopes, section.train)
 
 
 def measured(plan: Plan, job: Job, modules: Modules, found: Found, outcomes: dict[str, Any]) -> Plan:
