@@ -20,6 +20,7 @@ from compressor import (
     exchange,
     folder,
     manifest,
+    recovery,
     report,
     search,
     stages,
@@ -72,6 +73,7 @@ def compress(
     Raises CompressorError before anything is written or changed at `output`.
     """
     output, watch, clock = Path(output), Stopwatch(), Clock(recipe.budget)
+    recovery.require_optimizers(recipe)
     source_path = folder.resolve(recipe.model.name, recipe.model.revision)
     with Journal(output, restart) as journal:
         overwrite = recipe.output.overwrite or journal.committed

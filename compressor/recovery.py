@@ -1,7 +1,7 @@
 """Repair and healing of the modules of a plan: each is kept only where the divergence on the held-out windows falls."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,12 +18,15 @@ from compressor.linears import CompressedLinear
 from compressor.loras import Loras, input_metrics, mergeable
 from compressor.methods.base import ModuleMethod
 from compressor.model import blocks, installed
+from compressor.optimizers import require
 from compressor.pace import Pace, timed
 from compressor.plan import Choice, Plan
 from compressor.planning import Found
 from compressor.progress import Progress, silent
+from compressor.recipe import Recipe
 from compressor.refine import Stack, only, setting_of
 from compressor.repair import repair_blocks
+from compressor.restart import recomputing
 from compressor.scoring import in_float32
 from compressor.sections import Training
 from compressor.stages import Job, output_dtype
@@ -53,6 +56,13 @@ def recover(job: Job, plan: Plan, modules: Modules, found: Found, progress: Prog
         if job.recipe.heal.enabled and recovery.fits("heal", 1.0):
             recovery.heal(progress)
     return measured(plan, job, recovery.modules, found, recovery.outcomes), recovery.modules
+
+
+def require_optimizers(recipe: Recipe) -> None:
+    """Raise ConfigError if training needs a library that is missing."""
+    for section in (recipe.repair, recipe.heal):
+        if section.enabled:
+            require(section.optimizer)
 
 
 @contextmanager
@@ -153,7 +163,8 @@ class _Recovery:
         if not learners.parameters:
             return
         store = self.store = self.store.within(section.model_dump(mode="json"))
-        with installed(job.model, self.modules | learners.copies):
+        again = recomputing(job.model) if section.checkpointing else nullcontext()
+        with installed(job.model, self.modules | learners.copies), again:
             task = Task("heal", learners.parameters, len(fit_on.batches), partial(fit_on.loss, section.loss), heldout.divergence)
             state = fit(task, section, job.recipe.seed, store, progress)
             metrics = [input_metrics(job.model, learners, fit_on.batches)] if isinstance(learners, Loras) else []

@@ -1,15 +1,17 @@
-"""Forward passes that start at a decoder block, from the cached output of the block before it.
+"""Forward passes in which decoder blocks run otherwise: from a cached output of the block before, or once more in the backward pass.
 
 The stock `model.forward` runs; decoder blocks that need no recomputation hand on a cached output. Masks, positions and whatever
 else a model computes around its blocks come from its own code, so nothing here knows an architecture.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from compressor.errors import CompressorError
@@ -46,11 +48,30 @@ def forward_from(model: PreTrainedModel, block: int, outputs: list[Any], input_i
 
 @contextmanager
 def passing(modules: nn.ModuleList, outputs: list[Any]) -> Iterator[None]:
-    """Let each module return its cached output. Its `forward` is hidden, not the module: models read attributes of their blocks."""
+    """Let each module return its cached output."""
+    with standing_in(modules, [lambda *args, _output=output, **kwargs: _output for output in outputs]):
+        yield
+
+
+@contextmanager
+def recomputing(model: PreTrainedModel) -> Iterator[None]:
+    """Keep of every decoder block only what went in until the backward pass runs the block again; gradients are the same.
+
+    Transformers' own way asks for a model in training mode, with dropout.
+    """
+    modules = blocks(model)[1]
+    again = [partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False) for module in modules]
+    with standing_in(modules, again):
+        yield
+
+
+@contextmanager
+def standing_in(modules: nn.ModuleList, forwards: list[Callable]) -> Iterator[None]:
+    """Let each module run another `forward`. That is hidden, not the module: models read attributes of their blocks."""
     hidden = [module.__dict__.get("forward") for module in modules]  # accelerate puts its own `forward` there
     try:
-        for module, output in zip(modules, outputs, strict=True):
-            module.forward = lambda *args, _output=output, **kwargs: _output
+        for module, forward in zip(modules, forwards, strict=True):
+            module.forward = forward
         yield
     finally:
         for module, forward in zip(modules, hidden, strict=True):

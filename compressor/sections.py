@@ -15,7 +15,7 @@ class Section(BaseModel):
 
 
 class Training(Section):
-    """What repair and healing have in common: AdamW on 32-bit masters, warm-up and cosine, the best state on held-out windows kept."""
+    """What repair and healing have in common: 32-bit masters, warm-up and cosine, the best state on held-out windows kept."""
 
     enabled: bool = False
     """Whether to train at all."""
@@ -27,6 +27,8 @@ class Training(Section):
     """Largest step of a number, relative to the median of the absolute values of its tensor."""
     batch_size: Count = 4
     """Windows in one step."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """AdamW, or AdamW whose moments take a quarter of the memory, by bitsandbytes (extra `train`)."""
     clip: Annotated[float, Field(gt=0)] = 1.0
     """Largest norm of a gradient; longer ones are shortened to it."""
     check: Count = 20
@@ -52,3 +54,5 @@ class Heal(Training):
     """Rank of the products (lora)."""
     loss: Literal["kl", "ce", "both"] = "kl"
     """Divergence from the original's distribution (needs no labels), cross-entropy of the text, or the sum of the two."""
+    checkpointing: bool = False
+    """Whether blocks run again in the backward pass, in place of keeping what they computed: less memory, more time."""

@@ -4,7 +4,7 @@ The learning rate of a tensor is relative to the median of its absolute values, 
 of magnitude; some atoms and factors have a few entries a thousand times the others, which inputs hardly reach and a mean would follow.
 
 References: settings after AA-SVD's block refinement (arXiv 2604.02119; low-rank card 2.17): AdamW, warm-up of a tenth, cosine to a tenth,
-clipping at 1. Differs: no weight decay, so that a tensor without a gradient stays as it is; relative learning rates; early stop.
+clipping at 1. Differs: no weight decay; relative learning rates; early stop.
 """
 
 import math
@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import NumericalError
+from compressor.optimizers import Moments, moments_of, optimizer_of
 from compressor.progress import Progress, silent
 from compressor.sections import Training
 from compressor.store import NOWHERE, Store
 
 ZERO = 1e-2  # what the learning rate of a tensor is relative to whose median is zero, such as a bias
 WARM, END = 0.1, 0.1  # the learning rate rises in this fraction of the steps, and falls to this fraction
-BETAS = (0.9, 0.99)  # steps are few: a second moment over thousands of them would never settle
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class State:
 
     step: int
     parameters: dict[str, Tensor]
-    moments: dict[str, tuple[Tensor, Tensor]]  # of AdamW
+    moments: dict[str, Moments]  # of the optimizer; the steps that go on from here use them up
     best: dict[str, Tensor]
     scores: tuple[float, ...]  # on the held-out windows at each look, the first before any step
 
@@ -51,14 +51,13 @@ class Task:
 def fit(task: Task, section: Training, seed: int, store: Store = NOWHERE, progress: Progress = silent) -> State:
     """Train, and leave the parameters at the best held-out score that was seen, which may be the first.
 
-    The state at the last look is kept in `store`, 16 bytes for each number that learns. Raises NumericalError where the loss is not finite.
+    The state at the last look is kept in `store`: 8 bytes for each number that learns, and its moments. Raises NumericalError where the
+    loss is not finite.
     """
     sizes = {name: parameter.detach().abs().median().item() or ZERO for name, parameter in task.parameters.items()}
     order = drawn(task.batches, section.steps, seed)
     values = {name: parameter.detach().clone() for name, parameter in task.parameters.items()}
-    state = State(
-        0, values, {name: (torch.zeros_like(one), torch.zeros_like(one)) for name, one in values.items()}, values, (task.score(),)
-    )
+    state = State(0, values, {name: {} for name in values}, values, (task.score(),))
     ends = [*range(section.check, section.steps, section.check), section.steps]
     newest = max((end for end in ends if store.holds("training", [task.title, end])), default=0)
     for end in progress([end for end in ends if end >= newest], task.title):
@@ -94,11 +93,7 @@ def _reach(task: Task, section: Training, state: State, order: list[int], sizes:
 def _advance(task: Task, section: Training, state: State, order: list[int], sizes: dict[str, float]) -> State:
     """The steps up to the next look, and the look."""
     _load(task.parameters, state.parameters)
-    groups = [{"params": [parameter], "lr": 0.0} for parameter in task.parameters.values()]
-    optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0)
-    for name, parameter in task.parameters.items():
-        first, second = (moment.clone() for moment in state.moments[name])
-        optimizer.state[parameter] = {"step": torch.tensor(float(state.step)), "exp_avg": first, "exp_avg_sq": second}
+    optimizer = optimizer_of(section.optimizer, task.parameters, state.moments)
     last = min(state.step + section.check, section.steps)
     with torch.enable_grad(), attached(task.parameters.values()):
         for step in range(state.step, last):
@@ -112,10 +107,9 @@ def _advance(task: Task, section: Training, state: State, order: list[int], size
             optimizer.step()
             optimizer.zero_grad()
     values = {name: parameter.detach().clone() for name, parameter in task.parameters.items()}
-    moments = {name: (optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"]) for name, p in task.parameters.items()}
     score = task.score()
     best = values if score < min(state.scores) else state.best
-    return State(last, values, moments, best, (*state.scores, score))
+    return State(last, values, moments_of(optimizer, task.parameters), best, (*state.scores, score))
 
 
 class attached:

@@ -34,6 +34,7 @@ LEVELS = (
         "restart",
         "sequential",
         "learners",
+        "optimizers",
         "pace",
         "training",
         "loras",

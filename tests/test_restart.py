@@ -7,7 +7,7 @@ from handmade import logits, low_rank_like, tokens
 
 from compressor.errors import CompressorError
 from compressor.model import blocks, installed, linears, load
-from compressor.restart import Restart, block_outputs, forward_from
+from compressor.restart import Restart, block_outputs, forward_from, recomputing
 
 ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "mixtral", "gpt2", "opt", "gpt_neox"]
 
@@ -73,3 +73,24 @@ def test_blocks_that_pass_each_other_more_than_their_output_are_refused():
     second.register_forward_hook(lambda module, args, output: output + (passed.pop() if len(passed) > 1 else passed[0]))
     with pytest.raises(CompressorError, match="restarted between its blocks differs"):
         Restart(model, [tokens()])
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_blocks_that_run_again_keep_their_inputs_only_and_give_the_same_gradients(kind, device):
+    model, input_ids = tiny_model(kind).to(device), tokens().to(device)
+
+    def passed():
+        kept: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (kept.append(tensor), tensor)[1], lambda tensor: tensor):
+            found = model(input_ids=input_ids, use_cache=False).logits
+        gradients = torch.autograd.grad(found.square().mean(), list(model.parameters()), allow_unused=True)
+        parameters = {parameter.data_ptr() for parameter in model.parameters()}
+        return found, gradients, sum({one.data_ptr(): one.nbytes for one in kept if one.data_ptr() not in parameters}.values())
+
+    expected, gradients, whole = passed()
+    with recomputing(model):
+        found, again, less = passed()
+    assert torch.equal(found, expected) and less < 0.5 * whole
+    for one, other in zip(again, gradients, strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)
+    assert not any("forward" in block.__dict__ for block in blocks(model)[1])
