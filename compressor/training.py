@@ -4,7 +4,8 @@ The learning rate of a tensor is relative to the median of its absolute values, 
 of magnitude; some atoms and factors have a few entries a thousand times the others, which inputs hardly reach and a mean would follow.
 
 References: settings after AA-SVD's block refinement (arXiv 2604.02119; low-rank card 2.17): AdamW, warm-up of a tenth, cosine to a tenth,
-clipping at 1. Differs: no weight decay; relative learning rates; early stop.
+clipping at 1. Differs: no weight decay; relative learning rates; early stop; after a look that shows no progress, on from the best state at
+half the rate, since one rate does not suit a model that has lost half of everything and one that has lost a percent.
 """
 
 import math
@@ -91,14 +92,15 @@ def _reach(task: Task, section: Training, state: State, order: list[int], sizes:
 
 
 def _advance(task: Task, section: Training, state: State, order: list[int], sizes: dict[str, float]) -> State:
-    """The steps up to the next look, and the look."""
-    _load(task.parameters, state.parameters)
+    """The steps up to the next look, and the look. After one that showed no progress, from the best state, at half the rate."""
+    failed = sum(score >= min(state.scores[:look]) for look, score in enumerate(state.scores) if look)
+    _load(task.parameters, state.parameters if state.scores[-1] == min(state.scores) else state.best)
     optimizer = optimizer_of(section.optimizer, task.parameters, state.moments)
     last = min(state.step + section.check, section.steps)
     with torch.enable_grad(), attached(task.parameters.values()):
         for step in range(state.step, last):
             for group, name in zip(optimizer.param_groups, task.parameters, strict=True):
-                group["lr"] = section.learning_rate * sizes[name] * rate(step, section)
+                group["lr"] = section.learning_rate * sizes[name] * rate(step, section) / 2**failed
             loss = task.loss(order[step])
             if not math.isfinite(loss.item()):
                 raise NumericalError(f"{task.title}: the loss is {loss.item()} at step {step + 1}; lower the learning_rate of that section")

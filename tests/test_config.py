@@ -12,6 +12,7 @@ PRESETS = [
     "asvd",
     "awsvd",
     "best",
+    "best_float",
     "channels",
     "ci",
     "compot",

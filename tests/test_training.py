@@ -1,5 +1,6 @@
 """The training loop: its optimizers, and what they remember."""
 
+import itertools
 import sys
 
 import pytest
@@ -53,6 +54,16 @@ def test_optimizers_lower_the_loss_at_rates_relative_to_each_tensor(kind):
     assert moment_bytes(state, "small") == 8 * 7
 
 
+def test_after_a_look_without_progress_it_goes_on_from_the_best_state_at_half_the_rate():
+    task = toy()
+    steep = SECTION.model_copy(update={"steps": 40, "learning_rate": 4.0, "patience": 9})
+    scores = fit(task, steep, 0).scores
+    assert max(scores[1:4]) > scores[0] > 5 * min(scores) and len(scores) == 11
+    assert task.score() == min(scores)
+    seen = list(itertools.accumulate(scores, min))
+    assert scores[-1] < 2 * seen[-2]  # far from the best it has not gone again
+
+
 def test_moments_of_8_bits_are_about_those_of_32():
     task, other = toy(), toy()
     before = task.parameters["large"].clone()
@@ -65,7 +76,7 @@ def test_moments_of_8_bits_are_about_those_of_32():
 
 @pytest.mark.parametrize("kind", ["adamw", "adamw_8bit"])
 def test_a_stopped_fit_goes_on_to_the_same_bits(kind, tmp_path):
-    section = SECTION.model_copy(update={"optimizer": kind})
+    section = SECTION.model_copy(update={"optimizer": kind, "learning_rate": 0.02})
 
     def run(folder, stop_at=None, section=section):
         task, calls = toy(), []
