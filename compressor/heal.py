@@ -1,9 +1,7 @@
 """Healing: all blocks are trained together until the model's output distribution is that of the original again.
 
-References: label-free divergence from the original's logits after Minitron (arXiv 2407.14679); training only what the compressed linears
-store is WeLore's (arXiv 2407.11239) and ROCKET's (arXiv 2602.11008); healing card §8.
-
-Minimises the mean over positions of KL(original‖model), in nats, or of the cross-entropy of the next token, or of their sum.
+References: training only what the compressed linears store is WeLore's (arXiv 2407.11239) and ROCKET's (arXiv 2602.11008); healing card §8.
+`objectives` has what is minimised.
 
 The original is not kept as a second model: the outputs of its last block are cached, and its logits come from them through its own norm
 and head, which healing leaves as they are.
@@ -20,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from compressor.model import blocks
+from compressor.learners import leaves
+from compressor.model import blocks, installed
 from compressor.restart import block_outputs, forward_from, require_restartable
 from compressor.scoring import kl_sum
 
@@ -47,15 +46,16 @@ class Divergence(torch.autograd.Function):
 class Original:
     """What a model says, as it is now, to batches of windows, whatever is installed in its blocks later."""
 
-    def __init__(self, model: PreTrainedModel, batches: Sequence[Tensor]):
-        """batches: (batch, length) int64, on the model's device.
+    def __init__(self, model: PreTrainedModel, batches: Sequence[Tensor], keep: bool = True):
+        """batches: (batch, length) int64, on the model's device; keep: the outputs of the last block, else every question is a pass.
 
         Raises CompressorError if passes through this architecture cannot be restarted behind its blocks.
         """
         self.model, self.batches = model, list(batches)
         self.depth = len(blocks(model)[1])
+        self.dense = {name: module for name, module in leaves(model, {}, blocks(model)[1]).items() if len(module._parameters)}
         self.last: list[Any] = []
-        for batch in self.batches:
+        for batch in self.batches if keep else ():
             logits, outputs = block_outputs(model, batch)
             self.last.append(outputs[-1])
             if len(self.last) == 1:
@@ -63,18 +63,14 @@ class Original:
 
     def logits(self, index: int) -> Tensor:
         """Logits (batch, length, vocabulary) of the original for one batch."""
+        if not self.last:
+            return self.run(index)[0]
         return forward_from(self.model, self.depth, [self.last[index]] * self.depth, self.batches[index])
 
-    def loss(self, kind: str, index: int) -> Tensor:
-        """Loss of the model as it is now on one batch, nats for each position, with autograd; `kind` as in the recipe."""
-        batch = self.batches[index]
-        logits = self.model(input_ids=batch, use_cache=False).logits
-        total = logits.new_zeros(())
-        if kind in ("kl", "both"):
-            total = total + Divergence.apply(logits, self.logits(index)) / batch.numel()
-        if kind in ("ce", "both"):
-            total = total + functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
-        return total
+    def run(self, index: int) -> tuple[Tensor, list[Any]]:
+        """Logits of the original for one batch, and what each of its blocks returns, from a pass of its own."""
+        with installed(self.model, self.dense):
+            return block_outputs(self.model, self.batches[index])
 
     @torch.no_grad()
     def divergence(self) -> float:

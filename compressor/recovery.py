@@ -18,6 +18,7 @@ from compressor.linears import CompressedLinear
 from compressor.loras import Loras, input_metrics, mergeable
 from compressor.methods.base import ModuleMethod
 from compressor.model import blocks, installed
+from compressor.objectives import Objective
 from compressor.optimizers import require
 from compressor.pace import Pace, timed
 from compressor.plan import Choice, Plan
@@ -103,7 +104,9 @@ class _Recovery:
 
     def begin(self) -> None:
         with torch.no_grad():
-            self.originals = [Original(self.job.model, batches) for batches in self.batches(self.job.recipe.heal.batch_size)]
+            fit_on, heldout = self.batches(self.job.recipe.heal.batch_size)
+            keep = self.job.recipe.heal.teacher == "online"  # else calibration windows are asked for when healing comes to them
+            self.originals = Original(self.job.model, fit_on, keep), Original(self.job.model, heldout)
         self.before = self.divergence("before", self.modules)
 
     def batches(self, size: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -119,7 +122,7 @@ class _Recovery:
             with installed(self.job.model, modules):
                 return {name: one.divergence() for name, one in zip(("calibration", "heldout"), self.originals, strict=True)}
 
-        return self.store.recall("divergence", [stage, self.job.recipe.heal.batch_size], measure)
+        return self.store.recall("divergence", [stage, self.job.recipe.heal.batch_size, self.job.recipe.heal.teacher], measure)
 
     def fits(self, stage: str, share: float) -> bool:
         """Fit the steps of a stage to its share of the time that is left for training; False if there is none for a look."""
@@ -140,7 +143,7 @@ class _Recovery:
         fit_on, heldout = self.originals
         learners = self.learners(section)
         with installed(self.job.model, self.modules | learners.copies), attached(learners.parameters.values()):
-            return timed(partial(fit_on.loss, self.job.recipe.heal.loss), heldout.divergence, self.job.heldout.tokens.numel())
+            return timed(Objective(fit_on, self.job.recipe.heal).loss, heldout.divergence, self.job.heldout.tokens.numel())
 
     def judge(self, stage: str, modules: Modules, details: dict[str, Any]) -> None:
         """Take trained modules if the held-out divergence has fallen."""
@@ -165,7 +168,7 @@ class _Recovery:
         store = self.store = self.store.within(section.model_dump(mode="json"))
         again = recomputing(job.model) if section.checkpointing else nullcontext()
         with installed(job.model, self.modules | learners.copies), again:
-            task = Task("heal", learners.parameters, len(fit_on.batches), partial(fit_on.loss, section.loss), heldout.divergence)
+            task = Task("heal", learners.parameters, len(fit_on.batches), Objective(fit_on, section).loss, heldout.divergence)
             state = fit(task, section, job.recipe.seed, store, progress)
             metrics = [input_metrics(job.model, learners, fit_on.batches)] if isinstance(learners, Loras) else []
         modules = self.modules | rebuilt(learners.originals, learners.values(self.dtypes, *metrics))

@@ -26,14 +26,21 @@ def block_outputs(model: PreTrainedModel, input_ids: Tensor) -> tuple[Tensor, li
 
     input_ids: (batch, length) int64.
     """
-    outputs: list[Any] = []
-    handles = [block.register_forward_hook(lambda module, args, output: outputs.append(output)) for block in blocks(model)[1]]
-    try:
+    with watching(blocks(model)[1]) as outputs:
         logits = model(input_ids=input_ids, use_cache=False).logits
+    return logits, outputs
+
+
+@contextmanager
+def watching(modules: nn.ModuleList) -> Iterator[list[Any]]:
+    """The list to which each module adds what it returns (a tensor or a tuple) inside the `with`."""
+    outputs: list[Any] = []
+    handles = [module.register_forward_hook(lambda module, args, output: outputs.append(output)) for module in modules]
+    try:
+        yield outputs
     finally:
         for handle in handles:
             handle.remove()
-    return logits, outputs
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, Strict
+from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
 
 T = TypeVar("T")
 Many = Annotated[tuple[T, ...], Strict(False)]  # a YAML list
@@ -56,3 +56,17 @@ class Heal(Training):
     """Divergence from the original's distribution (needs no labels), cross-entropy of the text, or the sum of the two."""
     checkpointing: bool = False
     """Whether blocks run again in the backward pass, in place of keeping what they computed: less memory, more time."""
+    features: NonNegative = 0.0
+    """Weight of the distances between the outputs of blocks in the original and in the model, relative to their size."""
+    teacher: Literal["online", "cached"] = "online"
+    """Whether the original's whole distribution is made from cached outputs of its last block, or its likeliest tokens are cached."""
+    top: Count = 64
+    """Tokens at each position that a cached teacher keeps apart; all others are one outcome."""
+
+    @model_validator(mode="after")
+    def _what_the_teacher_is_for(self) -> "Heal":
+        if self.teacher == "cached" and self.loss == "ce":
+            raise ValueError("needs no teacher for loss: ce; leave teacher: cached out")
+        if self.teacher == "cached" and self.features:
+            raise ValueError("runs the original for features, which teacher: cached does without; set teacher to online or features to 0")
+        return self

@@ -21,6 +21,7 @@ from compressor.heal import Divergence, Original
 from compressor.learners import Learners, learning, rebuilt
 from compressor.linears import Adapted, Packed
 from compressor.model import blocks, installed, linears
+from compressor.objectives import Objective
 from compressor.progress import silent
 from compressor.recovery import training
 from compressor.sections import Heal
@@ -38,10 +39,14 @@ def modules_of(model, rank=4):
     return {name: low_rank(info.module.weight, None, rank, True) for name, info in linears(model).items() if "down" in name}
 
 
+def loss_of(original, kind="kl", **settings):
+    return Objective(original, Heal(loss=kind, **settings)).loss
+
+
 def task_of(model, modules, kind="kl", train="everything"):
     original = Original(model, [windows()])
     learners = Learners(model, modules, blocks(model)[1], train)
-    return original, learners, Task("heal", learners.parameters, 1, lambda index: original.loss(kind, index), original.divergence)
+    return original, learners, Task("heal", learners.parameters, 1, loss_of(original, kind), original.divergence)
 
 
 def test_the_losses_are_those_of_the_definition():
@@ -52,7 +57,7 @@ def test_the_losses_are_those_of_the_definition():
         original = Original(model, [batch])
         with installed(model, modules):
             found = functional.log_softmax(model(input_ids=batch).logits, -1)
-            losses = {kind: original.loss(kind, 0).item() for kind in ("kl", "ce", "both")}
+            losses = {kind: loss_of(original, kind)(0).item() for kind in ("kl", "ce", "both")}
             divergence = original.divergence()
     kl = (expected.exp() * (expected - found)).sum(-1).mean().item()
     ce = functional.cross_entropy(found[:, :-1].flatten(0, 1), batch[:, 1:].flatten()).item()
@@ -66,7 +71,7 @@ def test_a_student_that_is_the_teacher_has_no_loss_and_does_not_move():
         original, learners, task = task_of(model, {})
         before = {name: tensor.detach().clone() for name, tensor in learners.parameters.items()}
         with installed(model, learners.copies):
-            assert original.loss("kl", 0).item() == 0 and original.divergence() == 0
+            assert loss_of(original)(0).item() == 0 and original.divergence() == 0
             state = fit(task, SECTION, 0)
     assert state.scores[-1] == 0 and len(learners.parameters) == 18
     assert all(torch.equal(tensor, before[name]) for name, tensor in learners.parameters.items())
@@ -78,10 +83,10 @@ def test_the_loss_of_one_batch_falls(kind):
     with training(model):
         original, learners, task = task_of(model, modules_of(model), kind)
         with installed(model, learners.copies):
-            before = original.loss(kind, 0).item()
-            task = Task("heal", task.parameters, 1, task.loss, lambda: original.loss(kind, 0).item())
+            before = loss_of(original, kind)(0).item()
+            task = Task("heal", task.parameters, 1, task.loss, lambda: loss_of(original, kind)(0).item())
             state = fit(task, SECTION, 0)
-            assert original.loss(kind, 0).item() == pytest.approx(min(state.scores), rel=CLOSE)
+            assert loss_of(original, kind)(0).item() == pytest.approx(min(state.scores), rel=CLOSE)
     assert min(state.scores) < {"kl": 0.5, "ce": 0.99, "both": 0.99}[kind] * before
 
 

@@ -40,6 +40,7 @@ LEVELS = (
         "loras",
         "repair",
         "heal",
+        "objectives",
         "gate",
     ),
     ("assignments", "decompose", "curves", "probe", "units", "rules", "planning"),

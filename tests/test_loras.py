@@ -9,7 +9,7 @@ from conftest import tiny_model
 from handmade import compressed
 from killed import contents
 from observed import windows
-from test_heal import SECTION
+from test_heal import SECTION, loss_of
 from test_pipeline import recipe
 from test_repair import DOWN, MADE
 from torch.nn import functional
@@ -107,7 +107,7 @@ def test_only_products_learn_and_the_loss_falls():
         before = deepcopy({name: lora.module.state_dict() for name, lora in loras.copies.items()})
         assert len(loras.copies) == 8 and {key.rpartition(".")[2] for key in loras.parameters} == {"up", "down"}
         with installed(dense, modules | loras.copies):
-            task = Task("heal", loras.parameters, 1, lambda index: original.loss("kl", index), original.divergence)
+            task = Task("heal", loras.parameters, 1, loss_of(original), original.divergence)
             scores = fit(task, SECTION, 0).scores
             metrics = input_metrics(dense, loras, original.batches)
     assert min(scores) < 0.8 * scores[0] and metrics.keys() == set(names)
