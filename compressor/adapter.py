@@ -53,18 +53,20 @@ class Adapter:
 
 
 def squeezed(
-    source: Path, output: Path, rank: int | None = None, keep: float | None = None, stats: Path | None = None, overwrite: bool = False
+    source: str | Path, output: Path, rank: int | None = None, keep: float | None = None, stats: Path | None = None, overwrite: bool = False
 ) -> dict[str, Any]:
     """Write an adapter of smaller ranks; return what became of each module. Exactly one of rank and keep.
 
-    rank: of every module that has more; keep: fraction of the parameters, shared out over all modules; stats: statistics of the base,
-    whose Gram then measures what is lost, per token. Raises ConfigError or BudgetError for what has to be changed, CheckpointError for a
-    folder that is damaged or reads back as something else, DataError for statistics that do not belong to the adapter.
+    source: folder, or hub identifier; rank: of every module that has more; keep: fraction of the parameters, shared out over all modules;
+    stats: statistics of the base, whose Gram then measures what is lost, per token. Raises ConfigError or BudgetError for what has to be
+    changed, CheckpointError for a folder that is damaged or reads back as something else, DataError for statistics that do not belong to
+    the adapter.
     """
     if (rank is None) == (keep is None):
         raise ConfigError("give either --rank or --keep")
     if keep is not None and not 0 < keep <= 1:
         raise ConfigError(f"--keep {keep:g}: expected the fraction kept, above 0 and at most 1")
+    source = folder.resolve(source)
     check_source(source)
     preflight(output, source, overwrite, sum(path.stat().st_size for path in source.glob("*.safetensors")))
     adapter = read(source)
@@ -87,8 +89,6 @@ def squeezed(
 
 def check_source(path: Path) -> None:
     """Raise unless the folder holds an adapter in the one format that is safe to open."""
-    if not path.is_dir():
-        raise ConfigError(f"{path}: there is no such folder; give the folder of a PEFT adapter")
     if not (path / CONFIG).exists():
         raise ConfigError(f"{path}: has no {CONFIG}; give the folder of a PEFT adapter")
     if (path / "adapter_model.bin").exists() and not (path / WEIGHTS).exists():

@@ -15,7 +15,9 @@ app = typer.Typer(help="Tools for LoRA adapters of PEFT.", no_args_is_help=True)
 @app.command()
 @verb
 def squeeze(
-    adapter: Annotated[Path, Argument(metavar="ADAPTER", help="Folder of a PEFT adapter: plain LoRA.", show_default=False)],
+    adapter: Annotated[
+        str, Argument(metavar="ADAPTER", help="PEFT adapter, plain LoRA: its folder or hub identifier.", show_default=False)
+    ],
     output: Annotated[Path, Argument(metavar="OUTPUT", help="Folder to write.", show_default=False)],
     rank: Annotated[int | None, Option(metavar="R", help="Rank of every module that has more.")] = None,
     keep: Annotated[float | None, Option(metavar="FRACTION", help="Fraction kept of the adapter's parameters, over all modules.")] = None,

@@ -259,6 +259,16 @@ def test_statistics_of_another_model_are_refused(trained, tmp_path, statistics, 
     assert not (tmp_path / "out").exists()
 
 
+def test_an_adapter_may_come_from_the_hub(trained, tmp_path, monkeypatch):
+    local = trained()
+    asked = []
+    monkeypatch.setattr(folder, "download", lambda name, revision: (asked.append(name), local)[1])
+    found = adapter.squeezed("organisation/adapter", tmp_path / "out", rank=2)
+    assert asked == ["organisation/adapter"] and {module["rank_after"] for module in found["modules"]} == {2}
+    with pytest.raises(ConfigError, match="there is no such folder"):
+        adapter.squeezed(str(tmp_path / "nowhere"), tmp_path / "other", rank=2)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -231,3 +231,13 @@ def test_calibrations_go_on_too(tiny_llama, text_file, tmp_path):
     assert len(list((tmp_path / "stats.journal" / "store").iterdir())) == 2
     pipeline.calibrate(made, tmp_path / "stats")
     assert contents(tmp_path / "stats") == contents(tmp_path / "expected")
+
+
+def test_a_journal_that_cannot_be_begun_says_why_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(path, text):
+        raise OSError(28, "No space left on device", str(path))
+
+    with pytest.raises(OSError, match="No space left"), journal.Journal(tmp_path / "out") as begun:
+        monkeypatch.setattr(journal, "replace_text", lambda path, text: full(path, text) if path.name == journal.RUN else None)
+        begun.begin({"recipe": 1})
+    assert os.listdir(tmp_path) == []
