@@ -79,9 +79,7 @@ def solved_if_better(start: Allocated, stats: dict[str, LinearStats], progress: 
     kept = heldout is not None and heldout < start.heldout
     found = start.plan.search | {"in order": {"heldout": heldout, "kept": kept}}
     if not kept:
-        calibration = job.recipe.calibration.model_copy(update={"sequential": False})
-        job = replace(job, recipe=job.recipe.model_copy(update={"calibration": calibration}))
-        return job, replace(start.plan, search=found), start.modules
+        return replace(job, recipe=search.not_in_order(job.recipe)), replace(start.plan, search=found), start.modules
     plan, modules = made[0] if made else solve(progress)
     return job, replace(plan, search=found), modules
 

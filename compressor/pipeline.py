@@ -204,7 +204,7 @@ def calibrate(
         source = stages.open_source(recipe.model.name, recipe.model.revision, progress)
         preflight(output, source.path, overwrite, 0)
         job = stages.start(recipe, source, progress)
-        job = stages.needing(job, [*search.recipes(recipe), *others])
+        job = stages.needing(job, [every for one in (recipe, *others) for every in (one, *search.recipes(one))])
         job = stages.keeping(job, journal.begin(described(job, None, None)))
         collected = stages.statistics(job, progress)
         mark = stages.fingerprint(job)

@@ -217,6 +217,8 @@ def model_card(report: dict[str, Any], recipe_yaml: str, source_name: str, licen
         mix=method_mix(report),
         least_kept=least_kept(report),
         residuals=residuals(report),
+        searched=searched(report),
+        trained=[stage for stage, outcome in report["trained"].items() if outcome["kept"]],
         kept=kept_removed(report["kept"]["targets"]),
         recipe=recipe_yaml.strip(),
         fence="`" * max(3, longest + 1),

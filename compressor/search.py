@@ -115,7 +115,15 @@ def chosen(job: Job, plan: Plan) -> Job:
     """The job with the recipe that the search of an earlier run chose, as its plan says."""
     if not plan.search:
         return job
-    return with_recipe(job, Trial(tuple(plan.search["kinds"]), tuple(plan.search["settings"])).recipe(job.recipe))
+    recipe = Trial(tuple(plan.search["kinds"]), tuple(plan.search["settings"])).recipe(job.recipe)
+    if not plan.search.get("in order", {}).get("kept"):
+        recipe = not_in_order(recipe)
+    return with_recipe(job, recipe)
+
+
+def not_in_order(recipe: Recipe) -> Recipe:
+    """The same recipe, every linear solved on the inputs of the dense model."""
+    return recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"sequential": False})})
 
 
 def with_recipe(job: Job, recipe: Recipe) -> Job:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -186,6 +187,18 @@ def test_model_card_of_a_folder_names_no_place_on_this_machine_and_claims_no_lic
     front = yaml.safe_load(card.split("---\n")[1])
     assert "/home" not in card and "# my model, compressed" in card
     assert "license" not in front and "base_model" not in front
+
+
+def test_model_card_says_what_was_trained_and_what_was_searched(plan):
+    card = model_card(build(plan, SIZES, "bits"), "seed: 0", "org/base")
+    assert "Nothing was trained" in card and "earch" not in card
+    trials = [{"heldout": 0.5, "kept": True}, {"heldout": None, "kept": False}, {"heldout": 0.25, "kept": True}]
+    trained = {"repair": {"kept": False}, "heal": {"kept": True}}
+    card = model_card(
+        build(replace(plan, trained=trained, search={"trials": trials, "heldout": 0.25}), SIZES, "bits"), "seed: 0", "org/base"
+    )
+    assert "Nothing was trained" not in card and "calibration text (heal; no labels" in card
+    assert "Search: from held-out KL 0.5 to 0.25; of 2 trials 1 stayed, 1 did not fit size or budget." in card
 
 
 def test_recipe_with_backticks_stays_inside_its_fence(plan):
