@@ -9,6 +9,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 .PHONY: install run sweep test slow faults check gate bench clean
 
@@ -27,13 +28,13 @@ sweep: install
 	$(BIN)/compressor sweep examples/sweep.yaml out/sweep
 
 test: install
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 slow: install
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 faults: install
-	$(BIN)/python -m pytest -m faults
+	$(PYTEST) -m faults
 
 check: install
 	$(BIN)/ruff check .
