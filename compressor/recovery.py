@@ -129,9 +129,10 @@ class _Recovery:
         job, section = self.job, getattr(self.job.recipe, stage)
         if not job.clock.limited:
             return True
-        pace = self.store.recall("pace", section.train, partial(self.pace, section))
+        key = [stage, section.model_dump(mode="json"), job.recipe.heal.model_dump(mode="json")]
+        pace = self.store.recall("pace", key, partial(self.pace, section))
         left = job.clock.left - pace.reserve(evaluated_tokens(job))
-        steps = self.store.recall("steps", stage, lambda: pace.steps(section, share * left, job.recipe.heal.batch_size))
+        steps = self.store.recall("steps", key, lambda: pace.steps(section, share * left, job.recipe.heal.batch_size))
         if not steps:
             self.outcomes[stage] = {"kept": False, "before": self.before, "after": self.before, "steps": 0}
             return False
