@@ -45,7 +45,8 @@ def plan_and_build(
             made = finer.judged(job, made, (start.plan, start.modules), found, stats)
     if job.recipe.trains:
         with watch("train"):
-            made, modules = recovery.recover(job, made, modules, found, progress)
+            again = partial(refine.in_order, job, start.plan, start.modules, found, stats, edited)
+            made, modules = recovery.recover(job, made, modules, found, progress, again)
     if searched:
         made, modules = better(start, made, modules)
     return replace(stages.with_gram_errors(made, job, modules, stats), curves=tuple(curves.summary(found))), modules

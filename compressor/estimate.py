@@ -150,10 +150,10 @@ def memory(recipe: Recipe, source: ModelFolder, assignments: dict[str, Assignmen
 
 
 def streams(recipe: Recipe, assignments: dict[str, Assignment]) -> int:
-    """Bytes, about, of the block outputs that sequential solves carry, in float32: one stream, and with anchoring a second."""
+    """Bytes in memory, about, of the block outputs that sequential solves carry, in float32: one stream, and with anchoring a second."""
     section, hidden = recipe.calibration, min(a.info.in_features for a in assignments.values())
     tokens = (section.windows - heldout_count(section.windows, section.heldout)) * section.length
-    return 4 * tokens * hidden * (2 if section.anchor else 1)
+    return min(size_in_bytes(section.cache), 4 * tokens * hidden * (2 if section.anchor else 1))
 
 
 def seconds(recipe: Recipe, source: ModelFolder, assignments: dict[str, Assignment], depth: int) -> dict[str, float]:

@@ -6,8 +6,8 @@ References: training only what the compressed linears store is WeLore's (arXiv 2
 The original is not kept as a second model: the outputs of its last block are cached, and its logits come from them through its own norm
 and head, which healing leaves as they are.
 
-Memory: windows × length × hidden size × 4 bytes for the cache, the logits of one batch three times, and the activations, gradients and
-moments of all blocks.
+Memory: windows × length × hidden size × 4 bytes for these outputs, of which no more than the cache allows is held in memory, the logits
+of one batch three times, and the activations, gradients and moments of all blocks.
 """
 
 from collections.abc import Sequence
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from compressor.cache import Cache
 from compressor.learners import leaves
 from compressor.model import blocks, installed
 from compressor.restart import block_outputs, forward_from, require_restartable
@@ -46,19 +47,20 @@ class Divergence(torch.autograd.Function):
 class Original:
     """What a model says, as it is now, to batches of windows, whatever is installed in its blocks later."""
 
-    def __init__(self, model: PreTrainedModel, batches: Sequence[Tensor], keep: bool = True):
-        """batches: (batch, length) int64, on the model's device; keep: the outputs of the last block, else every question is a pass.
+    def __init__(self, model: PreTrainedModel, batches: Sequence[Tensor], keep: bool = True, cache: Cache | None = None):
+        """batches: (batch, length) int64, on the model's device; keep: the outputs of the last block, in `cache`, else every question is
+        a pass.
 
         Raises CompressorError if passes through this architecture cannot be restarted behind its blocks.
         """
         self.model, self.batches = model, list(batches)
         self.depth = len(blocks(model)[1])
         self.dense = {name: module for name, module in leaves(model, {}, blocks(model)[1]).items() if len(module._parameters)}
-        self.last: list[Any] = []
-        for batch in self.batches if keep else ():
+        self.last = (Cache() if cache is None else cache).batches(len(self.batches) if keep else 0)
+        for index, batch in enumerate(self.batches[: len(self.last)]):
             logits, outputs = block_outputs(model, batch)
-            self.last.append(outputs[-1])
-            if len(self.last) == 1:
+            self.last[index] = outputs[-1]
+            if index == 0:
                 require_restartable(model, logits, self.logits(0), "switch repair and heal off")
 
     def logits(self, index: int) -> Tensor:

@@ -43,6 +43,7 @@ class Journal:
         if self.folder.exists():
             self._acquire()
             recover(self.output)
+            self._tidy()
             if self.restart:
                 self._remove()
         return self
@@ -50,6 +51,7 @@ class Journal:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if not self.lock.is_locked:
             return
+        self._tidy()
         if kind is None or (self.new and (self.store is None or not any(self.store.folder.glob("*")))):
             self._remove()
             return
@@ -58,6 +60,11 @@ class Journal:
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             print(f"stopped; the same command goes on from {self.folder.name}, `compressor clean` removes it", file=sys.stderr)
         self.lock.release()
+
+    @property
+    def scratch(self) -> Path:
+        """Folder for what a run does not hold in memory; of no use to the next one."""
+        return self.folder / "scratch"
 
     @property
     def committed(self) -> bool:
@@ -107,6 +114,10 @@ class Journal:
             who = owner.read_text(encoding="utf-8") if owner.exists() else "one that has just started"
             raise ConfigError(f"{self.output}: another process is writing it ({who}); wait for it, or choose another output") from None
         replace_text(self.folder / OWNER, f"process {os.getpid()} on {socket.gethostname()}")
+
+    def _tidy(self) -> None:
+        if self.scratch.exists():
+            remove(self.scratch)
 
     def _remove(self) -> None:
         remove(self.folder)

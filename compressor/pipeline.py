@@ -82,7 +82,7 @@ def compress(
         source = stages.open_source(recipe.model.name, recipe.model.revision, progress)
         preflight(output, source.path, overwrite, source.weight_bytes + ROOM)
         job = replace(stages.start(recipe, source, progress), clock=clock)
-        job = stages.keeping(job, journal.begin(described(job, edited, stats), shared))
+        job = stages.keeping(job, journal.begin(described(job, edited, stats), shared), journal.scratch)
         with watch("calibrate"):
             collected = artifacts.load_statistics(stats, stages.fingerprint(job)) if stats else search.statistics(job, progress)
         made, modules = plan_and_build(job, collected, edited, watch, progress)

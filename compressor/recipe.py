@@ -81,6 +81,8 @@ class Calibration(Section):
     """Last windows kept out of the statistics, for the probe and for choices; null for an eighth of them, 16 at most."""
     memory: Size = "4GiB"
     """Memory for the second moments collected in one pass; more passes are made when they do not fit."""
+    cache: Size = "4GiB"
+    """Memory for what blocks return, kept from block to block by sequential solves, repair and healing; the rest lies on disk."""
     gradients: Gradients = Gradients()
     sequential: bool = False
     """Whether, once methods and sizes are fixed, linears are solved again in order, each on what the compressed ones before it leave."""

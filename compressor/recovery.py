@@ -1,6 +1,6 @@
 """Repair and healing of the modules of a plan: each is kept only where the divergence on the held-out windows falls."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -25,7 +25,7 @@ from compressor.plan import Choice, Plan
 from compressor.planning import Found
 from compressor.progress import Progress, silent
 from compressor.recipe import Recipe
-from compressor.refine import Stack, only, setting_of
+from compressor.refine import Run, Stack, only, setting_of
 from compressor.repair import repair_blocks
 from compressor.restart import recomputing
 from compressor.scoring import in_float32
@@ -35,14 +35,18 @@ from compressor.store import Store
 from compressor.training import Task, attached, fit
 
 Modules = dict[str, nn.Module]
+Again = Callable[[Store], Run]
 
 REPAIR = 1 / 3  # of the time left for training, where healing follows
 
 
-def recover(job: Job, plan: Plan, modules: Modules, found: Found, progress: Progress = silent) -> tuple[Plan, Modules]:
+def recover(
+    job: Job, plan: Plan, modules: Modules, found: Found, progress: Progress = silent, again: Again | None = None
+) -> tuple[Plan, Modules]:
     """Train what the modules of a plan store, as the recipe says; return its choices, measured again, and the modules to install.
 
-    These now hold norms and dense linears too, where they have changed. The job's model is left as it was.
+    These now hold norms and dense linears too, where they have changed. The job's model is left as it was. again: of a plan that was
+    solved in order, what solves it once more, each block behind repaired ones; it keeps its pieces in the store that it is given.
     Raises ConfigError without held-out windows, and where LoRA is to be merged into integers alone.
     """
     if not len(job.heldout.tokens):
@@ -53,10 +57,10 @@ def recover(job: Job, plan: Plan, modules: Modules, found: Found, progress: Prog
     with training(job.model):
         recovery.begin()
         if job.recipe.repair.enabled and recovery.fits("repair", REPAIR if job.recipe.heal.enabled else 1.0):
-            recovery.repair(progress)
+            recovery.repair(progress, again)
         if job.recipe.heal.enabled and recovery.fits("heal", 1.0):
             recovery.heal(progress)
-    return measured(plan, job, recovery.modules, found, recovery.outcomes), recovery.modules
+    return measured(recovery.plan, job, recovery.modules, found, recovery.outcomes), recovery.modules
 
 
 def require_optimizers(recipe: Recipe) -> None:
@@ -96,7 +100,7 @@ class _Recovery:
     """The modules of a plan, replaced by trained ones where that helps; `outcomes` says what each stage did."""
 
     def __init__(self, job: Job, plan: Plan, modules: Modules):
-        self.job, self.modules = job, modules
+        self.job, self.plan, self.modules = job, plan, modules
         self.outcomes: dict[str, Any] = {}
         self.dtypes = stored_dtypes(job, modules)
         recipe = job.recipe.model_dump(mode="json", include={"seed", "budget", "method", "allocation", "compensation", "output", "repair"})
@@ -106,7 +110,8 @@ class _Recovery:
         with torch.no_grad():
             fit_on, heldout = self.batches(self.job.recipe.heal.batch_size)
             keep = self.job.recipe.heal.teacher == "online"  # else calibration windows are asked for when healing comes to them
-            self.originals = Original(self.job.model, fit_on, keep), Original(self.job.model, heldout)
+            model, cache = self.job.model, self.job.cache
+            self.originals = Original(model, fit_on, keep, cache), Original(model, heldout, cache=cache)
         self.before = self.divergence("before", self.modules)
 
     def batches(self, size: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -146,19 +151,31 @@ class _Recovery:
         with installed(self.job.model, self.modules | learners.copies), attached(learners.parameters.values()):
             return timed(Objective(fit_on, self.job.recipe.heal).loss, heldout.divergence, self.job.heldout.tokens.numel())
 
-    def judge(self, stage: str, modules: Modules, details: dict[str, Any]) -> None:
-        """Take trained modules if the held-out divergence has fallen."""
+    def judge(self, stage: str, modules: Modules, details: dict[str, Any], plan: Plan | None = None) -> None:
+        """Take trained modules, and the plan that they have now, if the held-out divergence has fallen."""
         after = self.divergence(stage, modules)
         kept = after["heldout"] < self.before["heldout"]
         self.outcomes[stage] = {"kept": kept, "before": self.before, "after": after} | details
         if kept:
-            self.modules, self.before = modules, after
+            self.modules, self.before, self.plan = modules, after, plan or self.plan
 
-    def repair(self, progress: Progress) -> None:
-        recipe = self.job.recipe
-        batches = self.batches(recipe.repair.batch_size)
-        modules, found = repair_blocks(self.job.model, self.modules, self.dtypes, batches, recipe.repair, recipe.seed, self.store, progress)
-        self.judge("repair", modules, {"blocks": [block.to_json() for block in found]})
+    def repair(self, progress: Progress, again: Again | None) -> None:
+        """Repair block after block; in order, solve each on what the repaired ones before it leave, unless time is short."""
+        job, section = self.job, self.job.recipe.repair
+        run = again(self.store) if again and job.recipe.calibration.sequential and not job.clock.limited else None
+        modules, found = repair_blocks(
+            job.model,
+            {} if run else self.modules,
+            self.dtypes,
+            self.batches(section.batch_size),
+            section,
+            job.recipe.seed,
+            self.store,
+            progress,
+            job.cache,
+            run.block if run else lambda streams: {},
+        )
+        self.judge("repair", modules, {"blocks": [block.to_json() for block in found]}, run and run.plan)
 
     def heal(self, progress: Progress) -> None:
         job, section = self.job, self.job.recipe.heal

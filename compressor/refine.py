@@ -19,9 +19,10 @@ from compressor.plan import Choice, Plan
 from compressor.planning import Found
 from compressor.progress import Progress, silent
 from compressor.recipe import Recipe
-from compressor.sequential import solve_in_order
+from compressor.sequential import Streams, solve_block, solve_in_order
 from compressor.stages import Job
 from compressor.stats import LinearStats
+from compressor.store import Store
 
 Modules = dict[str, CompressedLinear]
 READERS = ("o", "down", "fc2")  # linears that read what the others of their module write
@@ -42,11 +43,7 @@ def finish(
     settled on the plan's modules. stats: of the dense model; their gradient sums serve in either case. edited: a plan whose ranks are
     taken as they are. Raises ConfigError for residuals that do not fit.
     """
-    if edited is None:
-        ranks = job.store.recall("ranks", plan.to_json(), partial(ranks_of, job, plan, modules, stats))
-    else:
-        ranks = {name: choice.residual or 0 for name, choice in edited.linears.items()}
-    run = _Run(job, plan, modules, found, stats, ranks)
+    run = in_order(job, plan, modules, found, stats, edited, job.store)
     if not job.recipe.calibration.sequential:
         for name in progress(list(modules), "compensate"):
             run.solve([name], None)
@@ -57,12 +54,24 @@ def finish(
                 {name: assignment.info for name, assignment in job.assignments.items() if name in modules},
                 [batch.to(job.device) for batch in job.calibration.tokens.split(job.recipe.calibration.batch_size)],
                 {name: assignment.needs for name, assignment in job.assignments.items()},
-                job.recipe.calibration.anchor > 0,
+                run.section.anchor > 0,
                 run.solve,
                 run.keep,
                 progress,
+                job.cache,
             )
-    return replace(plan, linears=run.choices), run.modules
+    return run.plan, run.modules
+
+
+def in_order(
+    job: Job, plan: Plan, modules: Modules, found: Found, stats: dict[str, LinearStats], edited: Plan | None, store: Store
+) -> "Run":
+    """What `finish` works with, nothing solved yet. store: where it keeps the modules of blocks."""
+    if edited is None:
+        ranks = job.store.recall("ranks", plan.to_json(), partial(ranks_of, job, plan, modules, stats))
+    else:
+        ranks = {name: choice.residual or 0 for name, choice in edited.linears.items()}
+    return Run(job, plan, modules, found, stats, ranks, store)
 
 
 def ranks_of(job: Job, plan: Plan, modules: Modules, stats: dict[str, LinearStats]) -> dict[str, int]:
@@ -116,15 +125,29 @@ class Stack:
         return torch.cat([module.to_dense() for module in self.modules])
 
 
-class _Run:
+class Run:
     """The modules and choices of a plan, replaced group by group."""
 
-    def __init__(self, job: Job, plan: Plan, modules: Modules, found: Found, stats: dict[str, LinearStats], ranks: dict[str, int]):
+    def __init__(
+        self, job: Job, plan: Plan, modules: Modules, found: Found, stats: dict[str, LinearStats], ranks: dict[str, int], store: Store
+    ):
         self.job, self.found, self.stats, self.ranks = job, found, stats, ranks
         self.section = job.recipe.calibration
-        self.choices, self.modules = dict(plan.linears), dict(modules)
-        self.store = job.store.within(plan.to_json(), ranks)
+        self.planned, self.choices, self.modules = plan, dict(plan.linears), dict(modules)
+        self.store = store.within(plan.to_json(), ranks, [self.section.anchor, *self.section.anchor_damping])
         self.waiting: dict[str, Part] = {}  # linears of modules whose last one has not been reached
+
+    @property
+    def plan(self) -> Plan:
+        """The plan with the choices as they are now."""
+        return replace(self.planned, linears=self.choices)
+
+    def block(self, streams: Streams) -> Modules:
+        """Final modules of the block that streams have come to."""
+        members = {name: one.info for name, one in self.job.assignments.items() if name in self.modules and one.info.block == streams.block}
+        needs = {name: self.job.assignments[name].needs for name in members}
+        made = partial(solve_block, streams, members, needs, self.section.anchor > 0, self.solve)
+        return self.keep(list(members), made) if members else {}
 
     def solve(self, names: Sequence[str], sums: LinearStats | None) -> Modules:
         """Final modules of linears that read the same inputs, from their sums; None: those of the dense model, the plan's modules serve."""

@@ -7,25 +7,32 @@ Minimises, over what the block stores, the mean over tokens of ‖y − ŷ‖² 
 blocks, ŷ that of the compressed block behind compressed blocks. The published loss is not divided by ‖y‖²; then the few tokens with
 massive activations are all that counts, while the norm that reads the output divides by ‖y‖ itself.
 
-Memory: three copies of the hidden states of all windows, windows × length × hidden size × 4 bytes each, and the activations, gradients
-and moments of one block.
+Memory: two copies of the hidden states of all windows, windows × length × hidden size × 4 bytes each, of which no more than the cache
+allows is held in memory, and the activations, gradients and moments of one block.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from compressor.cache import Cache
+from compressor.codec import borrower
 from compressor.learners import Learners, Values, rebind, rebuilt
+from compressor.linears import CompressedLinear
 from compressor.model import blocks, installed
 from compressor.progress import Progress, silent
 from compressor.sections import Repair
 from compressor.sequential import Streams
 from compressor.store import NOWHERE, Store
 from compressor.training import Task, fit
+
+Modules = dict[str, nn.Module]
 
 
 @dataclass(frozen=True)
@@ -51,17 +58,24 @@ def repair_blocks(
     seed: int,
     store: Store = NOWHERE,
     progress: Progress = silent,
-) -> tuple[dict[str, nn.Module], list[BlockRepair]]:
+    cache: Cache | None = None,
+    solve: Callable[[Streams], Mapping[str, nn.Module]] = lambda streams: {},
+) -> tuple[Modules, list[BlockRepair]]:
     """Repair block after block; return all modules that now differ from those of the model, and what became of each block.
 
     model: dense, computing in float32 or wider, left as it is; modules: those that compress it; dtypes: of every parameter as it will be
     stored, by full name; windows: batches (batch, length) int64 to fit on, and held-out ones; `store` must depend on all of these.
+    solve: modules of the block that the streams have come to, in place of those of `modules`, made behind what has been repaired; it is
+    called once more behind the last block. Modules that are given or solved stay as they are.
     """
     prefix, members = blocks(model)
-    found, outcomes = dict(modules), []
+    found, outcomes = owned(modules), []
     with torch.no_grad():
-        streams, heldout = (Streams(model, list(batches), anchored=True, cure="switch repair off") for batches in windows)
+        cure, shared = "switch repair off", Cache() if cache is None else cache
+        streams, heldout = (Streams(model, list(batches), anchored=True, cure=cure, cache=shared) for batches in windows)
         for number in progress(range(len(members)), "repair"):
+            found |= owned(solve(streams))
+            rebind(found)
             inside = f"{prefix}.{number}."
             here = {name: module for name, module in found.items() if name.startswith(inside)}
             learners = Learners(model, here, [members[number]] if here or streams.parted else [], section.train)
@@ -71,10 +85,16 @@ def repair_blocks(
                 found |= rebuilt(learners.originals, outcomes[-1].values)
                 rebind(found)
                 here = {name: module for name, module in found.items() if name.startswith(inside)}
-            if number + 1 < len(members):
-                streams.advance(here)
-                heldout.advance(here)
+            streams.advance(here)
+            heldout.advance(here)
+        found |= owned(solve(streams))
     return found, outcomes
+
+
+def owned(modules: Mapping[str, nn.Module]) -> Modules:
+    """The same modules, but copies of those that borrow atoms: they are to borrow them from others."""
+    borrowing = {name for name, module in modules.items() if isinstance(module, CompressedLinear) and borrower(module)}
+    return {name: deepcopy(module) if name in borrowing else module for name, module in modules.items()}
 
 
 def _repair(
@@ -87,41 +107,38 @@ def _repair(
     seed: int,
 ) -> BlockRepair:
     model, number = streams.model, streams.block
-    wanted, expected = targets(streams), targets(heldout)
-    before = error(heldout, expected, here)
+    for each in (streams, heldout):
+        each.lead()
+    before = error(heldout, here)
 
     def loss(index: int) -> Tensor:
-        return distances(streams, index, wanted).mean()
+        return distances(streams, index).mean()
 
     title = f"repair of block {number}"
     with installed(model, learners.copies):
-        state = fit(Task(title, learners.parameters, len(wanted), loss, partial(error, heldout, expected, {})), section, seed + number)
+        task = Task(title, learners.parameters, len(streams.batches), loss, partial(error, heldout, {}))
+        state = fit(task, section, seed + number)
     values = learners.values(dtypes)
-    after = error(heldout, expected, dict(here) | rebuilt(learners.originals, values))
+    after = error(heldout, dict(here) | rebuilt(learners.originals, values))
     if after < before:
         return BlockRepair(number, before, after, state.step, values)
     return BlockRepair(number, before, before, state.step, {})
 
 
-def targets(streams: Streams) -> list[Tensor]:
-    """Outputs of this block in the dense model, (batch, length, hidden) each."""
-    return [hidden(streams.output(index, streams.dense)) for index in range(len(streams.batches))]
-
-
-def hidden(output: Tensor | tuple) -> Tensor:
+def hidden(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def distances(streams: Streams, index: int, wanted: list[Tensor]) -> Tensor:
-    """‖y − ŷ‖² / ‖y‖² of every token of a batch, (batch, length)."""
-    found, expected = hidden(streams.output(index, streams.compressed)), wanted[index]
+def distances(streams: Streams, index: int) -> Tensor:
+    """‖y − ŷ‖² / ‖y‖² of every token of a batch, (batch, length). The dense stream leads."""
+    found, expected = hidden(streams.output(index, streams.compressed)), hidden(streams.dense[index])
     energy = expected.square().sum(-1)
     return (found - expected).square().sum(-1) / energy.clamp(min=torch.finfo(energy.dtype).tiny)
 
 
 @torch.no_grad()
-def error(streams: Streams, wanted: list[Tensor], modules: Mapping[str, nn.Module]) -> float:
-    """Mean over all tokens, float64 sums, with `modules` in the model."""
+def error(streams: Streams, modules: Mapping[str, nn.Module]) -> float:
+    """Mean over all tokens, float64 sums, with `modules` in the model. The dense stream leads."""
     with installed(streams.model, dict(modules)):
-        parts = [distances(streams, index, wanted) for index in range(len(wanted))]
+        parts = [distances(streams, index) for index in range(len(streams.batches))]
     return sum(part.sum(dtype=torch.float64).item() for part in parts) / sum(part.numel() for part in parts)

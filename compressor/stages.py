@@ -3,8 +3,9 @@
 import logging
 from collections.abc import Container, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from compressor import data, folder
 from compressor import model as models
 from compressor.assignments import Assignment, Group, assign, groups
+from compressor.cache import Cache
 from compressor.calibrate import collect
 from compressor.clock import NO_LIMIT, Clock
 from compressor.decompose import decompose_group, decompose_one, gram_error
@@ -47,6 +49,7 @@ class Job:
     heldout: data.Windows
     store: Store = NOWHERE  # where finished pieces of work are kept
     clock: Clock = NO_LIMIT  # what is left of the budget
+    cache: Cache = field(default_factory=Cache)  # of what blocks return
 
     @property
     def device(self) -> torch.device:
@@ -103,7 +106,8 @@ def start(recipe: Recipe, source: folder.ModelFolder, progress: Progress = silen
         progress=progress,
     )
     fit, heldout = data.split_heldout(windows, section.heldout)
-    return Job(recipe, source, model, tokenizer, assignments, groups(recipe, assignments), fit, heldout)
+    cache = Cache(size_in_bytes(section.cache))
+    return Job(recipe, source, model, tokenizer, assignments, groups(recipe, assignments), fit, heldout, cache=cache)
 
 
 def evaluation_windows(job: Job, progress: Progress = silent) -> data.Windows:
@@ -136,14 +140,17 @@ def fingerprint(job: Job) -> dict[str, Any]:
     }
 
 
-def keeping(job: Job, store: Store) -> Job:
-    """The job with a store for its pieces, which all depend on the source, the windows and the calibration."""
-    return replace(job, store=store.within(fingerprint(job), collected_as(job.recipe)))
+def keeping(job: Job, store: Store, scratch: Path | None = None) -> Job:
+    """The job with a store for its pieces, which all depend on the source, the windows and the calibration.
+
+    scratch: folder for what its cache does not hold in memory; None: with temporary files.
+    """
+    return replace(job, cache=Cache(job.cache.budget, scratch), store=store.within(fingerprint(job), collected_as(job.recipe)))
 
 
 def collected_as(recipe: Recipe) -> dict[str, Any]:
     """The part of the calibration that statistics of the dense model depend on."""
-    return recipe.calibration.model_dump(mode="json", exclude={"sequential", "anchor", "anchor_damping"})
+    return recipe.calibration.model_dump(mode="json", exclude={"sequential", "anchor", "anchor_damping", "cache"})
 
 
 def statistics(job: Job, progress: Progress = silent) -> dict[str, LinearStats]:

@@ -16,7 +16,7 @@ LEVELS = (
     ("stats", "linears", "plan", "roles", "shards", "sources", "timings"),
     ("methods",),
     ("knapsack", "compensate", "squeeze", "allocate"),
-    ("manifest", "folder", "staging", "codec", "store", "journal", "weights", "artifacts", "hf", "model", "data", "calibrate"),
+    ("manifest", "folder", "staging", "codec", "store", "cache", "journal", "weights", "artifacts", "hf", "model", "data", "calibrate"),
     (
         "scoring",
         "checkpoint",

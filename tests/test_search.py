@@ -78,7 +78,7 @@ def test_solving_in_order_stays_where_it_helps(run):
 
 
 def test_an_outcome_that_is_worse_than_its_start_is_not_written(run, monkeypatch):
-    def spoil(job, plan, modules, found, progress):
+    def spoil(job, plan, modules, found, progress, again):
         modules = deepcopy(modules)
         for module in modules.values():
             module.up.mul_(0.5)
