@@ -1,5 +1,6 @@
 """Decompositions of linears and groups of linears, and the modules built from them."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -10,10 +11,11 @@ from torch import nn
 
 from compressor import linalg
 from compressor.assignments import Assignment, Group, keys_of
+from compressor.errors import ConfigError
 from compressor.linears import CompressedLinear, Dense
 from compressor.methods.base import Engine, ModuleMethod, Part
 from compressor.model import dense_of
-from compressor.plan import Candidate, Curve
+from compressor.plan import Candidate, Choice, Curve
 from compressor.stats import LinearStats
 from compressor.store import NOWHERE, Store, digest
 
@@ -40,6 +42,44 @@ def built(method: Engine, state: Any, setting: dict[str, Any], members: Mapping[
     if isinstance(method, ModuleMethod):
         return {name: made[role] for name, role in members.items()}, error
     return (dict.fromkeys(members, made) if len(members) == 1 else made.split(members)), error
+
+
+def options_as_json(part: Decomposition) -> dict[str, Any]:
+    """All options of a method as JSON values."""
+    return json.loads(json.dumps(asdict(part.method)))
+
+
+def apart(part: Decomposition, found: Sequence[Decomposition]) -> dict[str, Any] | None:
+    """The options in which decompositions of one linear by one method differ, as this one has them; None if it is the only one."""
+    same = [options_as_json(one) for one in found if one.method.name == part.method.name]
+    if len(same) == 1:
+        return None
+    return {key: value for key, value in options_as_json(part).items() if any(other[key] != value for other in same)}
+
+
+def setting_of(choice: Choice) -> dict[str, Any]:
+    """The setting as the method knows it."""
+    return {key: value for key, value in choice.setting.items() if key != "shared"}
+
+
+def offering(name: str, choice: Choice, found: Sequence[Decomposition]) -> tuple[Decomposition, Candidate]:
+    """The decomposition and the candidate that a choice came from.
+
+    Raises ConfigError if there are none in the recipe, or several and the choice does not say which.
+    """
+    setting, wanted = setting_of(choice), choice.options or {}
+    named = [one for one in found if one.method.name == choice.method]
+    named = [one for one in named if wanted == {key: value for key, value in options_as_json(one).items() if key in wanted}]
+    if not named:
+        said = f"'{choice.method}' with {choice.options}" if wanted else f"'{choice.method}'"
+        raise ConfigError(f"{name}: the plan says {said}, which the recipe does not offer for it")
+    offers = [(one, candidate) for one in named for candidate in one.curve.candidates if candidate.setting == setting]
+    if not offers:
+        raise ConfigError(f"{name}: {choice.method} offers no setting {setting}; `compressor plan` lists those it has")
+    if choice.options is None and any(one is not offers[0][0] for one, _ in offers):
+        labels = " or ".join(str(apart(one, found)) for one, _ in offers)
+        raise ConfigError(f"{name}: several candidates '{choice.method}' offer {setting}; say which by `options`: {labels}")
+    return offers[0]
 
 
 def dense_weight(assignment: Assignment) -> Dense:

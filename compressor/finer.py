@@ -8,7 +8,7 @@ Both are solved on the inputs of the dense model, whatever the run does later.
 from dataclasses import replace
 
 from compressor import refine
-from compressor.decompose import built, dense_weight
+from compressor.decompose import built, dense_weight, offering
 from compressor.linears import CompressedLinear
 from compressor.methods.quantize import QuantizeMethod
 from compressor.plan import FINER_BASES, WITH_RESIDUALS, Candidate, Choice, Plan
@@ -62,7 +62,7 @@ def finest(job: Job, name: str, choice: Choice, base: Choice, found: Found, stat
     """The finest base that takes no more bits than base and residual together; None if none is finer than the base."""
     if base.setting.get("shared"):
         return None
-    part = refine.only(name, base.method, base.setting, found[name])
+    part = offering(name, base, found[name])[0]
     dense = dense_weight(job.assignments[name])
     if not isinstance(part.method, QuantizeMethod):
         best = max((one for one in part.curve.candidates if one.bits <= choice.bits), key=lambda one: one.bits)

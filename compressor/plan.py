@@ -52,6 +52,7 @@ class Choice:
     error: float | None = None  # tr(D G Dᵀ) / tr(W G Wᵀ) of the module as it is stored, D = W − Ŵ, G the Gram of the dense model
     kl: float | None = None  # damage the allocation counted with, nats per token; None where it is not measured in nats
     residual: int | None = None  # rank of the low-rank residual, counted in bits and parameters; None without compensation
+    options: dict[str, Any] | None = None  # those that tell the candidate from others of its method; None where it has none beside it
     sequential: dict[str, float] | None = None  # of a linear that was solved again in order: the dampings that took, by name
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from compressor import allocate, knapsack
 from compressor.assignments import Assignment, Group
-from compressor.decompose import Decomposition
+from compressor.decompose import Decomposition, apart
 from compressor.errors import BudgetError, ConfigError
 from compressor.knapsack import Limit, Row
 from compressor.linears import CompressedLinear
@@ -248,6 +248,7 @@ def to_plan(
                 predicted=expected.get(option.unit, 0.0),
                 measured=measured.get(option.unit, 0.0),
                 kl=option.damage / len(members) if solution.in_nats else None,
+                options=apart(option.decomposition, problem.found[option.unit]) if option.decomposition else None,
             )
     known = solution.price is not None and problem.recipe.allocation.count == "bits"
     price = solution.price * MIB_BITS if known else None

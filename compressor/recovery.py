@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compressor import stages
+from compressor.decompose import offering
 from compressor.errors import ConfigError
 from compressor.heal import Original
 from compressor.learners import Learners, rebind, rebuilt
@@ -25,7 +26,7 @@ from compressor.plan import Choice, Plan
 from compressor.planning import Found
 from compressor.progress import Progress, silent
 from compressor.recipe import Recipe
-from compressor.refine import Run, Stack, only, setting_of
+from compressor.refine import Run, Stack
 from compressor.repair import repair_blocks
 from compressor.restart import recomputing
 from compressor.scoring import in_float32
@@ -217,7 +218,7 @@ def _errors(name: str, choice: Choice, job: Job, modules: Modules, found: Found)
     """Error of the linears that are stored together with this one."""
     members = choice.setting.get("shared")
     unit = name if members is None else next(group.name for group in job.groups.values() if [*group.members] == members)
-    part = only(name, choice.method, setting_of(choice), found[unit])
+    part = offering(name, choice, found[unit])[0]
     made: Any = [modules[each] for each in part.members]
     if isinstance(part.method, ModuleMethod):
         made = {key: modules[each] for each, key in part.members.items()}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compressor import compensate, linalg
 from compressor.assignments import PAIR
-from compressor.decompose import Decomposition, built, dense_weight, stacked, stacked_stats
+from compressor.decompose import Decomposition, built, dense_weight, offering, setting_of, stacked, stacked_stats
 from compressor.errors import ConfigError
 from compressor.linears import CompressedLinear, Dense, Pruned
 from compressor.methods.base import ModuleMethod, Part
@@ -213,7 +213,7 @@ class Run:
             members = choice.setting.get("shared")
             if members is None or name == members[0]:
                 unit = name if members is None else next(group.name for group in self.job.groups.values() if [*group.members] == members)
-                yield only(name, choice.method, setting_of(choice), self.found[unit])
+                yield offering(name, choice, self.found[unit])[0]
 
     def target(self, name: str, shift: Tensor | None) -> Dense:
         """The dense linear, its weight moved by what its inputs lack: W + β W Δ."""
@@ -255,22 +255,6 @@ class Run:
             self.choices[name] = replace(self.choices[name], residual=self.ranks.get(name), **sizes)
 
 
-def setting_of(choice: Choice) -> dict[str, Any]:
-    """The setting as the method knows it."""
-    return {key: value for key, value in choice.setting.items() if key != "shared"}
-
-
 def over(stats: LinearStats, sums: LinearStats) -> LinearStats:
     """Statistics of the dense model with its input sums replaced by new ones."""
     return replace(sums, fisher=stats.fisher, grad_tokens=stats.grad_tokens, grad_gram=stats.grad_gram)
-
-
-def only(name: str, method: str, setting: dict[str, Any], found: Sequence[Decomposition]) -> Decomposition:
-    """The decomposition that a choice came from. Raises ConfigError if the plan does not tell several of one method apart."""
-    named = [part for part in found if part.method.name == method and any(one.setting == setting for one in part.curve.candidates)]
-    if len(named) > 1:
-        raise ConfigError(
-            f"{name}: several candidates '{method}' offer {setting}; list one of them, or leave out calibration.sequential, compensation, "
-            "repair and heal"
-        )
-    return named[0]

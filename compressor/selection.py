@@ -6,6 +6,7 @@ from functools import partial
 from typing import NamedTuple
 
 from compressor import model as models
+from compressor.decompose import offering
 from compressor.errors import BudgetError, ConfigError
 from compressor.linears import CompressedLinear
 from compressor.methods.base import Engine, ModuleMethod
@@ -97,19 +98,13 @@ def build_plan(job: Job, plan: Plan, found: Found, progress: Progress = silent) 
         raise ConfigError(f"the plan and the targets of the recipe differ in {missing[0]} ({len(missing)} in all)")
     chosen: dict[str, Option] = {}
     for name, choice in plan.linears.items():
-        setting = {key: value for key, value in choice.setting.items() if key != "shared"}
         unit = next((group.name for group in job.groups.values() if list(group.members) == choice.setting.get("shared")), name)
         if choice.method == DENSE:
             assignment = job.assignments[name]
             dense = Candidate(DENSE, {}, assignment.bits, assignment.parameters, 0.0)
             chosen[name] = Option(name, 0, 0.0, dense, None)
             continue
-        part = next((part for part in found[unit] if part.method.name == choice.method), None)
-        if part is None:
-            raise ConfigError(f"{name}: the plan says '{choice.method}', which the recipe does not offer for it")
-        candidate = next((c for c in part.curve.candidates if c.setting == setting), None)
-        if candidate is None:
-            raise ConfigError(f"{name}: {choice.method} offers no setting {setting}; `compressor plan` lists those it has")
+        part, candidate = offering(name, choice, found[unit])
         if chosen.setdefault(unit, Option(unit, 0, 0.0, candidate, part)).candidate is not candidate:
             raise ConfigError(f"{name}: shares what it stores with others of {unit}, but their settings differ; make them equal")
     solution = Solution(chosen, None, in_nats=False)

@@ -1,5 +1,6 @@
 """Sequential solves: equal to the plain definition, targets anchored as the algebra says, nothing else touched."""
 
+import json
 from copy import deepcopy
 from dataclasses import replace
 
@@ -205,11 +206,28 @@ def test_a_target_behind_the_blocks_sees_all_of_them_compressed(tiny_llama, text
     torch.testing.assert_close(seen["lm_head"].sum, x.sum(0), rtol=1e-5, atol=1e-3)
 
 
-def test_two_candidates_that_the_plan_does_not_tell_apart_are_refused(tiny_llama, text_file):
+def test_candidates_of_one_engine_are_told_apart_by_the_options_in_which_they_differ(tiny_llama, text_file, tmp_path):
     twice = "method=[{candidates: [{name: low_rank}, {name: low_rank, options: {metric: gram}}]}]"
-    job = job_of(tiny_llama, text_file, twice, "allocation.keep=0.6", "calibration.sequential=true", config="default")
-    with pytest.raises(ConfigError, match=r"several candidates 'low_rank' offer .*'rank'.*calibration\.sequential"):
-        built(job)
+    sets = [twice, "allocation.keep=0.6", "calibration.sequential=true", "output.dtype=bfloat16", "evaluation.enabled=false"]
+    made = recipe(tiny_llama, text_file, *sets, "repair.enabled=true", "repair.steps=4", config="default")
+    pipeline.compress(made, tmp_path / "out")
+    path = tmp_path / "out" / "plan.json"
+    plan = conftest.read_json(path)
+    chosen = {name: choice for name, choice in plan["linears"].items() if choice["method"] != DENSE}
+    labels = [choice["options"]["metric"] for choice in chosen.values()]
+    assert {*labels} == {"gram", "two_sided"} and all(choice["options"].keys() == {"metric"} for choice in chosen.values())
+    pipeline.compress(made, tmp_path / "again", plan=path)
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "out" / "model.safetensors").read_bytes()
+    name, choice = next((name, choice) for name, choice in chosen.items() if choice["options"]["metric"] == "gram")
+    faults = {
+        r"several candidates 'low_rank' offer .*'rank'.* `options`: \{'metric': 'two_sided'\} or \{'metric': 'gram'\}": None,
+        r"says 'low_rank' with \{'metric': 'diagonal'\}, which the recipe does not offer": {"metric": "diagonal"},
+    }
+    for number, (message, options) in enumerate(faults.items()):
+        edited = tmp_path / f"{number}.json"
+        edited.write_text(json.dumps(plan | {"linears": plan["linears"] | {name: choice | {"options": options}}}))
+        with pytest.raises(ConfigError, match=message):
+            pipeline.compress(made, tmp_path / "edited", plan=edited)
 
 
 def test_routed_tokens_cannot_be_anchored_and_nothing_stays_behind():
