@@ -14,6 +14,7 @@ from compressor import stages
 from compressor.decompose import offering
 from compressor.errors import ConfigError
 from compressor.heal import Original
+from compressor.latents import Latents, has_support, parted
 from compressor.learners import Learners, rebind, rebuilt
 from compressor.linears import CompressedLinear
 from compressor.loras import Loras, input_metrics, mergeable
@@ -30,10 +31,10 @@ from compressor.refine import Run, Stack
 from compressor.repair import repair_blocks
 from compressor.restart import recomputing
 from compressor.scoring import in_float32
-from compressor.sections import Training
+from compressor.sections import Heal, Training
 from compressor.stages import Job, output_dtype
 from compressor.store import Store
-from compressor.training import Task, attached, fit
+from compressor.training import State, Task, attached, fit
 
 Modules = dict[str, nn.Module]
 Again = Callable[[Store], Run]
@@ -148,7 +149,7 @@ class _Recovery:
     def pace(self, section: Training) -> Pace:
         """Time a step of healing with what learns in this section, and a look."""
         fit_on, heldout = self.originals
-        learners = self.learners(section)
+        learners = self.learners(section, self.modules)
         with installed(self.job.model, self.modules | learners.copies), attached(learners.parameters.values()):
             return timed(Objective(fit_on, self.job.recipe.heal).loss, heldout.divergence, self.job.heldout.tokens.numel())
 
@@ -179,27 +180,43 @@ class _Recovery:
         self.judge("repair", modules, {"blocks": [block.to_json() for block in found]}, run and run.plan)
 
     def heal(self, progress: Progress) -> None:
-        job, section = self.job, self.job.recipe.heal
-        fit_on, heldout = self.originals
-        learners = self.learners(section)
+        model, section, start, before = self.job.model, self.job.recipe.heal, self.modules, State(0, {}, {}, {}, ())
+        learners = self.learners(section, start)
         if not learners.parameters:
             return
-        store = self.store = self.store.within(section.model_dump(mode="json"))
-        again = recomputing(job.model) if section.checkpointing else nullcontext()
-        with installed(job.model, self.modules | learners.copies), again:
-            task = Task("heal", learners.parameters, len(fit_on.batches), Objective(fit_on, section).loss, heldout.divergence)
-            state = fit(task, section, job.recipe.seed, store, progress)
-            metrics = [input_metrics(job.model, learners, fit_on.batches)] if isinstance(learners, Loras) else []
-        modules = self.modules | rebuilt(learners.originals, learners.values(self.dtypes, *metrics))
+        self.store = self.store.within(section.model_dump(mode="json"))
+        if isinstance(learners, Latents):
+            first, section = parted(section)
+            before = self.train("supports", first, learners, start, progress)
+            start = start | learners.masters()
+            learners = self.learners(section, start)
+        state = self.train("heal", section, learners, start, progress)
+        metrics = []
+        if isinstance(learners, Loras):
+            with installed(model, start | learners.copies):
+                metrics = [input_metrics(model, learners, self.originals[0].batches)]
+        modules = start | rebuilt(learners.originals, learners.values(self.dtypes, *metrics))
         rebind(modules)
-        self.judge("heal", modules, {"steps": state.step, "looks": list(state.scores)})
+        self.judge("heal", modules, {"steps": before.step + state.step, "looks": [*before.scores, *state.scores]})
 
-    def learners(self, section: Training) -> Learners | Loras:
+    def train(self, title: str, section: Heal, learners: Any, start: Modules, progress: Progress) -> State:
+        """Train all blocks from these modules on, and leave what learns at its best."""
+        fit_on, heldout = self.originals
+        objective = Objective(fit_on, section)
+        loss = (lambda index: learners.pulled(objective.loss(index))) if isinstance(learners, Latents) else objective.loss
+        task = Task(title, learners.parameters, len(fit_on.batches), loss, heldout.divergence)
+        again = recomputing(self.job.model) if section.checkpointing else nullcontext()
+        with installed(self.job.model, start | learners.copies), again:
+            return fit(task, section, self.job.recipe.seed, self.store, progress)
+
+    def learners(self, section: Training, modules: Modules) -> Learners | Loras | Latents:
         """What learns in a section, in all blocks."""
-        scopes = blocks(self.job.model)[1]
+        model, scopes = self.job.model, blocks(self.job.model)[1]
         if section.train == "lora":
-            return Loras(self.job.model, self.modules, scopes, section.rank, self.job.recipe.seed)
-        return Learners(self.job.model, self.modules, scopes, section.train)
+            return Loras(model, modules, scopes, section.rank, self.job.recipe.seed)
+        if isinstance(section, Heal) and section.supports == "learned" and any(map(has_support, modules.values())):
+            return Latents(model, modules, scopes, section.train)
+        return Learners(model, modules, scopes, section.train)
 
 
 def measured(plan: Plan, job: Job, modules: Modules, found: Found, outcomes: dict[str, Any]) -> Plan:

@@ -52,6 +52,8 @@ class Heal(Training):
     """As in repair, or `lora`: products of two factors beside the linears, merged into what is stored, so that no size changes."""
     rank: Count = 8
     """Rank of the products (lora)."""
+    supports: Literal["fixed", "learned"] = "fixed"
+    """Whether other entries of sparse and of dictionary storage may be stored, as many as before; in the first four fifths of the steps."""
     loss: Literal["kl", "ce", "both"] = "kl"
     """Divergence from the original's distribution (needs no labels), cross-entropy of the text, or the sum of the two."""
     checkpointing: bool = False
@@ -64,7 +66,9 @@ class Heal(Training):
     """Tokens at each position that a cached teacher keeps apart; all others are one outcome."""
 
     @model_validator(mode="after")
-    def _what_the_teacher_is_for(self) -> "Heal":
+    def _what_goes_together(self) -> "Heal":
+        if self.supports == "learned" and self.train in ("low_rank", "lora"):
+            raise ValueError(f"learns no supports where train: {self.train} leaves entries as they are; set train to compressed")
         if self.teacher == "cached" and self.loss == "ce":
             raise ValueError("needs no teacher for loss: ce; leave teacher: cached out")
         if self.teacher == "cached" and self.features:

@@ -38,6 +38,7 @@ LEVELS = (
         "pace",
         "training",
         "loras",
+        "latents",
         "repair",
         "heal",
         "objectives",
