@@ -13,7 +13,7 @@ from test_pipeline import recipe
 from test_repair import DOWN, SECTION, dictionary, repaired
 from test_sequential import received
 
-from compressor import pipeline, refine, selection, stages, store
+from compressor import linalg, pipeline, refine, selection, stages, store
 from compressor.model import installed, linears
 from compressor.progress import silent
 from compressor.recovery import training
@@ -96,6 +96,15 @@ def test_settings_and_sizes_are_those_of_the_plan(run, tiny_llama, text_file, tm
         ]
     solved = [choice for choice in plan["linears"].values() if choice["sequential"]]
     assert solved and all(choice["sequential"] == {"anchor_damping": 0.01} for choice in solved)
+
+
+def test_the_plan_has_the_dampings_of_the_solves_that_are_kept(tiny_llama, text_file, monkeypatch):
+    calls, real = [], linalg.drift
+    monkeypatch.setattr(linalg, "drift", lambda *args: (real(*args)[0], float(calls.append(None) or len(calls))))
+    job = stages.start(recipe(tiny_llama, text_file, *SETS), stages.open_source(str(tiny_llama), None))
+    plan, _ = pipeline.plan_and_build(job, stages.statistics(job), None, Stopwatch(), silent)
+    took = [choice.sequential["anchor_damping"] for choice in plan.linears.values() if choice.sequential]
+    assert plan.trained["repair"]["kept"] and max(took) == len(calls) and min(took) > len(calls) / 2  # of the second of two rounds
 
 
 def test_a_stopped_run_goes_on_to_the_same_bytes(run, tmp_path, monkeypatch):
