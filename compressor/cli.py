@@ -64,10 +64,14 @@ def compress(
     progress: Progress,
 ) -> Outcome:
     """Compress a model into a new checkpoint, evaluate it and print the before/after table."""
-    from compressor import hub, pipeline, report
+    from compressor import hub, pipeline, processes, report
 
     hub.check(push_to, public)
+    if processes.count() > 1:
+        from compressor import together as pipeline
     found = pipeline.compress(recipe, output, plan=plan, stats=stats, progress=progress, restart=restart)
+    if found is None:  # not the main process
+        return Outcome({})
     found |= hub.deliver(output, push_to, public, found.get("failure"), progress)
     return Outcome(found, report.render(found), found.get("failure"))
 

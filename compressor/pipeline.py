@@ -33,6 +33,7 @@ from compressor.config import dump_yaml
 from compressor.errors import CheckpointError, CompressorError, ConfigError, did_you_mean
 from compressor.evaluation import evaluate
 from compressor.journal import Journal
+from compressor.parallel import ALONE, Team
 from compressor.plan import Plan
 from compressor.progress import Progress, silent
 from compressor.recipe import Recipe
@@ -64,13 +65,14 @@ def compress(
     progress: Progress = silent,
     restart: bool = False,
     shared: Store | None = None,
+    team: Team = ALONE,
 ) -> dict[str, Any]:
     """Run a recipe and write the checkpoint folder `output`; return its report (`report.json`).
 
     plan: an edited plan.json to build as it stands; stats: statistics collected by `calibrate`. The scores are measured after the
     folder is in place: if that fails the folder stays, the scores are null, and `failure` says why. A run that was stopped goes on from
-    its journal, or from nothing with `restart`; `shared` is a store that this run has in common with others.
-    Raises CompressorError before anything is written or changed at `output`.
+    its journal, or from nothing with `restart`; `shared` is a store that this run has in common with others; `team` shares healing with
+    this process, its main one. Raises CompressorError before anything is written or changed at `output`.
     """
     output, watch, clock = Path(output), Stopwatch(), Clock(recipe.budget)
     recovery.require_optimizers(recipe)
@@ -81,11 +83,12 @@ def compress(
         edited = None if plan is None else read_plan(plan)
         source = stages.open_source(recipe.model.name, recipe.model.revision, progress)
         preflight(output, source.path, overwrite, source.weight_bytes + ROOM)
-        job = replace(stages.start(recipe, source, progress), clock=clock)
+        job = replace(stages.start(recipe, source, progress), clock=clock, team=team)
         job = stages.keeping(job, journal.begin(described(job, edited, stats), shared), journal.scratch)
         with watch("calibrate"):
             collected = artifacts.load_statistics(stats, stages.fingerprint(job)) if stats else search.statistics(job, progress)
         made, modules = plan_and_build(job, collected, edited, watch, progress)
+        team.dismiss()
         with watch("write"):
             stages.install(job, modules)
             found = described_report(job, made, output) if journal.committed else write(job, made, output, watch, journal, progress)

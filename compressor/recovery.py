@@ -23,6 +23,7 @@ from compressor.model import blocks, installed
 from compressor.objectives import Objective
 from compressor.optimizers import require
 from compressor.pace import Pace, timed
+from compressor.parallel import Dismissed
 from compressor.plan import Choice, Plan
 from compressor.planning import Found
 from compressor.progress import Progress, silent
@@ -184,30 +185,34 @@ class _Recovery:
         learners = self.learners(section, start)
         if not learners.parameters:
             return
-        self.store = self.store.within(section.model_dump(mode="json"))
+        self.store = self.store.within(section.model_dump(mode="json"), self.job.team.processes)
         if isinstance(learners, Latents):
             first, section = parted(section)
             before = self.train("supports", first, learners, start, progress)
             start = start | learners.masters()
             learners = self.learners(section, start)
         state = self.train("heal", section, learners, start, progress)
+        if self.job.team.rank:
+            raise Dismissed
         metrics = []
         if isinstance(learners, Loras):
             with installed(model, start | learners.copies):
                 metrics = [input_metrics(model, learners, self.originals[0].batches)]
         modules = start | rebuilt(learners.originals, learners.values(self.dtypes, *metrics))
         rebind(modules)
-        self.judge("heal", modules, {"steps": before.step + state.step, "looks": [*before.scores, *state.scores]})
+        several = {"processes": self.job.team.processes} if self.job.team.processes > 1 else {}
+        self.judge("heal", modules, {"steps": before.step + state.step, "looks": [*before.scores, *state.scores]} | several)
 
     def train(self, title: str, section: Heal, learners: Any, start: Modules, progress: Progress) -> State:
         """Train all blocks from these modules on, and leave what learns at its best."""
         fit_on, heldout = self.originals
         objective = Objective(fit_on, section)
         loss = (lambda index: learners.pulled(objective.loss(index))) if isinstance(learners, Latents) else objective.loss
-        task = Task(title, learners.parameters, len(fit_on.batches), loss, heldout.divergence)
+        windows = tuple(len(batch) for batch in fit_on.batches)
+        task = Task(title, learners.parameters, len(windows), loss, heldout.divergence, windows)
         again = recomputing(self.job.model) if section.checkpointing else nullcontext()
         with installed(self.job.model, start | learners.copies), again:
-            return fit(task, section, self.job.recipe.seed, self.store, progress)
+            return fit(task, section, self.job.recipe.seed, self.store, progress, self.job.team)
 
     def learners(self, section: Training, modules: Modules) -> Learners | Loras | Latents:
         """What learns in a section, in all blocks."""

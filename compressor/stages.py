@@ -21,6 +21,7 @@ from compressor.clock import NO_LIMIT, Clock
 from compressor.decompose import decompose_group, decompose_one, gram_error
 from compressor.errors import ConfigError
 from compressor.linears import Pruned
+from compressor.parallel import ALONE, Team
 from compressor.plan import Plan
 from compressor.planning import Found
 from compressor.probe import Prober, ProbeResult, probe
@@ -50,6 +51,7 @@ class Job:
     store: Store = NOWHERE  # where finished pieces of work are kept
     clock: Clock = NO_LIMIT  # what is left of the budget
     cache: Cache = field(default_factory=Cache)  # of what blocks return
+    team: Team = ALONE  # processes that heal together
 
     @property
     def device(self) -> torch.device:

@@ -56,13 +56,14 @@ def _flatten(data: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 class Store:
     """Pieces in `folder`; without one nothing is kept. `scope`: what all pieces made through this object depend on, JSON."""
 
-    def __init__(self, folder: Path | None = None, scope: Any = VERSIONS, shared: bool = False):
-        """shared: whether other processes may work in the folder now; then the first to need a piece makes it and the others wait."""
-        self.folder, self.scope, self.shared = folder, scope, shared
+    def __init__(self, folder: Path | None = None, scope: Any = VERSIONS, shared: bool = False, frozen: bool = False):
+        """shared: whether other processes may work in the folder now; then the first to need a piece makes it and the others wait.
+        frozen: nothing in the folder, which belongs to another process, is changed; a piece that is missing is made and not kept."""
+        self.folder, self.scope, self.shared, self.frozen = folder, scope, shared, frozen
 
     def within(self, *scope: Any) -> Self:
         """The same pieces, narrowed to what depends on `scope` too."""
-        return type(self)(self.folder, digest([self.scope, *scope]), self.shared)
+        return type(self)(self.folder, digest([self.scope, *scope]), self.shared, self.frozen)
 
     def recall(self, kind: str, key: Any, make: Callable[[], T], known: Any = None) -> T:
         """The value of a piece: read if it is there, else made and kept.
@@ -73,8 +74,8 @@ class Store:
         if self.folder is None:
             return make()
         path = self._path(kind, key)
-        if not self.shared:
-            return _recall(path, make, known)
+        if self.frozen or not self.shared:
+            return _recall(path, make, known, keep=not self.frozen)
         with FileLock(path.with_suffix(".lock")):
             return _recall(path, make, known)
 
@@ -84,18 +85,19 @@ class Store:
 
     def forget(self, kind: str, key: Any) -> None:
         """Remove a piece that a later one stands in for, if it is there."""
-        if self.folder is not None:
+        if self.folder is not None and not self.frozen:
             self._path(kind, key).unlink(missing_ok=True)
 
     def _path(self, kind: str, key: Any) -> Path:
         return self.folder / f"{kind}-{digest([self.scope, kind, key])[:40]}"
 
 
-def _recall(path: Path, make: Callable[[], T], known: Any) -> T:
+def _recall(path: Path, make: Callable[[], T], known: Any, keep: bool = True) -> T:
     if path.exists() and (found := _read(path)) is not None:
         return decode(*found, known)
     data, tensors = encode(make(), known)
-    _write(path, data, tensors)
+    if keep:
+        _write(path, data, tensors)
     return decode(data, tensors, known)  # not what was made: the next run must see the same layout in memory
 
 

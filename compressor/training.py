@@ -10,15 +10,16 @@ half the rate, since one rate does not suit a model that has lost half of everyt
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from compressor.errors import NumericalError
+from compressor.errors import CompressorError, NumericalError
 from compressor.optimizers import Moments, moments_of, optimizer_of
+from compressor.parallel import ALONE, Team
 from compressor.progress import Progress, silent
 from compressor.sections import Training
 from compressor.store import NOWHERE, Store
@@ -47,16 +48,57 @@ class Task:
     batches: int
     loss: Callable[[int], Tensor]
     score: Callable[[], float]
+    windows: tuple[int, ...] = ()  # in each batch; several processes need it where batches are not equally large
 
 
-def fit(task: Task, section: Training, seed: int, store: Store = NOWHERE, progress: Progress = silent) -> State:
+@dataclass(frozen=True)
+class Leg:
+    """What the main process tells the others: the steps up to the next look, from number `first`; or, without sizes, what came out."""
+
+    scope: Any  # of the main process's store
+    parameters: dict[str, Tensor]
+    sizes: dict[str, float] = field(default_factory=dict)
+    moments: dict[str, Moments] = field(default_factory=dict)
+    first: int = 0
+
+
+@dataclass(frozen=True)
+class Course:
+    """How one training goes: what step s sees, in each process, and how far it may move each tensor."""
+
+    task: Task
+    section: Training
+    order: list[int]  # of the rounds: `processes` batches that follow each other, one for each process
+    sizes: dict[str, float]
+    team: Team = ALONE
+
+    def share(self, step: int) -> tuple[int, float] | None:
+        """The batch of this process in a step, and its weight in a mean over the processes; None where no batch is left for it."""
+        each = self.team.processes
+        first = self.order[step] * each
+        batches = range(first, min(first + each, self.task.batches))
+        if self.team.rank >= len(batches):
+            return None
+        windows = self.task.windows or (1,) * self.task.batches
+        return batches[self.team.rank], each * windows[batches[self.team.rank]] / sum(windows[batch] for batch in batches)
+
+
+def course(task: Task, section: Training, seed: int, team: Team = ALONE) -> Course:
+    """The course of a training that starts from the parameters as they are."""
+    sizes = {name: parameter.detach().abs().median().item() or ZERO for name, parameter in task.parameters.items()}
+    return Course(task, section, drawn(-(-task.batches // team.processes), section.steps, seed), sizes, team)
+
+
+def fit(task: Task, section: Training, seed: int, store: Store = NOWHERE, progress: Progress = silent, team: Team = ALONE) -> State:
     """Train, and leave the parameters at the best held-out score that was seen, which may be the first.
 
-    The state at the last look is kept in `store`: 8 bytes for each number that learns, and its moments. Raises NumericalError where the
-    loss is not finite.
+    The state at the last look is kept in `store`: 8 bytes for each number that learns, and its moments. The processes of `team` take the
+    steps together, as the main one says, and all get its parameters; the others return no scores. Raises NumericalError where the loss
+    is not finite, CompressorError where another process is gone, or trains something else.
     """
-    sizes = {name: parameter.detach().abs().median().item() or ZERO for name, parameter in task.parameters.items()}
-    order = drawn(task.batches, section.steps, seed)
+    going = course(task, section, seed, team)
+    if team.rank:
+        return _follow(going, store.scope)
     values = {name: parameter.detach().clone() for name, parameter in task.parameters.items()}
     state = State(0, values, {name: {} for name in values}, values, (task.score(),))
     ends = [*range(section.check, section.steps, section.check), section.steps]
@@ -64,8 +106,9 @@ def fit(task: Task, section: Training, seed: int, store: Store = NOWHERE, progre
     for end in progress([end for end in ends if end >= newest], task.title):
         if len(state.scores) - 1 - state.scores.index(min(state.scores)) >= section.patience:
             break
-        former, state = state, store.recall("training", [task.title, end], partial(_reach, task, section, state, order, sizes, end))
+        former, state = state, store.recall("training", [task.title, end], partial(_reach, going, state, end, store.scope))
         store.forget("training", [task.title, former.step])
+    team.tell(Leg(store.scope, state.best))
     _load(task.parameters, state.best)
     return state
 
@@ -85,33 +128,60 @@ def rate(step: int, section: Training) -> float:
     return END + (1 - END) * (1 + math.cos(math.pi * (step - warm) / max(1, section.steps - warm))) / 2
 
 
-def _reach(task: Task, section: Training, state: State, order: list[int], sizes: dict[str, float], end: int) -> State:
+def _reach(going: Course, state: State, end: int, scope: Any) -> State:
     while state.step < end:
-        state = _advance(task, section, state, order, sizes)
+        state = _advance(going, state, scope)
     return state
 
 
-def _advance(task: Task, section: Training, state: State, order: list[int], sizes: dict[str, float]) -> State:
-    """The steps up to the next look, and the look. After one that showed no progress, from the best state, at half the rate."""
+def _follow(going: Course, scope: Any) -> State:
+    """Take the steps that the main process says, until it says what came out."""
+    while True:
+        leg: Leg = going.team.hear()
+        if leg.scope != scope:
+            who = f"{going.task.title}: process {going.team.rank}"
+            raise CompressorError(f"{who} came to another model than the main one; are their files the same?")
+        if not leg.sizes:
+            _load(going.task.parameters, leg.parameters)
+            return State(leg.first, leg.parameters, {}, leg.parameters, ())
+        _steps(replace(going, sizes=leg.sizes), leg.parameters, leg.moments, leg.first)
+
+
+def _advance(going: Course, state: State, scope: Any) -> State:
+    """The steps up to the next look, by all processes, and the look. After one that showed no progress, from the best state, at half the
+    rate."""
     failed = sum(score >= min(state.scores[:look]) for look, score in enumerate(state.scores) if look)
-    _load(task.parameters, state.parameters if state.scores[-1] == min(state.scores) else state.best)
-    optimizer = optimizer_of(section.optimizer, task.parameters, state.moments)
-    last = min(state.step + section.check, section.steps)
+    start = state.parameters if state.scores[-1] == min(state.scores) else state.best
+    going = replace(going, sizes={name: size / 2**failed for name, size in going.sizes.items()})
+    going.team.tell(Leg(scope, start, going.sizes, state.moments, state.step))
+    optimizer = _steps(going, start, state.moments, state.step)
+    values = {name: parameter.detach().clone() for name, parameter in going.task.parameters.items()}
+    score = going.task.score()
+    best = values if score < min(state.scores) else state.best
+    step = min(state.step + going.section.check, going.section.steps)
+    return State(step, values, moments_of(optimizer, going.task.parameters), best, (*state.scores, score))
+
+
+def _steps(going: Course, start: Mapping[str, Tensor], moments: Mapping[str, Moments], first: int) -> torch.optim.Optimizer:
+    """The steps from number `first` up to the next look, by this process; the parameters are left there. Returns the optimizer."""
+    task, section, team = going.task, going.section, going.team
+    _load(task.parameters, start)
+    optimizer = optimizer_of(section.optimizer, task.parameters, moments)
     with torch.enable_grad(), attached(task.parameters.values()):
-        for step in range(state.step, last):
+        for step in range(first, min(first + section.check, section.steps)):
             for group, name in zip(optimizer.param_groups, task.parameters, strict=True):
-                group["lr"] = section.learning_rate * sizes[name] * rate(step, section) / 2**failed
-            loss = task.loss(order[step])
-            if not math.isfinite(loss.item()):
-                raise NumericalError(f"{task.title}: the loss is {loss.item()} at step {step + 1}; lower the learning_rate of that section")
-            loss.backward()
+                group["lr"] = section.learning_rate * going.sizes[name] * rate(step, section)
+            share = going.share(step)
+            loss = task.loss(share[0]) * share[1] if share else torch.zeros((), device=team.device)
+            if not math.isfinite(value := team.mean(loss.detach())):
+                raise NumericalError(f"{task.title}: the loss is {value} at step {step + 1}; lower the learning_rate of that section")
+            if share:
+                loss.backward()
+            team.average(task.parameters.values())
             torch.nn.utils.clip_grad_norm_(task.parameters.values(), section.clip)
             optimizer.step()
             optimizer.zero_grad()
-    values = {name: parameter.detach().clone() for name, parameter in task.parameters.items()}
-    score = task.score()
-    best = values if score < min(state.scores) else state.best
-    return State(last, values, moments_of(optimizer, task.parameters), best, (*state.scores, score))
+    return optimizer
 
 
 class attached:

@@ -7,7 +7,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -18,9 +18,11 @@ import typer
 from compressor.errors import CompressorError
 from compressor.logs import recorded
 from compressor.options import FLAGS, RECIPE_OPTIONS, read_recipe
+from compressor.processes import count, rank
 from compressor.progress import shown
 
 BROKEN = 3  # exit code of a quality gate that did not hold
+SHARED = ("compress",)  # verbs in which processes that were launched together take part; others are the main one's alone
 PIPE_WIDTH = 140  # columns of a table that is not printed on a terminal
 
 
@@ -44,11 +46,19 @@ def verb(function: Callable[..., Outcome]) -> Callable[..., None]:
     @wraps(function)
     def run(as_json: bool, verbose: bool, quiet: bool, log_file: Path | None, events: Path | None, **arguments: Any) -> None:
         results = sys.stdout
+        if helps := rank() > 0:
+            quiet, log_file, events = True, None, None  # the main process shows and notes what happens
+            if function.__name__ not in SHARED:
+                print(f"process {rank()} of {count()} ends: `{function.__name__}` is done by the main process", file=sys.stderr)
+                return
         with errors_in_one_line(verbose), recorded(function.__name__, verbose, quiet, log_file, events) as record:
             if "recipe" in parameters:
                 arguments["recipe"] = read_recipe(arguments)
-            with _terminable(), redirect_stdout(sys.stderr), _compiled_code_on_stderr(), shown(quiet, record.watchers) as progress:
+            ended = nullcontext() if helps else _terminable()  # a process that waits for another hears no signal that Python handles
+            with ended, redirect_stdout(sys.stderr), _compiled_code_on_stderr(), shown(quiet, record.watchers) as progress:
                 outcome = function(**arguments, **({"progress": progress} if "progress" in parameters else {}))
+            if helps:
+                return
             _print(outcome, as_json, results)
             record.result(outcome.data)
             for line in outcome.broken:

@@ -12,7 +12,21 @@ PACKAGE = Path(compressor.__file__).parent
 MAX_LINES, MAX_FUNCTION_LINES = 300, 40
 
 LEVELS = (
-    ("errors", "progress", "clock", "logs", "resources", "tables", "linalg", "yaml_reader", "sizes", "sections", "recipe", "config"),
+    (
+        "errors",
+        "processes",
+        "progress",
+        "clock",
+        "logs",
+        "resources",
+        "tables",
+        "linalg",
+        "yaml_reader",
+        "sizes",
+        "sections",
+        "recipe",
+        "config",
+    ),
     ("stats", "linears", "plan", "roles", "shards", "sources", "timings"),
     ("methods",),
     ("knapsack", "compensate", "squeeze", "allocate"),
@@ -35,6 +49,7 @@ LEVELS = (
         "sequential",
         "learners",
         "optimizers",
+        "parallel",
         "pace",
         "training",
         "loras",
@@ -57,13 +72,14 @@ LEVELS = (
         "estimate",
         "evaluation",
         "pipeline",
+        "together",
         "points",
         "sweep",
     ),
     ("options", "verbs", "adapter_verbs", "worker", "listings", "cli", "__main__"),
 )
 ORDER = [module for level in LEVELS for module in level]
-NO_TORCH = LEVELS[0][:6] + LEVELS[0][7:] + ("plan", "roles", "shards", "manifest", "folder", "staging", "gate")
+NO_TORCH = LEVELS[0][:7] + LEVELS[0][8:] + ("plan", "roles", "shards", "manifest", "folder", "staging", "gate")
 NO_TORCH += ("hub", "options", "verbs", "adapter_verbs", "listings", "cli")
 UNITS = sorted({path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")} - {"__init__"})
 
