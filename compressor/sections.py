@@ -34,7 +34,7 @@ class Training(Section):
     check: Count = 20
     """Steps between two looks at the held-out windows."""
     patience: Count = 5
-    """Looks without improvement after which training stops."""
+    """Looks without improvement, at one rate, after which training stops."""
 
 
 class Repair(Training):

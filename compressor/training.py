@@ -4,14 +4,15 @@ The learning rate of a tensor is relative to the median of its absolute values, 
 of magnitude; some atoms and factors have a few entries a thousand times the others, which inputs hardly reach and a mean would follow.
 
 References: settings after AA-SVD's block refinement (arXiv 2604.02119; low-rank card 2.17): AdamW, warm-up of a tenth, cosine to a tenth,
-clipping at 1. Differs: no weight decay; relative learning rates; early stop; after a look that shows no progress, on from the best state at
-half the rate, since one rate does not suit a model that has lost half of everything and one that has lost a percent.
+clipping at 1. Differs: no weight decay; relative learning rates; early stop; after a look that is much worse than the best one, on from the
+best state at half the rate, since one rate does not suit a model that has lost half of everything and one that has lost a percent.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from compressor.sections import Training
 from compressor.store import NOWHERE, Store
 
 ZERO = 1e-2  # what the learning rate of a tensor is relative to whose median is zero, such as a bias
+OVERSHOT = 1.1  # times the best score: a rate that leads there is too high; less is noise, which the cosine takes away
 WARM, END = 0.1, 0.1  # the learning rate rises in this fraction of the steps, and falls to this fraction
 
 
@@ -104,13 +106,19 @@ def fit(task: Task, section: Training, seed: int, store: Store = NOWHERE, progre
     ends = [*range(section.check, section.steps, section.check), section.steps]
     newest = max((end for end in ends if store.holds("training", [task.title, end])), default=0)
     for end in progress([end for end in ends if end >= newest], task.title):
-        if len(state.scores) - 1 - state.scores.index(min(state.scores)) >= section.patience:
+        if len(state.scores) - 1 - max(state.scores.index(min(state.scores)), *overshot(state.scores), 0) >= section.patience:
             break
         former, state = state, store.recall("training", [task.title, end], partial(_reach, going, state, end, store.scope))
         store.forget("training", [task.title, former.step])
     team.tell(Leg(store.scope, state.best))
     _load(task.parameters, state.best)
     return state
+
+
+def overshot(scores: Sequence[float]) -> list[int]:
+    """Looks that were so much worse than the best one before that training goes on from that one, at half the rate from then on."""
+    best = list(accumulate(scores, min))
+    return [look for look in range(1, len(scores)) if scores[look] > OVERSHOT * best[look - 1]]
 
 
 def drawn(batches: int, steps: int, seed: int) -> list[int]:
@@ -148,11 +156,10 @@ def _follow(going: Course, scope: Any) -> State:
 
 
 def _advance(going: Course, state: State, scope: Any) -> State:
-    """The steps up to the next look, by all processes, and the look. After one that showed no progress, from the best state, at half the
-    rate."""
-    failed = sum(score >= min(state.scores[:look]) for look, score in enumerate(state.scores) if look)
-    start = state.parameters if state.scores[-1] == min(state.scores) else state.best
-    going = replace(going, sizes={name: size / 2**failed for name, size in going.sizes.items()})
+    """The steps up to the next look, by all processes, and the look."""
+    far = overshot(state.scores)
+    start = state.best if far and far[-1] == len(state.scores) - 1 else state.parameters
+    going = replace(going, sizes={name: size / 2 ** len(far) for name, size in going.sizes.items()})
     going.team.tell(Leg(scope, start, going.sizes, state.moments, state.step))
     optimizer = _steps(going, start, state.moments, state.step)
     values = {name: parameter.detach().clone() for name, parameter in going.task.parameters.items()}

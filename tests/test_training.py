@@ -15,7 +15,7 @@ from compressor.restart import recomputing
 from compressor.sections import Heal
 from compressor.store import Store
 from compressor.timings import Stopwatch
-from compressor.training import State, Task, fit
+from compressor.training import State, Task, fit, overshot
 
 SECTION = Heal(steps=12, check=4, learning_rate=0.05)
 BYTES = {"adamw": 8.0, "adamw_8bit": 2.05}  # of moments for each number of a large tensor
@@ -54,7 +54,7 @@ def test_optimizers_lower_the_loss_at_rates_relative_to_each_tensor(kind):
     assert moment_bytes(state, "small") == 8 * 7
 
 
-def test_after_a_look_without_progress_it_goes_on_from_the_best_state_at_half_the_rate():
+def test_after_a_look_that_is_much_worse_it_goes_on_from_the_best_state_at_half_the_rate():
     task = toy()
     steep = SECTION.model_copy(update={"steps": 40, "learning_rate": 4.0, "patience": 9})
     scores = fit(task, steep, 0).scores
@@ -62,6 +62,7 @@ def test_after_a_look_without_progress_it_goes_on_from_the_best_state_at_half_th
     assert task.score() == min(scores)
     seen = list(itertools.accumulate(scores, min))
     assert scores[-1] < 2 * seen[-2]  # far from the best it has not gone again
+    assert overshot(scores)[0] < 4 and overshot((3.0, 2.0, 2.1, 1.9, 2.2, 1.0)) == [4] and overshot((0.0, 0.1)) == [1]
 
 
 def test_moments_of_8_bits_are_about_those_of_32():
