@@ -41,6 +41,7 @@ Modules = dict[str, nn.Module]
 Again = Callable[[Store], Run]
 
 REPAIR = 1 / 3  # of the time left for training, where healing follows
+SPARE = 0.15  # of it, since later steps may take longer than those that were timed
 
 
 def recover(
@@ -140,7 +141,7 @@ class _Recovery:
         key = [stage, section.model_dump(mode="json"), job.recipe.heal.model_dump(mode="json")]
         pace = self.store.recall("pace", key, partial(self.pace, section))
         left = job.clock.left - pace.reserve(evaluated_tokens(job))
-        steps = self.store.recall("steps", key, lambda: pace.steps(section, share * left, job.recipe.heal.batch_size))
+        steps = self.store.recall("steps", key, lambda: pace.steps(section, share * (1 - SPARE) * left, job.recipe.heal.batch_size))
         if not steps:
             self.outcomes[stage] = {"kept": False, "before": self.before, "after": self.before, "steps": 0}
             return False

@@ -161,10 +161,10 @@ HEALING = [
 
 def test_training_takes_the_steps_that_the_budget_has_room_for(run, monkeypatch):
     monkeypatch.setattr(recovery, "timed", lambda loss, look, tokens: Pace(step=1.0, look=5.0, token=0.0))
-    monkeypatch.setattr(Clock, "left", 5.0 + 45.0)  # 5 for writing, a third of 45 for repair: 2 of 2.5 + 2.5 seconds; heal: 25 of 1.75
+    monkeypatch.setattr(Clock, "left", 5.0 + 45.0)  # 5 for writing; of 0.85 · 45 a third for repair: 2 of 5 seconds; heal: 21 of 1.75
     _, _, plan = run("allocation.keep=0.5", *HEALING, "budget=1h")
-    assert [block["steps"] for block in plan["trained"]["repair"]["blocks"]] == [3, 3]
-    assert plan["trained"]["heal"]["steps"] == 25
+    assert [block["steps"] for block in plan["trained"]["repair"]["blocks"]] == [2, 2]
+    assert plan["trained"]["heal"]["steps"] == 21
     monkeypatch.setattr(Clock, "left", 5.0)
     bare, _, plan = run("allocation.keep=0.5", *HEALING, "budget=1h", output="bare")
     assert [plan["trained"][stage]["steps"] for stage in ("repair", "heal")] == [0, 0]
