@@ -83,7 +83,7 @@ def compress(
         edited = None if plan is None else read_plan(plan)
         source = stages.open_source(recipe.model.name, recipe.model.revision, progress)
         preflight(output, source.path, overwrite, source.weight_bytes + ROOM)
-        job = replace(stages.start(recipe, source, progress), clock=clock, team=team)
+        job = replace(stages.checked(stages.start(recipe, source, progress)), clock=clock, team=team)
         job = stages.keeping(job, journal.begin(described(job, edited, stats), shared), journal.scratch)
         with watch("calibrate"):
             collected = artifacts.load_statistics(stats, stages.fingerprint(job)) if stats else search.statistics(job, progress)
@@ -183,7 +183,7 @@ def plan(recipe: Recipe, stats: Path | None = None, progress: Progress = silent)
     found = estimate.outline(recipe, source)
     if stats is None:
         return found
-    job = stages.start(recipe, stages.open_source(recipe.model.name, recipe.model.revision, progress), progress)
+    job = stages.checked(stages.start(recipe, stages.open_source(recipe.model.name, recipe.model.revision, progress), progress))
     job = replace(job, recipe=recipe.model_copy(update={"repair": Repair(), "heal": Heal()}))  # neither changes a size
     made, _ = plan_and_build(job, artifacts.load_statistics(stats, stages.fingerprint(job)), None, Stopwatch(), progress)
     chosen = {name: {"method": c.method, "setting": c.setting, "bits": c.bits, "error": c.error} for name, c in made.linears.items()}

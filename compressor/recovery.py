@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from compressor import stages
 from compressor.decompose import offering
-from compressor.errors import ConfigError
 from compressor.heal import Original
 from compressor.latents import Latents, has_support, parted
 from compressor.learners import Learners, rebind, rebuilt
@@ -51,10 +50,8 @@ def recover(
 
     These now hold norms and dense linears too, where they have changed. The job's model is left as it was. again: of a plan that was
     solved in order, what solves it once more, each block behind repaired ones; it keeps its pieces in the store that it is given.
-    Raises ConfigError without held-out windows, and where LoRA is to be merged into integers alone.
+    The job has held-out windows. Raises ConfigError where LoRA is to be merged into integers alone.
     """
-    if not len(job.heldout.tokens):
-        raise ConfigError("repair and heal need held-out windows to be judged on; set calibration.heldout above 0")
     if job.recipe.heal.enabled and job.recipe.heal.train == "lora":
         mergeable(job.model, modules, blocks(job.model)[1])
     recovery = _Recovery(job, plan, modules)

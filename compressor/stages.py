@@ -112,6 +112,18 @@ def start(recipe: Recipe, source: folder.ModelFolder, progress: Progress = silen
     return Job(recipe, source, model, tokenizer, assignments, groups(recipe, assignments), fit, heldout, cache=cache)
 
 
+def checked(job: Job) -> Job:
+    """The job. Raises ConfigError if its recipe measures something on held-out windows, and there are none."""
+    recipe, cure = job.recipe, "set calibration.heldout above 0, or give more windows"
+    if len(job.heldout.tokens):
+        return job
+    if recipe.trains:
+        raise ConfigError(f"repair and heal need held-out windows to be judged on; {cure}")
+    if recipe.allocation.kind == "knapsack" and recipe.allocation.damage == "kl_probe":
+        raise ConfigError(f"allocation.damage 'kl_probe' needs held-out windows; {cure}")
+    return job
+
+
 def evaluation_windows(job: Job, progress: Progress = silent) -> data.Windows:
     """The windows that original and compressed model are compared on."""
     section, window, seed = job.recipe.evaluation, job.recipe.evaluation_window, job.recipe.seed
@@ -200,8 +212,6 @@ def probes(job: Job, found: Found, progress: Progress = silent) -> Probes:
     if allocation.kind != "knapsack" or allocation.damage != "kl_probe":
         return Probes({}, None)
     section, tokens = allocation.probe, job.heldout.tokens
-    if len(tokens) == 0:
-        raise ConfigError("allocation.damage 'kl_probe' needs held-out windows; set calibration.heldout above 0")
     if section.skip >= tokens.shape[1]:
         raise ConfigError(f"allocation.probe.skip {section.skip} leaves no position of windows of {tokens.shape[1]} tokens")
     tokens = tokens[-(section.windows or len(tokens)) :]

@@ -263,7 +263,8 @@ def test_planning_does_not_train(trained, tmp_path, monkeypatch):
     assert json.dumps(pipeline.plan(made, stats=tmp_path / "stats"))
 
 
-def test_training_without_held_out_windows_is_refused(tiny_llama, text_file, tmp_path):
+def test_training_without_held_out_windows_is_refused_before_anything_is_collected(tiny_llama, text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "statistics", None)
     sets = ["calibration.heldout=0", "allocation.damage=two_sided", "repair.enabled=true"]
     with pytest.raises(ConfigError, match=r"held-out windows to be judged on; set calibration\.heldout above 0"):
         pipeline.compress(recipe(tiny_llama, text_file, *sets), tmp_path / "out")
