@@ -29,6 +29,8 @@ def plan_and_build(
     job: Job, stats: dict[str, LinearStats], edited: Plan | None, watch: Stopwatch, progress: Progress
 ) -> tuple[Plan, Modules]:
     """The plan with its measured errors, and the modules as they will be stored."""
+    if job.clock.limited:
+        job.clock.hold(stages.reserve(job))
     start = allocated(job, stats, edited, watch, progress)
     job, found, made, modules = start.job, start.found, start.plan, start.modules
     searched = edited is None and job.recipe.allocation.search is not None

@@ -35,10 +35,14 @@ class OutOfTime(Exception):
 
 
 class Clock:
-    """Seconds that are left of a budget, from construction on; without one they never end."""
+    """Seconds that are left of a budget, from construction on, less what is kept back; without a budget they never end."""
 
     def __init__(self, budget: str | None = None):
         self._end = float("inf") if budget is None else time.monotonic() + seconds_of(budget)
+
+    def hold(self, seconds: float) -> None:
+        """Keep time back for what is sure to come last."""
+        self._end -= seconds
 
     @property
     def limited(self) -> bool:

@@ -10,21 +10,14 @@ from torch import Tensor
 from compressor.sections import Training
 
 MARGIN = 1.25  # of a step, for the optimizer and for what is done once in a stage
-MODELS = 2  # whose outputs the evaluation that ends a run compares
-WRITING = 5.0  # seconds, and a tenth of what the evaluation takes
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds of a step (all blocks, one batch, forward and backward), of a look, and of a forward pass for a token."""
+    """Seconds of a step (all blocks, one batch, forward and backward), and of a look."""
 
     step: float
     look: float
-    token: float
-
-    def reserve(self, tokens: int) -> float:
-        """Seconds that writing takes, and evaluation on so many tokens."""
-        return 1.1 * MODELS * self.token * tokens + WRITING
 
     def steps(self, section: Training, seconds: float, windows: int) -> int:
         """Steps that fit, at most those of the section; 0 if there is no time for a look. windows: of the batch that was timed."""
@@ -33,8 +26,8 @@ class Pace:
         return fitting if fitting >= min(section.check, section.steps) else 0
 
 
-def timed(loss: Callable[[int], Tensor], look: Callable[[], float], tokens: int) -> Pace:
-    """Take two steps, whose gradients the caller discards, and a look at held-out windows of so many tokens; the second step counts."""
+def timed(loss: Callable[[int], Tensor], look: Callable[[], float]) -> Pace:
+    """Take two steps, whose gradients the caller discards, and a look; the second step counts."""
     for _ in range(2):
         start = time.monotonic()
         with torch.enable_grad():
@@ -42,5 +35,4 @@ def timed(loss: Callable[[int], Tensor], look: Callable[[], float], tokens: int)
         step = time.monotonic() - start
     start = time.monotonic()
     look()
-    seen = time.monotonic() - start
-    return Pace(step, seen, seen / tokens)
+    return Pace(step, time.monotonic() - start)

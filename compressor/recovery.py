@@ -39,6 +39,7 @@ from compressor.training import State, Task, attached, fit
 Modules = dict[str, nn.Module]
 Again = Callable[[Store], Run]
 
+BEGIN = 4  # forward passes on all windows before the first step
 REPAIR = 1 / 3  # of the time left for training, where healing follows
 SPARE = 0.15  # of it, since later steps may take longer than those that were timed
 
@@ -55,6 +56,9 @@ def recover(
     if job.recipe.heal.enabled and job.recipe.heal.train == "lora":
         mergeable(job.model, modules, blocks(job.model)[1])
     recovery = _Recovery(job, plan, modules)
+    if not recovery.store.recall("begins", None, partial(begins, job)):
+        stopped = {stage: {"kept": False, "steps": 0} for stage in ("repair", "heal") if getattr(job.recipe, stage).enabled}
+        return replace(plan, trained=stopped), modules
     with training(job.model):
         recovery.begin()
         if job.recipe.repair.enabled and recovery.fits("repair", REPAIR if job.recipe.heal.enabled else 1.0):
@@ -91,10 +95,12 @@ def stored_dtypes(job: Job, modules: Mapping[str, nn.Module]) -> dict[str, torch
     return found | {f"{name}.{key}": parameter.dtype for name, module in modules.items() for key, parameter in module.named_parameters()}
 
 
-def evaluated_tokens(job: Job) -> int:
-    """Tokens of all windows that end a run that trains: those to evaluate on, held-out and calibration ones."""
-    evaluated = stages.evaluation_windows(job).tokens.numel() if job.recipe.evaluation.enabled else 0
-    return evaluated + job.heldout.tokens.numel() + job.calibration.tokens.numel()
+def begins(job: Job) -> bool:
+    """Whether the budget has room for what precedes the first step: the original's outputs, and divergences, on all windows."""
+    if not job.clock.limited:
+        return True
+    passes = BEGIN * (job.calibration.tokens.numel() + job.heldout.tokens.numel())
+    return passes * stages.seconds_per_token(job) < job.clock.left
 
 
 class _Recovery:
@@ -137,8 +143,8 @@ class _Recovery:
             return True
         key = [stage, section.model_dump(mode="json"), job.recipe.heal.model_dump(mode="json")]
         pace = self.store.recall("pace", key, partial(self.pace, section))
-        left = job.clock.left - pace.reserve(evaluated_tokens(job))
-        steps = self.store.recall("steps", key, lambda: pace.steps(section, share * (1 - SPARE) * left, job.recipe.heal.batch_size))
+        seconds = share * (1 - SPARE) * job.clock.left
+        steps = self.store.recall("steps", key, lambda: pace.steps(section, seconds, job.recipe.heal.batch_size))
         if not steps:
             self.outcomes[stage] = {"kept": False, "before": self.before, "after": self.before, "steps": 0}
             return False
@@ -150,7 +156,7 @@ class _Recovery:
         fit_on, heldout = self.originals
         learners = self.learners(section, self.modules)
         with installed(self.job.model, self.modules | learners.copies), attached(learners.parameters.values()):
-            return timed(Objective(fit_on, self.job.recipe.heal).loss, heldout.divergence, self.job.heldout.tokens.numel())
+            return timed(Objective(fit_on, self.job.recipe.heal).loss, heldout.divergence)
 
     def judge(self, stage: str, modules: Modules, details: dict[str, Any], plan: Plan | None = None) -> None:
         """Take trained modules, and the plan that they have now, if the held-out divergence has fallen."""

@@ -5,8 +5,9 @@ The first candidate of every entry alone is the start. Then each further kind jo
 there than the start, which for the preset `best` is the preset `default`. Card: low_rank.md R10 (LEMS tunes its depth bias in ten trials
 on the divergence of the whole model; code lems-svd/lems), here for any setting, greedily, and on windows that nothing was fitted to.
 
-With a budget a trial may take half of the time that is left for the search, and is dropped when it shows that it would take more. What
-was decided, by the clock too, is kept in the journal: a run that was stopped goes on with the same decisions.
+With a budget a trial may take the time that is left for the search, and is dropped as soon as it shows that it would take more; so those
+that come first matter most. What was decided, by the clock too, is kept in the journal: a run that was stopped goes on with the same
+decisions.
 """
 
 import json
@@ -31,7 +32,7 @@ from compressor.stages import Job
 from compressor.stats import LinearStats
 from compressor.timings import Stopwatch
 
-SHARE = 0.4  # of the time that is left when the search begins
+SHARE = 0.5  # of the time that is left when the start has been allocated
 WHERE = "allocation.search"
 
 
@@ -144,9 +145,9 @@ class _Search:
         left = self.job.clock.left
         end = left * (1 - SHARE)
         for kind in range(1, max(len(entry.candidates) for entry in recipe.method)):
-            self.attempt(replace(self.at, kinds=(*self.at.kinds, kind)), (self.job.clock.left - end) / 2)
+            self.attempt(replace(self.at, kinds=(*self.at.kinds, kind)), self.job.clock.left - end)
         for settings in recipe.allocation.search:
-            self.attempt(replace(self.at, settings=(*self.at.settings, settings)), (self.job.clock.left - end) / 2)
+            self.attempt(replace(self.at, settings=(*self.at.settings, settings)), self.job.clock.left - end)
         if self.heldout == float("inf"):
             return self.allocate(self.at, self.progress)  # says which size can be reached
         best = self.best or self.allocate(self.at, self.progress)

@@ -1,6 +1,7 @@
 """The stages of a run, each a function of what the stages before it made: job → statistics → curves → probes → plan → modules."""
 
 import logging
+import time
 from collections.abc import Container, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -32,6 +33,7 @@ from compressor.sizes import size_in_bytes
 from compressor.stats import LinearStats, blind_spots
 from compressor.store import NOWHERE, Store
 
+WRITING = 5.0  # seconds, and a tenth of the evaluation
 HEADER_BYTES = 160  # of a stored tensor in a safetensors header, its name apart; for target sizes
 log = logging.getLogger(__name__)
 
@@ -129,6 +131,24 @@ def evaluation_windows(job: Job, progress: Progress = silent) -> data.Windows:
     section, window, seed = job.recipe.evaluation, job.recipe.evaluation_window, job.recipe.seed
     text = section.source or str(data.bundled("evaluation"))
     return data.load_windows(text, job.tokenizer, window, section.windows, section.column, seed=seed, model=job.model, progress=progress)
+
+
+def seconds_per_token(job: Job) -> float:
+    """Of a forward pass of the model as it is, timed on a batch of held-out windows, the second time that they are seen."""
+    batch = job.heldout.tokens[: job.recipe.calibration.batch_size].to(job.device)
+    with job.computing(), torch.no_grad():
+        for _ in range(2):
+            start = time.monotonic()
+            job.model(input_ids=batch, use_cache=False)
+            seconds = time.monotonic() - start
+    return seconds / batch.numel()
+
+
+def reserve(job: Job) -> float:
+    """Seconds that writing takes, and the evaluation that ends a run: of two models, on all windows that it is done on."""
+    tokens = evaluation_windows(job).tokens.numel() if job.recipe.evaluation.enabled else 0
+    tokens += job.heldout.tokens.numel() + (job.calibration.tokens.numel() if job.recipe.trains else 0)
+    return 2.2 * seconds_per_token(job) * tokens + WRITING
 
 
 def needing(job: Job, others: Sequence[Recipe]) -> Job:

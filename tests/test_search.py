@@ -7,7 +7,7 @@ import conftest
 import pytest
 from test_pipeline import recipe, tensors
 
-from compressor import building, clock, pipeline, recovery, search
+from compressor import building, clock, pipeline, recovery, search, stages
 from compressor.clock import Clock, OutOfTime, paced, seconds_of
 from compressor.config import load_recipe
 from compressor.errors import BudgetError, ConfigError
@@ -160,16 +160,37 @@ HEALING = [
 
 
 def test_training_takes_the_steps_that_the_budget_has_room_for(run, monkeypatch):
-    monkeypatch.setattr(recovery, "timed", lambda loss, look, tokens: Pace(step=1.0, look=5.0, token=0.0))
-    monkeypatch.setattr(Clock, "left", 5.0 + 45.0)  # 5 for writing; of 0.85 · 45 a third for repair: 2 of 5 seconds; heal: 21 of 1.75
+    monkeypatch.setattr(recovery, "timed", lambda loss, look: Pace(step=1.0, look=5.0))
+    monkeypatch.setattr(Clock, "left", 45.0)  # of 0.85 · 45 a third for repair: 2 of 5 seconds; heal: 21 of 1.75
     _, _, plan = run("allocation.keep=0.5", *HEALING, "budget=1h")
     assert [block["steps"] for block in plan["trained"]["repair"]["blocks"]] == [2, 2]
     assert plan["trained"]["heal"]["steps"] == 21
-    monkeypatch.setattr(Clock, "left", 5.0)
+    monkeypatch.setattr(Clock, "left", 0.0)
     bare, _, plan = run("allocation.keep=0.5", *HEALING, "budget=1h", output="bare")
     assert [plan["trained"][stage]["steps"] for stage in ("repair", "heal")] == [0, 0]
     plain, _, _ = run("allocation.keep=0.5", output="plain")
     assert tensors(bare) == tensors(plain)
+
+
+def test_time_for_writing_and_evaluation_is_kept_back_and_training_that_could_not_begin_is_left_out(run, monkeypatch):
+    monkeypatch.setattr(stages, "seconds_per_token", lambda job: 1.0)
+    held = []
+    monkeypatch.setattr(Clock, "hold", lambda clock, seconds: held.append(seconds))
+    monkeypatch.setattr(Clock, "left", 4 * 12 * 32.0)
+    monkeypatch.setattr(recovery, "blocks", None)
+    _, _, plan = run("allocation.keep=0.5", *HEALING, "budget=1h")
+    assert held == [pytest.approx(2.2 * (12 + 6) * 32 + 5)]  # calibration and held-out windows, and those to evaluate on
+    assert plan["trained"] == {"repair": {"kept": False, "steps": 0}, "heal": {"kept": False, "steps": 0}}
+
+
+def test_a_clock_counts_down_to_what_is_kept_back(monkeypatch):
+    now = itertools.count()
+    monkeypatch.setattr(clock.time, "monotonic", lambda: float(next(now)))
+    limited = Clock("10s")
+    assert limited.limited and limited.left == 9
+    limited.hold(5)
+    assert limited.left == 3 and [limited.left for _ in range(4)][-1] == 0
+    assert not Clock().limited and Clock().left == float("inf")
 
 
 @pytest.mark.slow
@@ -179,10 +200,9 @@ def test_a_budget_with_room_for_everything_changes_nothing(run):
     assert plan["trained"]["heal"]["steps"] == 40 and tensors(free) == tensors(timed)
 
 
-def test_the_pace_leaves_room_for_looks_and_for_the_evaluation():
-    pace = Pace(step=2.0, look=10.0, token=1e-3)
+def test_the_pace_leaves_room_for_looks():
+    pace = Pace(step=2.0, look=10.0)
     section = Heal(steps=100, check=20, batch_size=4)
-    assert pace.reserve(10_000) == pytest.approx(2 * 1.1 * 10 + 5)
     assert pace.steps(section, 1e9, 4) == 100
     assert pace.steps(section, 30 * (2.5 + 0.5), 4) == 30 and pace.steps(section, 30 * (5 + 0.5), 2) == 30
     assert pace.steps(section, 19 * (2.5 + 0.5), 4) == 0
