@@ -72,6 +72,8 @@ def solved_if_better(start: Allocated, stats: dict[str, LinearStats], progress: 
     made: list[tuple[Plan, Modules]] = []
 
     def outcome() -> float | None:
+        if start.seconds > seconds:  # solving again takes longer than solving, and shows it only after a block
+            return None
         try:
             made.append(solve(paced(progress, seconds)))
         except OutOfTime:

@@ -11,6 +11,7 @@ decisions.
 """
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -70,6 +71,7 @@ class Allocated:
     prober: Prober | None  # None where nothing is probed
     plan: Plan
     modules: dict[str, nn.Module]
+    seconds: float = 0.0  # that the decompositions took which had not been made before
 
     @property
     def heldout(self) -> float:
@@ -89,12 +91,14 @@ def recipes(recipe: Recipe) -> list[Recipe]:
 
 def allocate(job: Job, stats: dict[str, LinearStats], watch: Stopwatch, progress: Progress = silent, measured: bool = False) -> Allocated:
     """Decompose, probe, allocate and build; `measured` as in `selection.choose`."""
+    begun = time.monotonic()
     with watch("decompose"):
         found = stages.decompositions(job, stats, progress)
+    seconds = time.monotonic() - begun
     with watch("probe"):
         probed = stages.probes(job, found, progress)
     with watch("allocate"):
-        return Allocated(job, found, probed.prober, *selection.choose(job, found, probed, progress, measured))
+        return Allocated(job, found, probed.prober, *selection.choose(job, found, probed, progress, measured), seconds)
 
 
 def search(job: Job, stats: dict[str, LinearStats], watch: Stopwatch, progress: Progress = silent) -> Allocated:

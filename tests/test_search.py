@@ -7,7 +7,7 @@ import conftest
 import pytest
 from test_pipeline import recipe, tensors
 
-from compressor import building, clock, pipeline, recovery, search, stages
+from compressor import building, clock, pipeline, recovery, refine, search, stages
 from compressor.clock import Clock, OutOfTime, paced, seconds_of
 from compressor.config import load_recipe
 from compressor.errors import BudgetError, ConfigError
@@ -67,6 +67,13 @@ def test_without_time_a_search_ends_with_what_it_starts_from(run, monkeypatch):
     assert plan["search"]["in order"] == {"heldout": None, "kept": False}
     plain, _, _ = run("allocation.keep=0.5", output="plain")
     assert tensors(made) == tensors(plain)
+
+
+def test_solving_in_order_is_not_begun_where_solving_took_longer_than_it_may(run, monkeypatch):
+    monkeypatch.setattr(Clock, "left", 1e-3)
+    monkeypatch.setattr(refine, "finish", lambda *given: pytest.fail("begun"))
+    _, _, plan = run("allocation.search=[]", "allocation.keep=0.5", "calibration.sequential=true", "budget=1h")
+    assert plan["search"]["in order"] == {"heldout": None, "kept": False}
 
 
 def test_solving_in_order_stays_where_it_helps(run):
