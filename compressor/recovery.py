@@ -39,7 +39,7 @@ from compressor.training import State, Task, attached, fit
 Modules = dict[str, nn.Module]
 Again = Callable[[Store], Run]
 
-BEGIN = 4  # forward passes on all windows before the first step
+BEGIN = 1.5  # comparisons on all windows, which the work before the first step is like
 REPAIR = 1 / 3  # of the time left for training, where healing follows
 SPARE = 0.15  # of it, since later steps may take longer than those that were timed
 
@@ -99,8 +99,8 @@ def begins(job: Job) -> bool:
     """Whether the budget has room for what precedes the first step: the original's outputs, and divergences, on all windows."""
     if not job.clock.limited:
         return True
-    passes = BEGIN * (job.calibration.tokens.numel() + job.heldout.tokens.numel())
-    return passes * stages.seconds_per_token(job) < job.clock.left
+    tokens = job.calibration.tokens.numel() + job.heldout.tokens.numel()
+    return BEGIN * tokens * stages.seconds_per_token(job) < job.clock.left
 
 
 class _Recovery:

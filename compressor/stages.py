@@ -28,12 +28,12 @@ from compressor.planning import Found
 from compressor.probe import Prober, ProbeResult, probe
 from compressor.progress import Progress, silent
 from compressor.recipe import Recipe
-from compressor.scoring import in_float32
+from compressor.scoring import compare, in_float32
 from compressor.sizes import size_in_bytes
 from compressor.stats import LinearStats, blind_spots
 from compressor.store import NOWHERE, Store
 
-WRITING = 5.0  # seconds, and a tenth of the evaluation
+WRITING, SLOWER = 5.0, 1.3  # seconds; times a comparison of the dense model with itself: compressed linears may be slower
 HEADER_BYTES = 160  # of a stored tensor in a safetensors header, its name apart; for target sizes
 log = logging.getLogger(__name__)
 
@@ -134,21 +134,21 @@ def evaluation_windows(job: Job, progress: Progress = silent) -> data.Windows:
 
 
 def seconds_per_token(job: Job) -> float:
-    """Of a forward pass of the model as it is, timed on a batch of held-out windows, the second time that they are seen."""
-    batch = job.heldout.tokens[: job.recipe.calibration.batch_size].to(job.device)
-    with job.computing(), torch.no_grad():
+    """Of comparing two models, timed on a batch of held-out windows and the model as it is, the second time."""
+    tokens = job.heldout.tokens[: job.recipe.calibration.batch_size]
+    with job.computing():
         for _ in range(2):
             start = time.monotonic()
-            job.model(input_ids=batch, use_cache=False)
+            compare(job.model, job.model, tokens, len(tokens))
             seconds = time.monotonic() - start
-    return seconds / batch.numel()
+    return seconds / tokens.numel()
 
 
 def reserve(job: Job) -> float:
-    """Seconds that writing takes, and the evaluation that ends a run: of two models, on all windows that it is done on."""
+    """Seconds that writing takes, and the evaluation that ends a run, on all its windows."""
     tokens = evaluation_windows(job).tokens.numel() if job.recipe.evaluation.enabled else 0
     tokens += job.heldout.tokens.numel() + (job.calibration.tokens.numel() if job.recipe.trains else 0)
-    return 2.2 * seconds_per_token(job) * tokens + WRITING
+    return SLOWER * seconds_per_token(job) * tokens + WRITING
 
 
 def needing(job: Job, others: Sequence[Recipe]) -> Job:

@@ -183,10 +183,10 @@ def test_time_for_writing_and_evaluation_is_kept_back_and_training_that_could_no
     monkeypatch.setattr(stages, "seconds_per_token", lambda job: 1.0)
     held = []
     monkeypatch.setattr(Clock, "hold", lambda clock, seconds: held.append(seconds))
-    monkeypatch.setattr(Clock, "left", 4 * 12 * 32.0)
+    monkeypatch.setattr(Clock, "left", 1.5 * 12 * 32)
     monkeypatch.setattr(recovery, "blocks", None)
     _, _, plan = run("allocation.keep=0.5", *HEALING, "budget=1h")
-    assert held == [pytest.approx(2.2 * (12 + 6) * 32 + 5)]  # calibration and held-out windows, and those to evaluate on
+    assert held == [pytest.approx(1.3 * (12 + 6) * 32 + 5)]  # calibration and held-out windows, and those to evaluate on
     assert plan["trained"] == {"repair": {"kept": False, "steps": 0}, "heal": {"kept": False, "steps": 0}}
 
 
