@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from accelerate import PartialState
 from conftest import read_json
 from killed import contents, forked, wait
 from safetensors.torch import load_file
@@ -55,7 +56,8 @@ def meet(rank: int, port: int, folder: Path, section: Heal) -> None:
         last.update({name: parameter.detach().clone() for name, parameter in task.parameters.items()})
         return optimizer
 
-    training._steps = steps  # this process is a fork
+    training._steps = steps  # this process is a fork, in which an earlier test may have met nobody
+    PartialState._reset_state()
     assert rank == 0 or team.called()
     fit(task, section, 0, Store(folder, frozen=rank > 0), team=team)
     if rank == 0:
