@@ -53,7 +53,7 @@ def test_f01_killed_while_weights_are_written(tiny_llama, text_file, expected, t
 DIFFERING = ("recipe.yaml", "manifest.json", "README.md", "plan.json", "report.json")  # they say that --overwrite was given
 
 
-@pytest.mark.parametrize("where", ["compressor.decompose._prepare", "compressor.sequential._solve_block"])
+@pytest.mark.parametrize("where", ["compressor.decompose._prepare", "compressor.sequential.solve_block"])
 def test_f03_killed_inside_a_layer(tiny_llama, text_file, expected, tmp_path, where):
     """SIGKILL inside a layer: the layers before it are not done again, and the end is the bytes of an unbroken run."""
     output, calls = tmp_path / "out", 2
