@@ -1,10 +1,15 @@
-"""Processes that are killed with SIGKILL where no handler and no `finally` runs."""
+"""Runs that are stopped: with SIGKILL, where no handler and no `finally` runs, and with Ctrl-C."""
 
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 
 def forked(function: Callable[[], object]) -> int:
@@ -55,6 +60,21 @@ def killed_after(function: Callable[[], object], seconds: float) -> bool:
     status = wait(child)
     assert status in (-signal.SIGKILL, 0)  # it may have ended in the last moment
     return status != 0
+
+
+@contextmanager
+def interrupted(owner: Any, name: str, at: int) -> Iterator[None]:
+    """Ctrl-C in place of call number `at`, from 1, of a function of `owner`; what is inside the `with` must come to it, and ends there."""
+    calls, function = count(1), getattr(owner, name)
+
+    def run(*args, **kwargs):
+        if next(calls) == at:
+            raise KeyboardInterrupt
+        return function(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(owner, name, run)
+        yield
 
 
 def contents(folder: Path) -> dict[str, bytes]:

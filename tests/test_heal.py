@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from handmade import low_rank
-from killed import contents
+from killed import contents, interrupted
 from observed import windows
 from test_pipeline import recipe
 from test_repair import DOWN, MADE, low_rank_pair
@@ -238,19 +238,10 @@ def test_what_helps_on_too_few_tokens_only_is_not_kept(tiny_llama, text_file, st
         assert done["after"]["heldout"] >= done["before"]["heldout"]
 
 
-def test_a_stopped_run_goes_on_to_the_same_bytes(trained, tmp_path, monkeypatch):
+def test_a_stopped_run_goes_on_to_the_same_bytes(trained, tmp_path):
     made, folder, _ = trained
     for at in (2, 8):  # in the repair of the first block and in healing
-        calls, real = [], trainer._advance
-
-        def advance(*args, calls=calls, at=at, real=real):
-            calls.append(None)
-            if len(calls) == at:
-                raise KeyboardInterrupt
-            return real(*args)
-
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(trainer, "_advance", advance)
+        with interrupted(trainer, "_advance", at):
             pipeline.compress(made, tmp_path / "out")
     pipeline.compress(made, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(folder)

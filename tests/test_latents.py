@@ -4,7 +4,7 @@ import conftest
 import pytest
 import torch
 from conftest import tiny_model
-from killed import contents
+from killed import contents, interrupted
 from observed import windows
 from test_heal import loss_of
 from test_pipeline import recipe
@@ -129,7 +129,7 @@ def test_residuals_and_shared_atoms_learn_beside_supports():
 
 
 @pytest.mark.parametrize("method", ["sparse", pytest.param("rocket", marks=pytest.mark.slow)])
-def test_a_run_keeps_its_size_and_goes_on_to_the_same_bytes(tiny_llama, text_file, tmp_path, monkeypatch, method):
+def test_a_run_keeps_its_size_and_goes_on_to_the_same_bytes(tiny_llama, text_file, tmp_path, method):
     sets = [f"method=[{{dense: false, candidates: [{{name: {method}}}]}}]", "allocation={kind: uniform, keep: 0.6}"]
     sets.append("output.dtype=bfloat16")
     quick = [f"heal.{value}" for value in ("enabled=true", "supports=learned", "steps=15", "check=4", "learning_rate=0.05")]
@@ -140,18 +140,8 @@ def test_a_run_keeps_its_size_and_goes_on_to_the_same_bytes(tiny_llama, text_fil
     assert healed["kept"] and healed["steps"] == 15 and len(healed["looks"]) == 4 + 2 and expected["kept"] == before["kept"]
     specs = [conftest.read_json(tmp_path / run / "config.json")["quantization_config"]["linears"] for run in ("plain", "whole")]
     assert specs[0] == specs[1] and expected["heldout"]["kl"] == pytest.approx(healed["after"]["heldout"], rel=2e-2)
-    real = trainer._advance
     for at in (3,) if method == "rocket" else (2, 3):
-        calls = []
-
-        def advance(*args, calls=calls, at=at):
-            calls.append(None)
-            if len(calls) == at:
-                raise KeyboardInterrupt
-            return real(*args)
-
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(trainer, "_advance", advance)
+        with interrupted(trainer, "_advance", at):
             pipeline.compress(made, tmp_path / "out")
     pipeline.compress(made, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from handmade import compressed
-from killed import contents
+from killed import contents, interrupted
 from observed import windows
 from test_heal import SECTION, loss_of
 from test_pipeline import recipe
@@ -129,7 +129,7 @@ def test_integers_stay_as_they_are_and_nothing_but_integers_is_refused(tiny_llam
         recover(job, None, packed, {})
 
 
-def test_a_run_keeps_its_size_and_goes_on_to_the_same_bytes(tiny_llama, text_file, tmp_path, monkeypatch):
+def test_a_run_keeps_its_size_and_goes_on_to_the_same_bytes(tiny_llama, text_file, tmp_path):
     quick = [f"heal.{value}" for value in ("enabled=true", "train=lora", "steps=12", "check=4", "learning_rate=0.01", "rank=2")]
     plain = recipe(tiny_llama, text_file, "allocation.keep=0.7", "output.dtype=bfloat16")
     healed = recipe(tiny_llama, text_file, "allocation.keep=0.7", "output.dtype=bfloat16", *quick)
@@ -139,16 +139,7 @@ def test_a_run_keeps_its_size_and_goes_on_to_the_same_bytes(tiny_llama, text_fil
     assert before["kept"] == expected["kept"] and before["kl"] != expected["kl"]
     specs = [conftest.read_json(tmp_path / run / "config.json")["quantization_config"]["linears"] for run in ("plain", "whole")]
     assert specs[0] == specs[1]
-    real, calls = trainer._advance, []
-
-    def advance(*args):
-        calls.append(None)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(trainer, "_advance", advance)
+    with interrupted(trainer, "_advance", 2):
         pipeline.compress(healed, tmp_path / "out")
     pipeline.compress(healed, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")

@@ -5,6 +5,7 @@ from copy import deepcopy
 
 import conftest
 import pytest
+from killed import interrupted
 from test_pipeline import recipe, tensors
 
 from compressor import building, clock, pipeline, recovery, refine, search, stages
@@ -99,17 +100,9 @@ def test_an_outcome_that_is_worse_than_its_start_is_not_written(run, monkeypatch
 
 
 @pytest.mark.slow
-def test_a_stopped_search_goes_on_with_its_decisions(run, monkeypatch, tmp_path):
+def test_a_stopped_search_goes_on_with_its_decisions(run):
     whole, _, expected = run(KINDS, SETTINGS, "allocation.keep=0.5", "budget=1h")
-    calls, real = itertools.count(), search.allocate
-
-    def stopping(*args, **options):
-        if next(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*args, **options)
-
-    monkeypatch.setattr(search, "allocate", stopping)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(search, "allocate", 3):
         run(KINDS, SETTINGS, "allocation.keep=0.5", "budget=1h", output="stopped")
     made, _, plan = run(KINDS, SETTINGS, "allocation.keep=0.5", "budget=1h", output="stopped")
     assert plan == expected and tensors(made) == tensors(whole)
