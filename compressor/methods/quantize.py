@@ -21,7 +21,7 @@ the dense model.
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -37,7 +37,7 @@ from compressor.methods import register
 from compressor.methods.base import Method
 from compressor.methods.descent import descend
 from compressor.methods.residual import Residual, decompose
-from compressor.methods.residual_integers import Codec, IntegerResidual, round_residuals
+from compressor.methods.residual_integers import Codec, IntegerResidual, errors, round_residuals
 from compressor.methods.rounding import Entries, Grid, fit_grid, nearest, round_columns, round_entries
 from compressor.methods.sparse import obs_factor
 from compressor.methods.sparsity import NEEDS, Fraction, MetricName, Weighed, weigh
@@ -95,10 +95,6 @@ class Scheme:
     residual: Residual | None  # None where none is offered
     integers: IntegerResidual | None  # None where none is offered, or factors are not integers
     damping: float | None  # None without feedback
-
-    def left(self, rank: int) -> float:
-        """Absolute error behind a residual."""
-        return self.residual.tail[rank].item() if self.integers is None else self.integers.error(rank)
 
 
 @dataclass(frozen=True)
@@ -257,10 +253,10 @@ class QuantizeMethod(Method[Prepared]):
         weighed, found = state.weighed, []
         sizes = self.sizes(weighed.dense, weighed.linear)
         self.solve(state, list(dict.fromkeys(scheme_of(size.setting) for size in sizes)))
+        left = self.left(state, {size.setting.get("rank", 0) for size in sizes})
         for size in sizes:
-            scheme = state.schemes[scheme_of(size.setting)]
             rank = size.setting.get("rank", 0)
-            error = scheme.left(rank) / (weighed.energy or 1.0) if rank else scheme.error
+            error = left[rank][scheme_of(size.setting)]
             rung = {} if state.damping is None else {"damping": state.damping}
             candidate = replace(size, setting=size.setting | rung, error=error)
             if found and found[-1].bits == size.bits and error < found[-1].error:
@@ -268,6 +264,20 @@ class QuantizeMethod(Method[Prepared]):
             if not found or error < found[-1].error or (error == 0 and size.bits > found[-1].bits):
                 found.append(candidate)
         return Curve(weighed.linear, self.name, tuple(found), weighed.dense.bits, weighed.dense.parameters, weighed.energy)
+
+    def left(self, state: Prepared, ranks: Iterable[int]) -> dict[int, dict[tuple[int, int], float]]:
+        """Relative error of every scheme behind residuals of these ranks."""
+        schemes, energy = state.schemes.values(), state.weighed.energy or 1.0
+        found = {}
+        for rank in ranks:
+            if rank == 0:
+                lost = [scheme.error for scheme in schemes]
+            elif self.residual_bits is None:
+                lost = [scheme.residual.tail[rank].item() / energy for scheme in schemes]
+            else:
+                lost = [error / energy for error in errors([scheme.integers for scheme in schemes], rank)]
+            found[rank] = dict(zip(state.schemes, lost, strict=True))
+        return found
 
     def compress(self, state: Prepared, setting: dict[str, Any]) -> CompressedLinear:
         self.solve(state, [scheme_of(setting)])

@@ -15,7 +15,7 @@ rank and a group of outputs, since there are few ranks and many outputs. Outputs
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,30 +53,38 @@ class IntegerResidual:
     root: Tensor | None  # L (out, out), or None for H = I
     lost: float  # tr(H E M Eᵀ)
 
-    def up(self, rank: int) -> tuple[Tensor, Grid]:
-        """Codes (r, out) of B̂ᵀ for the first ranks of Â, and their grid."""
-        moment, codec = self.moment[:rank, :rank], self.codec
-        exact = self.cross[:, :rank] @ torch.linalg.pinv(moment, hermitian=True)
-        outputs = exact.new_ones(len(exact)) if self.root is None else self.root.square().sum(1)
-        grid = fit_grid(exact.T, codec.bits, codec.groups[0], True, outputs, codec.clips, codec.dtype)
-        across = Entries.of([grid])
-        entries = Entries(across.scales.mT, across.zeros.mT, across.halves)
-        if not codec.damping:
-            return entries.round(exact)[0][0].T, grid
-        inner, _ = obs_factor(moment, codec.damping, f"{self.what}, up factor")
-        return feed_back(exact, entries, inner, torch.arange(rank, device=exact.device), codec.block)[0].T, grid
-
     def pair(self, rank: int) -> tuple[Packed, Packed]:
         """up, as its transpose (r, out), and down (r, in) of one rank; new tensors."""
-        codes, grid = self.up(rank)
+        ((codes, grid),) = ups([self], rank)
         return Packed.of_codes(codes, grid.scales.to(self.codec.dtype), None, None, grid.bits), self.down.leading(rank)
 
-    def error(self, rank: int) -> float:
-        """What this rank leaves of E, absolute."""
-        codes, grid = self.up(rank)
+
+def ups(residuals: Sequence[IntegerResidual], rank: int) -> list[tuple[Tensor, Grid]]:
+    """Codes (r, out) of B̂ᵀ for the first ranks of Â, and their grids, of K residuals of one weight, all at once."""
+    codec, root = residuals[0].codec, residuals[0].root
+    moments = torch.stack([one.moment[:rank, :rank] for one in residuals])
+    exact = torch.stack([one.cross[:, :rank] for one in residuals]) @ torch.linalg.pinv(moments, hermitian=True)
+    outputs = exact.new_ones(exact.shape[1]) if root is None else root.square().sum(1)
+    together = fit_grid(exact.mT.flatten(0, 1), codec.bits, codec.groups[0], True, outputs, codec.clips, codec.dtype)
+    grids = [replace(together, scales=scales) for scales in together.scales.split(rank)]
+    across = Entries.of(grids)
+    entries = Entries(across.scales.mT, across.zeros.mT, across.halves)
+    if codec.damping:
+        factors = [obs_factor(one.moment[:rank, :rank], codec.damping, f"{one.what}, up factor")[0] for one in residuals]
+        codes = feed_back(exact, entries, torch.stack(factors), torch.arange(rank, device=exact.device), codec.block)
+    else:
+        codes = nearest(exact, entries.scales, entries.zeros, 2 ** (codec.bits - 1))
+    return list(zip(codes.mT, grids, strict=True))
+
+
+def errors(residuals: Sequence[IntegerResidual], rank: int) -> list[float]:
+    """What this rank leaves of each of K errors E of one weight, absolute."""
+    found = []
+    for one, (codes, grid) in zip(residuals, ups(residuals, rank), strict=True):
         up = (codes * grid.columns()[0]).T
-        up = up if self.root is None else self.root.T @ up
-        return max(0.0, self.lost + ((up @ self.moment[:rank, :rank] - 2 * self.seen[:, :rank]) * up).sum().item())
+        up = up if one.root is None else one.root.T @ up
+        found.append(max(0.0, one.lost + ((up @ one.moment[:rank, :rank] - 2 * one.seen[:, :rank]) * up).sum().item()))
+    return found
 
 
 def round_residuals(

@@ -105,7 +105,7 @@ def round_columns(weight: Tensor, grids: Sequence[Grid], inner: Tensor, order: T
 
 
 def feed_back(weight: Tensor, entries: Entries, inner: Tensor, order: Tensor, block: int) -> Tensor:
-    """`round_columns` on scales of any layout. Blocks only delay the update of the columns behind them."""
+    """`round_columns` on scales of any layout; U may be one for each grid too. Blocks only delay the update of the columns behind them."""
     entries = entries.at(slice(None), order)
     weight = weight[..., order].expand_as(entries.scales).clone()
     codes = torch.empty_like(weight)
@@ -114,9 +114,9 @@ def feed_back(weight: Tensor, entries: Entries, inner: Tensor, order: Tensor, bl
         errors = torch.empty_like(weight[..., start:end])
         for column in range(start, end):
             codes[..., column], lost = entries.at(slice(None), column).round(weight[..., column])
-            errors[..., column - start] = error = lost / inner[column, column]
-            weight[..., column + 1 : end] -= error[..., None] * inner[column, column + 1 : end]
-        weight[..., end:] -= errors @ inner[start:end, end:]
+            errors[..., column - start] = error = lost / inner[..., column, column, None]
+            weight[..., column + 1 : end] -= error[..., None] * inner[..., column, None, column + 1 : end]
+        weight[..., end:] -= errors @ inner[..., start:end, end:]
     return codes[..., order.argsort()]
 
 
