@@ -75,6 +75,7 @@ def test_f04_told_to_stop(tiny_llama, text_file, expected, tmp_path, number, cod
         import compressor.decompose as module
 
         real, calls = module._prepare, []
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs that a shell has put into the background ignore it
 
         def prepare(*args):
             calls.append(None)
