@@ -4,7 +4,7 @@ References: training only what the compressed linears store is WeLore's (arXiv 2
 `objectives` has what is minimised.
 
 The original is not kept as a second model: the outputs of its last block are cached, and its logits come from them through its own norm
-and head, which healing leaves as they are.
+and head.
 
 Memory: windows × length × hidden size × 4 bytes for these outputs, of which no more than the cache allows is held in memory, the logits
 of one batch three times, and the activations, gradients and moments of all blocks.
@@ -45,7 +45,7 @@ class Divergence(torch.autograd.Function):
 
 
 class Original:
-    """What a model says, as it is now, to batches of windows, whatever is installed in its blocks later."""
+    """What a model says, as it is now, to batches of windows, whatever is installed in it later."""
 
     def __init__(self, model: PreTrainedModel, batches: Sequence[Tensor], keep: bool = True, cache: Cache | None = None):
         """batches: (batch, length) int64, on the model's device; keep: the outputs of the last block, in `cache`, else every question is
@@ -55,7 +55,9 @@ class Original:
         """
         self.model, self.batches = model, list(batches)
         self.depth = len(blocks(model)[1])
-        self.dense = {name: module for name, module in leaves(model, {}, blocks(model)[1]).items() if len(module._parameters)}
+        prefix = f"{blocks(model)[0]}."
+        self.dense = {name: module for name, module in leaves(model, {}, [model]).items() if len(module._parameters)}
+        self.outside = {name: module for name, module in self.dense.items() if not name.startswith(prefix)}  # the head may be compressed
         self.last = (Cache() if cache is None else cache).batches(len(self.batches) if keep else 0)
         for index, batch in enumerate(self.batches[: len(self.last)]):
             logits, outputs = block_outputs(model, batch)
@@ -67,7 +69,8 @@ class Original:
         """Logits (batch, length, vocabulary) of the original for one batch."""
         if not self.last:
             return self.run(index)[0]
-        return forward_from(self.model, self.depth, [self.last[index]] * self.depth, self.batches[index])
+        with installed(self.model, self.outside):
+            return forward_from(self.model, self.depth, [self.last[index]] * self.depth, self.batches[index])
 
     def run(self, index: int) -> tuple[Tensor, list[Any]]:
         """Logits of the original for one batch, and what each of its blocks returns, from a pass of its own."""

@@ -65,6 +65,15 @@ def test_the_losses_are_those_of_the_definition():
     assert losses["both"] == pytest.approx(kl + ce, rel=CLOSE) and divergence == pytest.approx(kl, abs=1e-7)
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_the_original_speaks_through_its_own_head(keep):
+    model, batch = tiny_model("llama"), windows()
+    with training(model), torch.no_grad():
+        expected, original = model(input_ids=batch).logits, Original(model, [batch], keep)
+        with installed(model, modules_of(model) | {"lm_head": low_rank(model.lm_head.weight, None, 2, True)}):
+            torch.testing.assert_close(original.logits(0), expected)
+
+
 def test_a_student_that_is_the_teacher_has_no_loss_and_does_not_move():
     model = tiny_model("llama")
     with training(model):
