@@ -29,10 +29,17 @@ class Pace:
 def timed(loss: Callable[[int], Tensor], look: Callable[[], float]) -> Pace:
     """Take two steps, whose gradients the caller discards, and a look; the second step counts."""
     for _ in range(2):
-        start = time.monotonic()
+        start = _now()
         with torch.enable_grad():
             loss(0).backward()
-        step = time.monotonic() - start
-    start = time.monotonic()
+        step = _now() - start
+    start = _now()
     look()
-    return Pace(step, time.monotonic() - start)
+    return Pace(step, _now() - start)
+
+
+def _now() -> float:
+    """Seconds, once an accelerator has done what it was told, which the processor does not wait for."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.monotonic()

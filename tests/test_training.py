@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_pipeline import recipe
 
-from compressor import pipeline, recovery, stages
+from compressor import pace, pipeline, recovery, stages
 from compressor.errors import ConfigError
 from compressor.optimizers import INSTALL
 from compressor.progress import silent
@@ -125,3 +125,12 @@ def test_healing_with_blocks_that_run_again_is_the_same(tiny_llama, text_file, m
         plan, modules = pipeline.plan_and_build(job, stages.statistics(job), None, Stopwatch(), silent)
         found.append((plan.trained, [tensor for module in modules.values() for tensor in module.state_dict().values()]))
     assert found[0][0] == found[1][0] and all(map(torch.equal, found[0][1], found[1][1])) and len(calls) == 1
+
+
+def test_steps_are_timed_to_their_end_on_an_accelerator(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    now = itertools.count()
+    waited = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: waited.append(next(now)))
+    monkeypatch.setattr(pace.time, "monotonic", lambda: float(next(now)))
+    assert pace.timed(lambda index: torch.ones(1, requires_grad=True).sum(), lambda: 0.0) == pace.Pace(2.0, 2.0) and len(waited) == 6
