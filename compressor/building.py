@@ -4,6 +4,7 @@ In a run that searches, what follows the allocation must earn its place too: sol
 windows falls, as repair and healing are in every run, and what comes out last is measured against the plan as it was allocated.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -13,6 +14,7 @@ from torch import nn
 
 from compressor import curves, finer, recovery, refine, search, selection, stages
 from compressor.clock import OutOfTime, paced
+from compressor.errors import NumericalError
 from compressor.plan import Plan
 from compressor.progress import Progress
 from compressor.search import Allocated
@@ -21,8 +23,11 @@ from compressor.stats import LinearStats
 from compressor.timings import Stopwatch
 
 IN_ORDER = 0.3  # of the time that is left once the search has ended, at most, for solving in order
+PASSES = 2.5  # comparisons of two models on the calibration windows, which the passes of solving in order cost as much as
 
 Modules = Mapping[str, nn.Module]
+
+log = logging.getLogger(__name__)
 
 
 def plan_and_build(
@@ -71,22 +76,31 @@ def solved_if_better(start: Allocated, stats: dict[str, LinearStats], progress: 
     solve = partial(refine.finish, job, start.plan, start.modules, start.found, stats, None)
     made: list[tuple[Plan, Modules]] = []
 
-    def outcome() -> float | None:
-        if start.seconds > seconds:  # solving again takes longer than solving, and shows it only after a block
-            return None
+    def outcome() -> tuple[float | None, str | None]:
+        if job.clock.limited and expected(start) > seconds:
+            return None, search.NO_TIME
         try:
             made.append(solve(paced(progress, seconds)))
         except OutOfTime:
-            return None
-        return start.divergence(made[0][1])
+            return None, search.NO_TIME
+        except NumericalError as error:
+            log.warning("%s; the linears are not solved in order", error)
+            return None, str(error)
+        return start.divergence(made[0][1]), None
 
-    heldout = job.store.within(start.plan.to_json()).recall("in order", search.depends(job.recipe), outcome)
+    heldout, dropped = job.store.within(start.plan.to_json()).recall("in order", search.depends(job.recipe), outcome)
     kept = heldout is not None and heldout < start.heldout
-    found = start.plan.search | {"in order": {"heldout": heldout, "kept": kept}}
+    tried = {"heldout": heldout, "kept": kept} | ({"dropped": dropped} if dropped else {})
+    found = start.plan.search | {"in order": tried}
     if not kept:
         return replace(job, recipe=search.not_in_order(job.recipe)), replace(start.plan, search=found), start.modules
     plan, modules = made[0] if made else solve(progress)
     return job, replace(plan, search=found), modules
+
+
+def expected(start: Allocated) -> float:
+    """Seconds that solving in order takes, about; its first block, which has the dense model's inputs, does not show them."""
+    return start.seconds + PASSES * start.job.calibration.tokens.numel() * stages.seconds_per_token(start.job)
 
 
 def better(start: Allocated, plan: Plan, modules: Modules) -> tuple[Plan, Modules]:
@@ -94,4 +108,7 @@ def better(start: Allocated, plan: Plan, modules: Modules) -> tuple[Plan, Module
     final = start.divergence(modules)
     kept = final < start.heldout
     found: dict[str, Any] = plan.search | {"final": {"heldout": final, "kept": kept}}
-    return (replace(plan, search=found), modules) if kept else (replace(start.plan, search=found), start.modules)
+    if kept:
+        return replace(plan, search=found), modules
+    trained = {stage: outcome | {"kept": False} for stage, outcome in plan.trained.items()}
+    return replace(start.plan, search=found, trained=trained), start.modules

@@ -1,7 +1,7 @@
 """Repair and healing of the modules of a plan: each is kept only where the divergence on the held-out windows falls."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from compressor import stages
 from compressor.decompose import offering
 from compressor.heal import Original
 from compressor.latents import Latents, has_support, parted
-from compressor.learners import Learners, rebind, rebuilt
+from compressor.learners import Learners, leaves, rebind, rebuilt
 from compressor.linears import CompressedLinear
 from compressor.loras import Loras, input_metrics, mergeable
 from compressor.methods.base import ModuleMethod
@@ -155,7 +155,8 @@ class _Recovery:
         """Time a step of healing with what learns in this section, and a look."""
         fit_on, heldout = self.originals
         learners = self.learners(section, self.modules)
-        with installed(self.job.model, self.modules | learners.copies), attached(learners.parameters.values()):
+        placed = installed(self.job.model, self.modules | learners.copies)
+        with placed, self.recomputed(), attached(learners.parameters.values()):
             return timed(Objective(fit_on, self.job.recipe.heal).loss, heldout.divergence)
 
     def judge(self, stage: str, modules: Modules, details: dict[str, Any], plan: Plan | None = None) -> None:
@@ -182,7 +183,7 @@ class _Recovery:
             job.cache,
             run.block if run else lambda streams: {},
         )
-        self.judge("repair", modules, {"blocks": [block.to_json() for block in found]}, run and run.plan)
+        self.judge("repair", modules, {"blocks": [block.to_json() for block in found]}, run and replace(self.plan, linears=run.choices))
 
     def heal(self, progress: Progress) -> None:
         model, section, start, before = self.job.model, self.job.recipe.heal, self.modules, State(0, {}, {}, {}, ())
@@ -214,16 +215,19 @@ class _Recovery:
         loss = (lambda index: learners.pulled(objective.loss(index))) if isinstance(learners, Latents) else objective.loss
         windows = tuple(len(batch) for batch in fit_on.batches)
         task = Task(title, learners.parameters, len(windows), loss, heldout.divergence, windows)
-        again = recomputing(self.job.model) if section.checkpointing else nullcontext()
-        with installed(self.job.model, start | learners.copies), again:
+        with installed(self.job.model, start | learners.copies), self.recomputed():
             return fit(task, section, self.job.recipe.seed, self.store, progress, self.job.team)
+
+    def recomputed(self) -> AbstractContextManager:
+        """Blocks run again in the backward pass, where the recipe says so."""
+        return recomputing(self.job.model) if self.job.recipe.heal.checkpointing else nullcontext()
 
     def learners(self, section: Training, modules: Modules) -> Learners | Loras | Latents:
         """What learns in a section, in all blocks."""
         model, scopes = self.job.model, blocks(self.job.model)[1]
         if section.train == "lora":
             return Loras(model, modules, scopes, section.rank, self.job.recipe.seed)
-        if isinstance(section, Heal) and section.supports == "learned" and any(map(has_support, modules.values())):
+        if isinstance(section, Heal) and section.supports == "learned" and any(map(has_support, leaves(model, modules, scopes).values())):
             return Latents(model, modules, scopes, section.train)
         return Learners(model, modules, scopes, section.train)
 

@@ -167,7 +167,8 @@ def searched(report: dict[str, Any]) -> str | None:
     start = "a size it could not meet" if first["heldout"] is None else f"held-out KL {number(first['heldout'])}"
     stayed = sum(one["kept"] for one in others)
     left = sum(one["heldout"] is None for one in others)
-    return f"search: from {start} to {number(found['heldout'])}; of {len(others)} trials {stayed} stayed, {left} did not fit size or budget"
+    whole = f"search: from {start} to {number(found['heldout'])}; of {len(others)} trials {stayed} stayed"
+    return f"{whole}, {left} were dropped, plan.json says why" if left else whole
 
 
 def residuals(report: dict[str, Any]) -> str | None:

@@ -11,6 +11,7 @@ decisions.
 """
 
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -23,18 +24,22 @@ from compressor import selection, stages
 from compressor.assignments import assign, groups
 from compressor.clock import OutOfTime, paced
 from compressor.config import changed
-from compressor.errors import BudgetError
+from compressor.errors import BudgetError, NumericalError
 from compressor.plan import Plan
 from compressor.planning import Found
 from compressor.probe import Prober
 from compressor.progress import Progress, silent
 from compressor.recipe import Recipe
+from compressor.sections import Heal, Repair
 from compressor.stages import Job
 from compressor.stats import LinearStats
 from compressor.timings import Stopwatch
 
-SHARE = 0.5  # of the time that is left when the start has been allocated
+SHARE = 2 / 3  # of the time that is left when the start has been allocated; a kind of candidates may gain more than training
 WHERE = "allocation.search"
+NO_TIME = "no time"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -117,12 +122,15 @@ def statistics(job: Job, progress: Progress = silent) -> dict[str, LinearStats]:
 
 
 def chosen(job: Job, plan: Plan) -> Job:
-    """The job with the recipe that the search of an earlier run chose, as its plan says."""
+    """The job with the recipe that the search of an earlier run chose, as its plan says, without what it did not keep."""
     if not plan.search:
         return job
     recipe = Trial(tuple(plan.search["kinds"]), tuple(plan.search["settings"])).recipe(job.recipe)
-    if not plan.search.get("in order", {}).get("kept"):
+    outcome = plan.search.get("final", {}).get("kept", True)  # where it was dropped, the plan is what it came from
+    if not (outcome and plan.search.get("in order", {}).get("kept")):
         recipe = not_in_order(recipe)
+    if not outcome:
+        recipe = recipe.model_copy(update={"repair": Repair(), "heal": Heal()})
     return with_recipe(job, recipe)
 
 
@@ -141,22 +149,22 @@ class _Search:
     def __init__(self, job: Job, make: Callable[..., Allocated], progress: Progress):
         self.job, self.make, self.progress = job, make, progress
         self.record: list[dict[str, Any]] = []
-        self.at, self.best, self.heldout = Trial((0,)), None, float("inf")
+        self.at, self.best, self.heldout, self.seconds = Trial((0,)), None, float("inf"), 0.0
 
     def run(self) -> Allocated:
         recipe = self.job.recipe
         self.attempt(self.at, float("inf"))
-        left = self.job.clock.left
-        end = left * (1 - SHARE)
+        clock = self.job.clock
+        end = clock.left * (1 - SHARE) if clock.limited else 0.0
         for kind in range(1, max(len(entry.candidates) for entry in recipe.method)):
-            self.attempt(replace(self.at, kinds=(*self.at.kinds, kind)), self.job.clock.left - end)
+            self.attempt(replace(self.at, kinds=(*self.at.kinds, kind)), clock.left - end)
         for settings in recipe.allocation.search:
-            self.attempt(replace(self.at, settings=(*self.at.settings, settings)), self.job.clock.left - end)
+            self.attempt(replace(self.at, settings=(*self.at.settings, settings)), clock.left - end)
         if self.heldout == float("inf"):
             return self.allocate(self.at, self.progress)  # says which size can be reached
         best = self.best or self.allocate(self.at, self.progress)
         found = {"kinds": self.at.kinds, "settings": self.at.settings, "heldout": self.heldout, "trials": self.record}
-        return replace(best, plan=replace(best.plan, search=json.loads(json.dumps(found))))
+        return replace(best, plan=replace(best.plan, search=json.loads(json.dumps(found))), seconds=self.seconds)
 
     def attempt(self, trial: Trial, seconds: float) -> None:
         """Try, and take what is better; a recipe that has been tried is not tried again."""
@@ -164,20 +172,29 @@ class _Search:
         if self.record and recipe == self.at.recipe(self.job.recipe):
             return
         made: list[Allocated] = []
-        heldout = self.job.store.recall("trial", depends(recipe), partial(self.outcome, trial, seconds, made))
+        heldout, dropped = self.job.store.recall("trial", depends(recipe), partial(self.outcome, trial, seconds, made))
         kept = heldout is not None and heldout < self.heldout
         names = trial.names(self.job.recipe)
-        self.record.append({"candidates": names, "settings": trial.settings, "heldout": heldout, "kept": kept})
+        tried = {"candidates": names, "settings": trial.settings, "heldout": heldout, "kept": kept}
+        self.record.append(tried | ({"dropped": dropped} if dropped else {}))
         if kept:
             self.at, self.heldout, self.best = trial, heldout, next(iter(made), None)
+            self.seconds += self.best.seconds if self.best else 0.0
 
-    def outcome(self, trial: Trial, seconds: float, made: list[Allocated]) -> float | None:
-        """Held-out divergence; None where the size cannot be met or the time does not last."""
+    def outcome(self, trial: Trial, seconds: float, made: list[Allocated]) -> tuple[float | None, str | None]:
+        """Held-out divergence; else why there is none: the size cannot be met, the time does not last, or a trial's numbers do not."""
         try:
             made.append(self.allocate(trial, paced(self.progress, seconds)))
-        except (BudgetError, OutOfTime):
-            return None
-        return made[0].heldout
+        except OutOfTime:
+            return None, NO_TIME
+        except BudgetError as error:
+            return None, str(error)
+        except NumericalError as error:
+            if not self.record:
+                raise
+            log.warning("%s; the trial that came to this is dropped", error)
+            return None, str(error)
+        return made[0].heldout, None
 
     def allocate(self, trial: Trial, progress: Progress) -> Allocated:
         return self.make(with_recipe(self.job, trial.recipe(self.job.recipe)), progress=progress)

@@ -111,4 +111,4 @@ def build_plan(job: Job, plan: Plan, found: Found, progress: Progress = silent) 
     modules, measured = Workshop(found, {}, job.store).build_all(solution, progress)
     problem = Problem(job.recipe, job.assignments, job.groups, found, 0, 0)
     expected = {unit: option.candidate.error for unit, option in chosen.items()}
-    return replace(to_plan(solution, problem, modules, expected, measured, {}), recipe=plan.recipe), modules
+    return replace(to_plan(solution, problem, modules, expected, measured, {}), recipe=plan.recipe, search=plan.search), modules

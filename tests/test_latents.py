@@ -147,6 +147,14 @@ def test_a_run_keeps_its_size_and_goes_on_to_the_same_bytes(tiny_llama, text_fil
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+def test_a_support_outside_the_blocks_stays(tiny_llama, text_file, tmp_path):
+    methods = "method=[{targets: lm_head, candidates: [{name: sparse}]}, {candidates: [{name: low_rank}]}]"
+    quick = [f"heal.{value}" for value in ("enabled=true", "supports=learned", "steps=4", "check=2")]
+    report = pipeline.compress(recipe(tiny_llama, text_file, methods, "allocation={kind: uniform, keep: 0.6}", *quick), tmp_path / "out")
+    assert report["trained"]["heal"]["steps"] == 4
+    assert report["trained"]["heal"]["after"]["heldout"] == pytest.approx(report["heldout"]["kl"], rel=2e-2)
+
+
 def test_steps_are_parted_and_training_without_stored_entries_is_refused(tiny_llama, text_file):
     first, second = parted(Heal(steps=200, supports="learned"))
     assert (first.steps, second.steps, first.supports, second.supports) == (160, 40, "learned", "fixed")

@@ -198,7 +198,7 @@ def test_model_card_says_what_was_trained_and_what_was_searched(plan):
         build(replace(plan, trained=trained, search={"trials": trials, "heldout": 0.25}), SIZES, "bits"), "seed: 0", "org/base"
     )
     assert "Nothing was trained" not in card and "calibration text (heal; no labels" in card
-    assert "Search: from held-out KL 0.5 to 0.25; of 2 trials 1 stayed, 1 did not fit size or budget." in card
+    assert "Search: from held-out KL 0.5 to 0.25; of 2 trials 1 stayed, 1 were dropped, plan.json says why." in card
 
 
 def test_recipe_with_backticks_stays_inside_its_fence(plan):
