@@ -35,7 +35,7 @@ from compressor.stages import Job
 from compressor.stats import LinearStats
 from compressor.timings import Stopwatch
 
-SHARE = 2 / 3  # of the time that is left when the start has been allocated; a kind of candidates may gain more than training
+KINDS, SETTINGS = 2 / 3, 1 / 2  # of the time left behind the start, when each must end: a kind may gain more than training, a setting less
 WHERE = "allocation.search"
 NO_TIME = "no time"
 
@@ -155,11 +155,11 @@ class _Search:
         recipe = self.job.recipe
         self.attempt(self.at, float("inf"))
         clock = self.job.clock
-        end = clock.left * (1 - SHARE) if clock.limited else 0.0
+        left = clock.left if clock.limited else 0.0
         for kind in range(1, max(len(entry.candidates) for entry in recipe.method)):
-            self.attempt(replace(self.at, kinds=(*self.at.kinds, kind)), clock.left - end)
+            self.attempt(replace(self.at, kinds=(*self.at.kinds, kind)), clock.left - (1 - KINDS) * left)
         for settings in recipe.allocation.search:
-            self.attempt(replace(self.at, settings=(*self.at.settings, settings)), clock.left - end)
+            self.attempt(replace(self.at, settings=(*self.at.settings, settings)), clock.left - (1 - SETTINGS) * left)
         if self.heldout == float("inf"):
             return self.allocate(self.at, self.progress)  # says which size can be reached
         best = self.best or self.allocate(self.at, self.progress)

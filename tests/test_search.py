@@ -75,11 +75,15 @@ def test_numbers_that_fail_drop_a_trial_and_solving_in_order_but_not_the_start(r
         run("allocation.search=[]", "allocation.keep=0.5", output="none")
 
 
-def test_without_a_budget_nothing_ends_a_trial(run, monkeypatch):
+def test_kinds_have_two_thirds_of_what_the_start_leaves_settings_half_and_all_of_no_budget(run, monkeypatch):
     given = []
     monkeypatch.setattr(search, "paced", lambda progress, seconds: given.append(seconds) or progress)
     run(KINDS, "allocation.search=[]", "allocation.keep=0.5")
     assert given == [float("inf")] * 2
+    given.clear()
+    monkeypatch.setattr(Clock, "left", 90.0)
+    run(KINDS, "allocation.search=[{allocation.depth_bias: 3.0}]", "allocation.keep=0.5", "budget=1h", output="limited")
+    assert given == [float("inf"), pytest.approx(60), pytest.approx(45)]
 
 
 def test_a_kind_that_cannot_meet_the_size_alone_is_joined_by_one_that_can(run):
