@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -53,15 +52,14 @@ class Cache:
 
 @dataclass(frozen=True)
 class OnDisk:
-    """A value in a file. devices: where its tensors were, by their names there."""
+    """A value in a file."""
 
     path: Path
-    devices: dict[str, torch.device]
 
     def read(self) -> Any:
         with safe_open(self.path, "pt") as file:
             data = json.loads(file.metadata()["value"])
-            return decode(data, {name: file.get_tensor(name).to(device) for name, device in self.devices.items()})
+            return decode(data, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
 
 
 class Batches:
@@ -109,7 +107,7 @@ def _write(path: Path, value: Any) -> OnDisk:
         except OSError:
             path.unlink(missing_ok=True)
             raise
-    return OnDisk(path, {name: tensor.device for name, tensor in tensors.items()})
+    return OnDisk(path)
 
 
 def _let_go(cache: Cache, slots: list[Any], index: int) -> None:

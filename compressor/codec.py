@@ -4,7 +4,8 @@ Encoded are numbers, text, None, dtypes, lists, tuples, dictionaries, tensors, c
 this package. A tensor that occurs twice is stored once and is one tensor again; tensors that are at hand anyway are not stored at all.
 
 Decoded tensors are contiguous copies in memory of their own, whichever way they were laid out before: products of matrices depend on
-the layout in their last bits, and a run that goes on must see the very layout that an unbroken one sees.
+the layout in their last bits, and a run that goes on must see the very layout that an unbroken one sees. Each is on the device that it
+was on, wherever it has been meanwhile: what is computed with it is there too.
 """
 
 from collections.abc import Iterator
@@ -30,9 +31,12 @@ def encode(value: Any, known: Any = None) -> tuple[Any, dict[str, Tensor]]:
     return data, {name: tensor.contiguous() for name, tensor in encoder.tensors.items()}
 
 
-def decode(data: Any, tensors: dict[str, Tensor], known: Any = None) -> Any:
-    """The value behind `encode`'s answer, on the devices of the tensors."""
-    return _Decoder(tensors, known).decode(data)
+def decode(data: Any, tensors: dict[str, Tensor], known: Any = None, foreign: bool = False) -> Any:
+    """The value behind `encode`'s answer, its tensors on the devices they were on, wherever those given are.
+
+    foreign: whether another process has encoded it; each tensor then goes to this process's own device of that type.
+    """
+    return _Decoder(tensors, known, foreign).decode(data)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -90,7 +94,7 @@ class _Encoder:
         if place not in self.seen:
             name = str(len(self.tensors))
             self.tensors[name] = value  # keeps it alive, so its place stays its own
-            self.seen[place] = {"tensor": name}
+            self.seen[place] = {"tensor": [name, str(value.device)]}
         return self.seen[place]
 
     def module(self, value: CompressedLinear) -> dict[str, Any]:
@@ -104,8 +108,9 @@ class _Encoder:
 
 
 class _Decoder:
-    def __init__(self, tensors: dict[str, Tensor], known: Any):
-        self.tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    def __init__(self, tensors: dict[str, Tensor], known: Any, foreign: bool):
+        self.tensors, self.foreign = tensors, foreign
+        self.decoded: dict[str, Tensor] = {}
         self.known = list(tensors_in(known))
         self.modules: list[CompressedLinear] = []
 
@@ -115,7 +120,7 @@ class _Decoder:
         ((kind, content),) = data.items()
         match kind:
             case "tensor":
-                return self.tensors[content]
+                return self.tensor(*content)
             case "known":
                 return self.known[content]
             case "module":
@@ -131,6 +136,12 @@ class _Decoder:
             case "new":
                 return self.module(content)
         return self.record(kind, content)
+
+    def tensor(self, name: str, where: str) -> Tensor:
+        if name not in self.decoded:
+            device = torch.device(where).type if self.foreign else where  # a type stands for the current device of that type
+            self.decoded[name] = self.tensors[name].to(device, copy=True, memory_format=torch.contiguous_format)
+        return self.decoded[name]
 
     def record(self, kind: str, content: Any) -> Any:
         """A dataclass, from its fields by name, or a named tuple."""

@@ -42,7 +42,7 @@ class Team:
             self._call(True)
         data, tensors = encode(value)
         with _reporting():
-            broadcast_object_list([(data, [(name, one.shape, one.dtype, one.device.type) for name, one in tensors.items()])])
+            broadcast_object_list([(data, [(name, one.shape, one.dtype) for name, one in tensors.items()])])
             for tensor in tensors.values():
                 broadcast(tensor.to(self.state.device))
             self.state.wait_for_everyone()
@@ -63,12 +63,10 @@ class Team:
         """Another process: what the main one tells."""
         with _reporting():
             ((data, outline),) = broadcast_object_list([None])
-            tensors = {}
-            for name, shape, dtype, where in outline:
-                received = broadcast(torch.empty(shape, dtype=dtype, device=self.state.device))
-                tensors[name] = received.cpu() if where == "cpu" else received
+            device = self.state.device
+            tensors = {name: broadcast(torch.empty(shape, dtype=dtype, device=device)) for name, shape, dtype in outline}
             self.state.wait_for_everyone()
-        return decode(data, tensors)
+        return decode(data, tensors, foreign=True)
 
     def mean(self, value: Tensor) -> float:
         """Mean of a number over the processes."""

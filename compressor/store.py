@@ -58,7 +58,8 @@ class Store:
 
     def __init__(self, folder: Path | None = None, scope: Any = VERSIONS, shared: bool = False, frozen: bool = False):
         """shared: whether other processes may work in the folder now; then the first to need a piece makes it and the others wait.
-        frozen: nothing in the folder, which belongs to another process, is changed; a piece that is missing is made and not kept."""
+        frozen: nothing in the folder, which belongs to another process, is changed; a piece that is missing is made and not kept, and
+        one that is read is on this process's devices."""
         self.folder, self.scope, self.shared, self.frozen = folder, scope, shared, frozen
 
     def within(self, *scope: Any) -> Self:
@@ -94,7 +95,7 @@ class Store:
 
 def _recall(path: Path, make: Callable[[], T], known: Any, keep: bool = True) -> T:
     if path.exists() and (found := _read(path)) is not None:
-        return decode(*found, known)
+        return decode(*found, known, foreign=not keep)
     data, tensors = encode(make(), known)
     if keep:
         _write(path, data, tensors)

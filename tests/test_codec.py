@@ -60,6 +60,24 @@ def test_modules_compute_the_same_and_borrowers_find_their_lender():
     assert found["second"].lent is found["first"]
 
 
+class Asked:
+    """In the place of a tensor on some other machine: says where it was asked to go."""
+
+    def to(self, device, **options):
+        return device
+
+
+def test_tensors_come_back_on_their_devices(device):
+    data, tensors = encode([torch.ones(2, device=device), torch.zeros(3)])
+    assert [each.device.type for each in decode(data, {name: each.cpu() for name, each in tensors.items()})] == [device, "cpu"]
+
+
+def test_tensors_of_another_process_come_to_the_current_device_of_the_type():
+    data, tensors = {"list": [{"tensor": ["0", "cuda:1"]}, {"tensor": ["1", "cpu"]}]}, {"0": Asked(), "1": Asked()}
+    assert decode(data, tensors) == ["cuda:1", "cpu"]
+    assert decode(data, tensors, foreign=True) == ["cuda", "cpu"]
+
+
 def test_other_classes_are_refused_both_ways():
     with pytest.raises(TypeError, match="cannot be stored"):
         encode({1, 2})

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -14,9 +15,10 @@ from accelerate import PartialState
 from conftest import read_json
 from killed import contents, forked, wait
 from safetensors.torch import load_file
+from test_codec import Asked
 from typer.testing import CliRunner
 
-from compressor import training
+from compressor import parallel, training
 from compressor.cli import app
 from compressor.errors import CompressorError
 from compressor.parallel import ALONE, Team
@@ -102,6 +104,15 @@ def test_what_belongs_to_another_process_is_read_and_not_changed(tmp_path):
     assert frozen.recall("piece", 2, lambda: "made") == "made" and frozen.scope == kept.scope
     frozen.forget("piece", 1)
     assert contents(tmp_path) == before
+
+
+def test_what_the_main_process_tells_comes_to_the_own_device(monkeypatch):
+    team = Team(2, 1)
+    team.state = SimpleNamespace(device="cpu", wait_for_everyone=lambda: None)
+    told = {"list": [{"tensor": ["0", "cuda:0"]}, {"tensor": ["1", "cpu"]}]}, [(name, (2,), torch.float32) for name in "01"]
+    monkeypatch.setattr(parallel, "broadcast_object_list", lambda given: [told])
+    monkeypatch.setattr(parallel, "broadcast", lambda tensor: Asked())
+    assert team.hear() == ["cuda", "cpu"]
 
 
 def test_a_process_that_came_to_another_model_says_so(monkeypatch):

@@ -4,7 +4,9 @@ import threading
 
 import pytest
 import torch
+from test_codec import Asked
 
+from compressor import store
 from compressor.errors import CheckpointError
 from compressor.store import NOWHERE, Store, differences
 
@@ -55,6 +57,18 @@ def test_the_value_of_the_first_run_has_the_layout_of_the_next(tmp_path):
     value = torch.arange(6.0).reshape(2, 3).T
     first = Store(tmp_path).recall("thing", 1, lambda: value)
     assert first.is_contiguous() and torch.equal(first, value)
+
+
+def test_a_piece_is_read_onto_the_devices_that_it_was_on(tmp_path, monkeypatch, device):
+    Store(tmp_path).recall("thing", 1, lambda: [torch.ones(2, device=device), torch.zeros(2)])
+    assert [each.device.type for each in Store(tmp_path).recall("thing", 1, None)] == [device, "cpu"]
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "encode", lambda *args: ({"list": [{"tensor": ["0", "cuda:1"]}]}, {"0": torch.ones(2)}))
+        patch.setattr(store, "decode", lambda *args, **options: None)
+        Store(tmp_path).recall("of a GPU", 1, lambda: None)
+    monkeypatch.setattr(store, "load", lambda content: {"0": Asked()})
+    assert Store(tmp_path).recall("of a GPU", 1, None) == ["cuda:1"]
+    assert Store(tmp_path, frozen=True).recall("of a GPU", 1, None) == ["cuda"]
 
 
 def test_what_cannot_be_written_is_named_and_leaves_nothing(tmp_path):
