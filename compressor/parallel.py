@@ -114,9 +114,11 @@ def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]
 
 @contextmanager
 def _reporting() -> Iterator[None]:
-    """Say in one line that another process is gone: all that can go wrong between processes."""
+    """Say in one line that another process is gone: all that can go wrong between processes but memory, which is this one's."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         first = str(error).strip().splitlines()[0]
         raise CompressorError(f"another process of this run has ended or cannot be reached ({first}); see its message") from error

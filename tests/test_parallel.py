@@ -115,6 +115,13 @@ def test_what_the_main_process_tells_comes_to_the_own_device(monkeypatch):
     assert team.hear() == ["cuda", "cpu"]
 
 
+def test_memory_that_runs_out_is_not_blamed_on_another_process():
+    with pytest.raises(torch.OutOfMemoryError, match="tried to allocate"), parallel._reporting():
+        raise torch.OutOfMemoryError("tried to allocate")
+    with pytest.raises(CompressorError, match=r"another process of this run has ended .*\(gone\)"), parallel._reporting():
+        raise RuntimeError("gone")
+
+
 def test_a_process_that_came_to_another_model_says_so(monkeypatch):
     team = Team(2, 1)
     monkeypatch.setattr(team, "hear", lambda: Leg("another", {}))
