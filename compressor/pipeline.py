@@ -103,7 +103,7 @@ def described(job: Job, edited: Plan | None, stats: Path | None) -> dict[str, An
     """What a run depends on, JSON: a run that was stopped goes on only where all of it is the same."""
     recipe = job.recipe.model_dump(mode="json", exclude={"output": {"overwrite"}})
     given = {"plan": edited and digest(edited.to_json()), "statistics": stats and manifest.digest(stats / manifest.NAME)["sha256"]}
-    return {"fingerprint": stages.fingerprint(job), "recipe": recipe} | given
+    return {"fingerprint": stages.fingerprint(job), "digest of the held-out windows": job.heldout.digest, "recipe": recipe} | given
 
 
 def write(job: Job, made: Plan, output: Path, watch: Stopwatch, journal: Journal, progress: Progress) -> dict[str, Any]:

@@ -175,11 +175,12 @@ def fingerprint(job: Job) -> dict[str, Any]:
 
 
 def keeping(job: Job, store: Store, scratch: Path | None = None) -> Job:
-    """The job with a store for its pieces, which all depend on the source, the windows and the calibration.
+    """The job with a store for its pieces, which all depend on the source, the windows (held-out ones too) and the calibration.
 
     scratch: folder for what its cache does not hold in memory; None: with temporary files.
     """
-    return replace(job, cache=Cache(job.cache.budget, scratch), store=store.within(fingerprint(job), collected_as(job.recipe)))
+    scope = fingerprint(job), collected_as(job.recipe), job.heldout.digest
+    return replace(job, cache=Cache(job.cache.budget, scratch), store=store.within(*scope))
 
 
 def collected_as(recipe: Recipe) -> dict[str, Any]:

@@ -133,6 +133,18 @@ def test_another_recipe_model_or_text_is_refused_with_the_difference(unbroken, t
     assert contents(out) == expected
 
 
+def test_decisions_made_on_other_heldout_text_are_refused(text_file, tiny_llama, tmp_path, monkeypatch):
+    text = tmp_path / "text.txt"
+    lines = text_file.read_text().splitlines(keepends=True)
+    text.write_text("".join(lines))
+    made = recipe(tiny_llama, text)
+    stopped_at(monkeypatch, made, tmp_path / "out")
+    text.write_text("".join([*lines[:-20], *reversed(lines[-20:])]))  # where the windows are that nothing is fitted to
+    message = r"left by another run: digest of the held-out windows is \w{64} there and \w{64} here; pass --restart"
+    with pytest.raises(ConfigError, match=message):
+        pipeline.compress(made, tmp_path / "out")
+
+
 def test_restart_discards_what_was_left(unbroken, tiny_llama, text_file, tmp_path, monkeypatch):
     made, expected = unbroken
     stopped_at(monkeypatch, recipe(tiny_llama, text_file, "allocation.keep=0.7", *SEQUENTIAL), tmp_path / "out")
