@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from compressor import linalg
 from compressor.assignments import Assignment, Group, keys_of
@@ -101,6 +101,23 @@ def stacked_stats(stats: Sequence[LinearStats]) -> LinearStats:
     if stats[0].fisher is not None:
         joined["fisher"] = torch.cat([one.fisher for one in stats])
     return replace(stats[0], **joined)
+
+
+def beside(assignments: Mapping[str, Assignment], stats: dict[str, LinearStats]) -> dict[str, LinearStats]:
+    """Statistics on the devices of their linears' weights, since files and calibrations in several passes leave them on the CPU.
+
+    Tensors that linears share stay shared; those of other linears stay where they are.
+    """
+    moved: dict[tuple[int, torch.device], Tensor] = {}
+    found = dict(stats)
+    for name in stats.keys() & assignments.keys():
+        device = dense_weight(assignments[name]).weight.device
+        tensors = {key: value for key, value in vars(stats[name]).items() if isinstance(value, Tensor)}
+        for value in tensors.values():
+            if (id(value), device) not in moved:
+                moved[id(value), device] = value.to(device)
+        found[name] = replace(stats[name], **{key: moved[id(value), device] for key, value in tensors.items()})
+    return found
 
 
 def decompose_one(name: str, assignment: Assignment, stats: LinearStats, store: Store = NOWHERE) -> list[Decomposition]:

@@ -6,6 +6,7 @@ compress   source → statistics → curves → probes → plan → modules → 
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from compressor import model as models
 from compressor.building import plan_and_build
 from compressor.clock import Clock
 from compressor.config import dump_yaml
+from compressor.decompose import beside
 from compressor.errors import CheckpointError, CompressorError, ConfigError, did_you_mean
 from compressor.evaluation import evaluate
 from compressor.journal import Journal
@@ -42,6 +44,7 @@ from compressor.shards import read_json
 from compressor.sizes import size_in_bytes
 from compressor.stages import Job
 from compressor.staging import Staging, amend, preflight, replace_text
+from compressor.stats import LinearStats
 from compressor.store import Store, digest
 from compressor.timings import Stopwatch
 from compressor.weights import stored_tensors
@@ -86,7 +89,7 @@ def compress(
         job = replace(stages.checked(stages.start(recipe, source, progress)), clock=clock, team=team)
         job = stages.keeping(job, journal.begin(described(job, edited, stats), shared), journal.scratch)
         with watch("calibrate"):
-            collected = artifacts.load_statistics(stats, stages.fingerprint(job)) if stats else search.statistics(job, progress)
+            collected = statistics(job, stats, progress)
         made, modules = plan_and_build(job, collected, edited, watch, progress)
         team.dismiss()
         with watch("write"):
@@ -97,6 +100,16 @@ def compress(
                 found = score(job, output, found, made, progress)
         replace_text(output / "timings.json", report.to_json(watch.to_json()))
     return found
+
+
+def statistics(job: Job, stats: Path | None, progress: Progress = silent) -> dict[str, LinearStats]:
+    """What `calibrate` has collected in the folder `stats`, or (None) collected now; on the devices of the linears.
+
+    Raises ConfigError for settings of a search that do not fit, before anything is computed.
+    """
+    whole = stages.needing(job, search.recipes(job.recipe))
+    found = search.statistics(job, progress) if stats is None else artifacts.load_statistics(stats, stages.fingerprint(job))
+    return beside(whole.assignments, found)
 
 
 def described(job: Job, edited: Plan | None, stats: Path | None) -> dict[str, Any]:
@@ -177,15 +190,21 @@ def read_plan(path: Path) -> Plan:
 
 
 def plan(recipe: Recipe, stats: Path | None = None, progress: Progress = silent) -> dict[str, Any]:
-    """What `compress` would do; writes nothing. Reads headers only, unless `stats` is given: then it decomposes and allocates too."""
+    """What `compress` would do; writes nothing but temporary files. Reads headers only, unless `stats` is given: then it decomposes and
+    allocates too, with a search within the budget. Errors are those before solving in order, repair and healing, which change no size."""
+    clock = Clock(recipe.budget)
     source = folder.read_headers(folder.resolve(recipe.model.name, recipe.model.revision))
     folder.refuse_quantised(source)
     found = estimate.outline(recipe, source)
     if stats is None:
         return found
     job = stages.checked(stages.start(recipe, stages.open_source(recipe.model.name, recipe.model.revision, progress), progress))
-    job = replace(job, recipe=recipe.model_copy(update={"repair": Repair(), "heal": Heal()}))  # neither changes a size
-    made, _ = plan_and_build(job, artifacts.load_statistics(stats, stages.fingerprint(job)), None, Stopwatch(), progress)
+    sizing = search.not_in_order(recipe).model_copy(update={"repair": Repair(), "heal": Heal()})
+    job = replace(job, recipe=sizing, clock=clock)
+    collected = statistics(job, stats, progress)
+    with TemporaryDirectory(prefix="plan-") as pieces:  # which the trials of a search share
+        job = stages.keeping(job, Store(None if recipe.allocation.search is None else Path(pieces)))
+        made, _ = plan_and_build(job, collected, None, Stopwatch(), progress)
     chosen = {name: {"method": c.method, "setting": c.setting, "bits": c.bits, "error": c.error} for name, c in made.linears.items()}
     return found | {"price": made.price, "linears": [linear | chosen[linear["name"]] for linear in found["linears"]]}
 

@@ -9,7 +9,7 @@ import pytest
 from killed import interrupted
 from test_pipeline import recipe, tensors
 
-from compressor import building, clock, pipeline, recovery, refine, search, stages
+from compressor import building, clock, decompose, pipeline, recovery, refine, search, stages
 from compressor.clock import Clock, OutOfTime, paced, seconds_of
 from compressor.config import load_recipe
 from compressor.errors import BudgetError, ConfigError, NumericalError
@@ -183,6 +183,43 @@ def test_settings_that_do_not_exist_are_refused_before_anything_is_collected(run
         run("allocation.search=[{allocation.depth_biass: 5}]")
     with pytest.raises(ConfigError, match="shrink_gran"):
         run("allocation.search=[{method.0.candidates.0.options.shrink_gran: 5}]")
+
+
+def test_settings_that_do_not_exist_are_refused_before_statistics_are_read(run, tiny_llama, text_file, tmp_path, monkeypatch):
+    pipeline.calibrate(recipe(tiny_llama, text_file), tmp_path / "stats")
+    monkeypatch.setattr(pipeline, "plan_and_build", lambda *given: pytest.fail("begun"))
+    late = "allocation.search=[{allocation.depth_bias: 3.0}, {method.0.candidates.0.options.shrink_gran: 5}]"
+    with pytest.raises(ConfigError, match="shrink_gran"):
+        run(late, stats=tmp_path / "stats")
+    with pytest.raises(ConfigError, match="shrink_gran"):
+        pipeline.plan(recipe(tiny_llama, text_file, late), stats=tmp_path / "stats")
+
+
+@pytest.fixture
+def planned(tiny_llama, text_file, tmp_path, monkeypatch):
+    """Plan with statistics; the outline, and the linears that were decomposed, a name for each method."""
+
+    def plan(*overrides: str):
+        names, real, made = [], decompose._prepare, recipe(tiny_llama, text_file, *overrides)
+        monkeypatch.setattr(decompose, "_prepare", lambda method, name, inputs: (names.append(name), real(method, name, inputs))[1])
+        pipeline.calibrate(made, tmp_path / "stats")
+        found = pipeline.plan(made, stats=tmp_path / "stats")
+        assert [path.name for path in tmp_path.iterdir()] == ["stats"]
+        return found, names
+
+    return plan
+
+
+def test_trials_of_a_plan_share_decompositions_and_nothing_is_solved_in_order(planned, monkeypatch):
+    monkeypatch.setattr(refine, "finish", lambda *given: pytest.fail("begun"))
+    found, names = planned(KINDS, "allocation.search=[{allocation.depth_bias: 3.0}]", "calibration.sequential=true")
+    assert len(names) == 2 * len(set(names)) == 2 * len(found["linears"])
+
+
+def test_a_plan_keeps_to_the_budget(planned, monkeypatch):
+    monkeypatch.setattr(Clock, "left", property(lambda clock: 0.0 if clock.limited else float("inf")))
+    found, names = planned(KINDS, "allocation.search=[]", "budget=1s")
+    assert len(names) == len(set(names)) and {linear["method"] for linear in found["linears"]} <= {"low_rank", "dense"}
 
 
 HEALING = [

@@ -1,12 +1,13 @@
-"""What the stages of a run share: what their pieces depend on."""
+"""What the stages of a run share: what their pieces depend on, and where statistics are."""
 
 from dataclasses import replace
 
 import pytest
 from test_pipeline import recipe
 
-from compressor import stages
+from compressor import pipeline, stages
 from compressor.data import split_heldout
+from compressor.decompose import beside
 from compressor.store import Store
 
 
@@ -23,3 +24,17 @@ def test_pieces_depend_on_the_heldout_windows_and_statistics_do_not(job, tmp_pat
     none = replace(job, heldout=split_heldout(job.calibration, 0)[1])
     assert len({scope(job), scope(other), scope(none)}) == 3 and scope(job) == scope(replace(job))
     assert stages.fingerprint(job) == stages.fingerprint(other) == stages.fingerprint(none)
+
+
+def test_statistics_are_where_the_weights_are(job, tmp_path):
+    pipeline.calibrate(job.recipe, tmp_path / "stats")
+    stats = pipeline.statistics(job, tmp_path / "stats")
+    query, key, down = (f"model.layers.0.{name}_proj" for name in ("self_attn.q", "self_attn.k", "mlp.down"))
+    for name in (query, key):
+        job.assignments[name].info.module.to("meta")
+    moved = beside(job.assignments, stats | {"another": stats[down]})
+    assert moved[query].gram.is_meta and moved[key].gram is moved[query].gram and moved[query].tokens == stats[query].tokens
+    assert moved[down] == stats[down] and moved["another"] is stats[down] and not stats[query].gram.is_meta
+    name = "model.layers.1.self_attn.q_proj"
+    job.assignments[name].info.module.to("meta")
+    assert pipeline.statistics(job, tmp_path / "stats")[name].gram.is_meta
