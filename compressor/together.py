@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from compressor import artifacts, pipeline, processes, search, stages
+from compressor import pipeline, processes, stages
 from compressor.building import plan_and_build
 from compressor.clock import Clock
 from compressor.errors import CompressorError, ConfigError
@@ -35,11 +35,11 @@ def compress(
     given = {"plan": plan, "stats": stats, "progress": progress, "restart": restart}
     if not (recipe.heal.enabled or rank):
         return pipeline.compress(recipe, output, **given)
-    if recipe.model.device_map is not None:
-        raise ConfigError("model.device_map spreads the model over devices that other processes use; leave it out, or launch one process")
     if not recipe.heal.enabled:
         print(f"process {rank} of {count} ends: only healing is shared, and heal.enabled is false", file=sys.stderr)
         return None
+    if recipe.model.device_map is not None:
+        raise ConfigError("model.device_map spreads the model over devices that other processes use; leave it out, or launch one process")
     team = Team(count, rank, stages.choose_device(recipe.model.device).partition(":")[0])
     if rank == 0:
         return pipeline.compress(recipe, output, **given, team=team)
@@ -49,13 +49,17 @@ def compress(
 
 
 def assist(recipe: Recipe, output: Path, plan: Path | None, stats: Path | None, team: Team) -> None:
-    """Come to where the main process is, and heal with it."""
-    job = stages.start(recipe, stages.open_source(recipe.model.name, recipe.model.revision))
+    """Come to where the main process is, and heal with it. Raises ConfigError where what its clock has decided cannot be known."""
     pieces = Store(Journal(output).folder / "store", frozen=True)
+    if recipe.budget is not None and not pieces.folder.is_dir():
+        raise ConfigError(
+            f"process {team.rank} does not see {pieces.folder}, where the main one keeps what its clock has decided; leave budget out, "
+            "or give an output on a disk that all processes share"
+        )
+    job = stages.start(recipe, stages.open_source(recipe.model.name, recipe.model.revision))
     job = replace(stages.keeping(job, pieces), clock=Clock(recipe.budget), team=team)
-    collected = artifacts.load_statistics(stats, stages.fingerprint(job)) if stats else search.statistics(job)
     try:
-        plan_and_build(job, collected, None if plan is None else pipeline.read_plan(plan), Stopwatch(), silent)
+        plan_and_build(job, pipeline.statistics(job, stats), None if plan is None else pipeline.read_plan(plan), Stopwatch(), silent)
     except Dismissed:
         return
     raise CompressorError(f"process {team.rank} has come to no healing, unlike the main one; are their files the same?")

@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from test_codec import Asked
 from typer.testing import CliRunner
 
-from compressor import parallel, training
+from compressor import parallel, processes, together, training
 from compressor.cli import app
-from compressor.errors import CompressorError
+from compressor.config import load_recipe
+from compressor.errors import CompressorError, ConfigError
 from compressor.parallel import ALONE, Team
 from compressor.sections import Heal
 from compressor.store import Store
@@ -138,6 +139,22 @@ def test_another_process_without_a_part_ends_at_once(verb, tmp_path, monkeypatch
     assert found.exit_code == 0 and found.stdout == "" and not list(tmp_path.iterdir())
     said = {"presets": "`presets` is done by the main process", "compress": "only healing is shared, and heal.enabled is false"}[verb[0]]
     assert found.stderr == f"process 1 of 2 ends: {said}\n"
+
+
+def test_without_healing_a_model_that_is_spread_is_no_reason_to_stop(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes, "rank", lambda: 1)
+    spread = load_recipe(None, ["model.device_map=auto"], {"model.name": "nowhere"})
+    assert together.compress(spread, tmp_path / "out") is None and "only healing is shared" in capsys.readouterr().err
+    healing = load_recipe(None, ["model.device_map=auto", "heal.enabled=true"], {"model.name": "nowhere"})
+    with pytest.raises(ConfigError, match="device_map spreads the model over devices that other processes use"):
+        together.compress(healing, tmp_path / "out")
+
+
+def test_what_the_main_process_decides_by_its_clock_must_be_seen(tmp_path):
+    made = load_recipe(None, ["heal.enabled=true", "budget=1h"], {"model.name": "nowhere"})
+    with pytest.raises(ConfigError, match=r"process 1 does not see .*out\.journal/store.* its clock has decided; leave budget out"):
+        together.assist(made, tmp_path / "out", None, None, Team(2, 1))
 
 
 def command(model: Path, text: Path, output: Path, batch: int, processes: int, *sets: str) -> list[str]:
