@@ -168,7 +168,7 @@ def _calibrated(sweep: Sweep, missing: set[str], progress: Progress) -> dict[str
         families.setdefault(family(point), []).append(point)
     found: dict[str, Path | CompressorError] = {}
     for key, (first, *others) in ((key, families[key]) for key in families if key in missing):
-        needs = digest([point.recipe.model_dump(mode="json")["method"] for point in (first, *others)])
+        needs = digest([[one.recipe.model_dump(mode="json")["method"], one.recipe.allocation.search] for one in (first, *others)])
         place = sweep.work / f"statistics-{digest([key, needs])[:16]}"
         try:
             if not place.is_dir():

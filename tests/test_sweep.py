@@ -13,6 +13,7 @@ from compressor import cli, pipeline, sweep
 from compressor.calibrate import _Pass
 from compressor.errors import ConfigError
 from compressor.points import read_points
+from compressor.progress import silent
 
 BASE = """
 base:
@@ -70,6 +71,15 @@ def test_points_with_other_needs_share_one_calibration(points, tmp_path, monkeyp
     passes = counted(monkeypatch, _Pass, "over")
     result = sweep.run(points("grid: {config: [svd_llm, fwsvd, default, gptq_w4]}"), tmp_path / "out")
     assert result["failed"] == 0 and len(passes) == 1
+
+
+def test_statistics_of_a_sweep_that_searches_more_are_collected_again(points, tmp_path, monkeypatch):
+    asked = counted(monkeypatch, pipeline, "calibrate")
+    more = "[{method.0.candidates.0.options.metric: two_sided}]"
+    for search in ("[]", "[]", more):
+        task = sweep.Sweep(points(f"runs: {{a: {{allocation.search: {search}}}}}"), tmp_path / "out")
+        (place,) = sweep._calibrated(task, {sweep.family(task.points[0])}, silent).values()
+    assert len(asked) == 2 and pipeline.artifacts.load_statistics(place).popitem()[1].grad_gram is not None
 
 
 def test_a_point_that_fails_is_named_and_run_again_alone(points, tmp_path, monkeypatch):
