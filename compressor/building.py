@@ -20,6 +20,7 @@ from compressor.progress import Progress
 from compressor.search import Allocated
 from compressor.stages import Job
 from compressor.stats import LinearStats
+from compressor.store import NOWHERE
 from compressor.timings import Stopwatch
 
 IN_ORDER = 0.3  # of the time that is left once the search has ended, at most, for solving in order
@@ -77,7 +78,7 @@ def solved_if_better(start: Allocated, stats: dict[str, LinearStats], progress: 
     made: list[tuple[Plan, Modules]] = []
 
     def outcome() -> tuple[float | None, str | None]:
-        if job.clock.limited and expected(start) > seconds:
+        if job.clock.limited and expected(start, stats) > seconds:
             return None, search.NO_TIME
         try:
             made.append(solve(paced(progress, seconds)))
@@ -98,9 +99,11 @@ def solved_if_better(start: Allocated, stats: dict[str, LinearStats], progress: 
     return job, replace(plan, search=found), modules
 
 
-def expected(start: Allocated) -> float:
+def expected(start: Allocated, stats: dict[str, LinearStats]) -> float:
     """Seconds that solving in order takes, about; its first block, which has the dense model's inputs, does not show them."""
-    return start.seconds + PASSES * start.job.calibration.tokens.numel() * stages.seconds_per_token(start.job)
+    job = start.job
+    solving = refine.in_order(job, start.plan, start.modules, start.found, stats, None, NOWHERE).seconds()
+    return solving + PASSES * job.calibration.tokens.numel() * stages.seconds_per_token(job)
 
 
 def better(start: Allocated, plan: Plan, modules: Modules) -> tuple[Plan, Modules]:

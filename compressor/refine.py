@@ -1,5 +1,6 @@
 """From the modules of a plan to the final ones, methods and settings fixed: solved again in order, and given low-rank residuals."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -236,6 +237,18 @@ class Run:
         for name in modules:
             self.choices[name] = replace(self.choices[name], measured=error, sequential=took)
         return state
+
+    def seconds(self) -> float:
+        """What solving everything anew takes, about: as the largest linear takes, which is solved here, for each of its numbers."""
+        sizes = {name: self.job.assignments[name].parameters for name in self.modules if self.module_of(name) is None}
+        if not sizes:
+            return 0.0
+        name = max(sizes, key=sizes.__getitem__)
+        part = next(self.parts(self.choices[name].setting.get("shared") or [name]))
+        targets, stats = {each: self.target(each, None) for each in part.members}, {each: self.stats[each] for each in part.members}
+        start = time.monotonic()
+        self.solve_part(part, targets, stats, {})
+        return (time.monotonic() - start) * sum(sizes.values()) / sum(sizes[each] for each in part.members)
 
     def compensate(self, part: Decomposition, state: Any, targets: dict[str, Dense], stats: dict[str, LinearStats]) -> None:
         """Give linears their residuals, and measure and count what they have become."""

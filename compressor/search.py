@@ -12,7 +12,6 @@ decisions.
 
 import json
 import logging
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -76,7 +75,6 @@ class Allocated:
     prober: Prober | None  # None where nothing is probed
     plan: Plan
     modules: dict[str, nn.Module]
-    seconds: float = 0.0  # that the decompositions took which had not been made before
 
     @property
     def heldout(self) -> float:
@@ -96,14 +94,12 @@ def recipes(recipe: Recipe) -> list[Recipe]:
 
 def allocate(job: Job, stats: dict[str, LinearStats], watch: Stopwatch, progress: Progress = silent, measured: bool = False) -> Allocated:
     """Decompose, probe, allocate and build; `measured` as in `selection.choose`."""
-    begun = time.monotonic()
     with watch("decompose"):
         found = stages.decompositions(job, stats, progress)
-    seconds = time.monotonic() - begun
     with watch("probe"):
         probed = stages.probes(job, found, progress)
     with watch("allocate"):
-        return Allocated(job, found, probed.prober, *selection.choose(job, found, probed, progress, measured), seconds)
+        return Allocated(job, found, probed.prober, *selection.choose(job, found, probed, progress, measured))
 
 
 def search(job: Job, stats: dict[str, LinearStats], watch: Stopwatch, progress: Progress = silent) -> Allocated:
@@ -149,7 +145,7 @@ class _Search:
     def __init__(self, job: Job, make: Callable[..., Allocated], progress: Progress):
         self.job, self.make, self.progress = job, make, progress
         self.record: list[dict[str, Any]] = []
-        self.at, self.best, self.heldout, self.seconds = Trial((0,)), None, float("inf"), 0.0
+        self.at, self.best, self.heldout = Trial((0,)), None, float("inf")
 
     def run(self) -> Allocated:
         recipe = self.job.recipe
@@ -164,7 +160,7 @@ class _Search:
             return self.allocate(self.at, self.progress)  # says which size can be reached
         best = self.best or self.allocate(self.at, self.progress)
         found = {"kinds": self.at.kinds, "settings": self.at.settings, "heldout": self.heldout, "trials": self.record}
-        return replace(best, plan=replace(best.plan, search=json.loads(json.dumps(found))), seconds=self.seconds)
+        return replace(best, plan=replace(best.plan, search=json.loads(json.dumps(found))))
 
     def attempt(self, trial: Trial, seconds: float) -> None:
         """Try, and take what is better; a recipe that has been tried is not tried again."""
@@ -179,7 +175,6 @@ class _Search:
         self.record.append(tried | ({"dropped": dropped} if dropped else {}))
         if kept:
             self.at, self.heldout, self.best = trial, heldout, next(iter(made), None)
-            self.seconds += self.best.seconds if self.best else 0.0
 
     def outcome(self, trial: Trial, seconds: float, made: list[Allocated]) -> tuple[float | None, str | None]:
         """Held-out divergence; else why there is none: the size cannot be met, the time does not last, or a trial's numbers do not."""

@@ -17,6 +17,8 @@ from compressor.pace import Pace
 from compressor.progress import silent
 from compressor.report import searched
 from compressor.sections import Heal
+from compressor.store import NOWHERE
+from compressor.timings import Stopwatch
 
 KINDS = "method=[{candidates: [{name: low_rank}, {name: sparse, options: {step: 0.05}}]}]"
 SETTINGS = "allocation.search=[{allocation.depth_bias: 3.0}, {method.0.candidates.0.options.shrink_gram: 0.5}]"
@@ -109,6 +111,19 @@ def test_solving_in_order_is_not_begun_where_its_passes_take_longer_than_it_may(
     monkeypatch.setattr(refine, "finish", lambda *given: pytest.fail("begun"))
     _, _, plan = run("allocation.search=[]", "allocation.keep=0.5", "calibration.sequential=true", "budget=1h")
     assert plan["search"]["in order"] == {"heldout": None, "kept": False, "dropped": "no time"}
+
+
+@pytest.mark.parametrize(("share", "share_of_gate"), [("", 1), ("gate_up", 2)])
+def test_what_solving_takes_is_known_from_the_largest_linear(tiny_llama, text_file, monkeypatch, share, share_of_gate):
+    method = f"method=[{{dense: false, candidates: [{{name: cospadi, share: [{share}], options: {{solver: fast}}}}]}}]"
+    made = recipe(tiny_llama, text_file, method, "allocation={kind: uniform, keep: 0.6}")
+    job = stages.start(made, stages.open_source(str(tiny_llama), None))
+    stats = search.statistics(job)
+    start = search.allocate(job, stats, Stopwatch())
+    monkeypatch.setattr(refine.time, "monotonic", itertools.count().__next__)
+    sizes = {name: one.parameters for name, one in job.assignments.items()}
+    expected = sum(sizes.values()) / (share_of_gate * max(sizes.values()))
+    assert refine.in_order(job, start.plan, start.modules, start.found, stats, None, NOWHERE).seconds() == pytest.approx(expected)
 
 
 def test_solving_in_order_stays_where_it_helps(run):
