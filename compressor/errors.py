@@ -8,7 +8,7 @@
     └── ConfigError          exit 2   recipe, option, name or path that the user must change
         └── BudgetError      exit 2   a size that no plan reaches; names the least reachable one
 
-Any other exception is a bug in this package.
+Any other exception is a bug in this package, but for a disk (OSError) or a memory that is full.
 """
 
 from collections.abc import Iterable

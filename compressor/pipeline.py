@@ -108,7 +108,7 @@ def statistics(job: Job, stats: Path | None, progress: Progress = silent) -> dic
     Raises ConfigError for settings of a search that do not fit, before anything is computed.
     """
     whole = stages.needing(job, search.recipes(job.recipe))
-    found = search.statistics(job, progress) if stats is None else artifacts.load_statistics(stats, stages.fingerprint(job))
+    found = stages.statistics(whole, progress) if stats is None else artifacts.load_statistics(stats, stages.fingerprint(job))
     return beside(whole.assignments, found)
 
 

@@ -112,11 +112,6 @@ def depends(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(mode="json", exclude={"evaluation": True, "output": {"overwrite", "shard_size"}})
 
 
-def statistics(job: Job, progress: Progress = silent) -> dict[str, LinearStats]:
-    """One calibration run for everything that a recipe, or a search of it, may need."""
-    return stages.statistics(stages.needing(job, recipes(job.recipe)), progress)
-
-
 def chosen(job: Job, plan: Plan) -> Job:
     """The job with the recipe that the search of an earlier run chose, as its plan says, without what it did not keep."""
     if not plan.search:

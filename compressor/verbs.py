@@ -119,14 +119,29 @@ def _print(outcome: Outcome, as_json: bool, file: Any) -> None:
 
 @contextmanager
 def errors_in_one_line(verbose: bool) -> Iterator[None]:
-    """Print an error meant for users without its traceback and end with its exit code; a disk that is full is such an error too."""
+    """Print an error meant for users without its traceback and end with its exit code; a full disk or memory is such an error too."""
     try:
         yield
-    except (CompressorError, OSError) as error:
+    except Exception as error:
+        if _out_of_memory(error):
+            first = " ".join(str(error).splitlines()[:1])
+            said = f"out of memory: {first}; lower batch_size in the sections of the recipe, or calibration.memory"
+        elif isinstance(error, (CompressorError, OSError)):
+            said = " ".join(str(error).split())
+        else:
+            raise
         if verbose:
             traceback.print_exc()
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {said}", file=sys.stderr)
         raise typer.Exit(error.exit_code if isinstance(error, CompressorError) else 1) from None
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Of a processor, which torch has no class for, or of an accelerator; torch is not imported for this."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(error, RuntimeError):
+        return isinstance(error, MemoryError)
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 @contextmanager

@@ -118,7 +118,7 @@ def test_what_solving_takes_is_known_from_the_largest_linear(tiny_llama, text_fi
     method = f"method=[{{dense: false, candidates: [{{name: cospadi, share: [{share}], options: {{solver: fast}}}}]}}]"
     made = recipe(tiny_llama, text_file, method, "allocation={kind: uniform, keep: 0.6}")
     job = stages.start(made, stages.open_source(str(tiny_llama), None))
-    stats = search.statistics(job)
+    stats = stages.statistics(job)
     start = search.allocate(job, stats, Stopwatch())
     monkeypatch.setattr(refine.time, "monotonic", itertools.count().__next__)
     sizes = {name: one.parameters for name, one in job.assignments.items()}

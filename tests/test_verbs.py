@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import typer
 from rich.table import Table
 from typer.testing import CliRunner
@@ -77,6 +78,22 @@ def test_verbose_shows_the_traceback():
     result = run(fail, "-v")
     assert "Traceback" in result.stderr
     assert result.stderr.endswith("error: what\n")
+
+
+@pytest.mark.parametrize("name", ["host", "processor", "accelerator"])
+def test_memory_that_runs_out_is_one_line_with_a_cure(name):
+    def fill() -> Outcome:
+        match name:
+            case "host":
+                raise MemoryError("cannot allocate")
+            case "processor":
+                torch.empty(2**60)
+            case "accelerator":
+                raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    result = run(fill)
+    assert result.exit_code == 1 and "batch_size" in result.stderr and result.stderr.startswith("error: out of memory: ")
+    assert result.stderr.count("\n") == 1
 
 
 def test_a_bug_is_not_dressed_up():
