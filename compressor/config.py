@@ -164,18 +164,20 @@ def _item(node: Any, key: str | int) -> Any:
 def _explain(error: ValidationError, origins: dict[Keys, str]) -> str:
     problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
     first, more = problems[0], len(problems) - 1
-    path = tuple(first["loc"])
-    where = next(origins[path[:depth]] for depth in range(len(path), -1, -1) if path[:depth] in origins)
+    path, reason = tuple(first["loc"]), first["msg"].removeprefix("Value error, ")
+    named = path or tuple(reason.partition(" ")[0].split("."))  # what is wrong between sections begins with the key to change
+    where = next(origins[named[:depth]] for depth in range(len(named), -1, -1) if named[:depth] in origins)
     suffix = f" (and {more} more)" if more else ""
     if first["type"] == "extra_forbidden":
         above = ".".join(map(str, path[:-1])) or "the recipe"
         return f"{where}: unknown key '{path[-1]}' in {above}; {_nearest_key(path)}{suffix}"
-    reason = first["msg"].removeprefix("Value error, ").replace("Input should", "should").replace("valid tuple", "list")
+    reason = reason.replace("Input should", "should").replace("valid tuple", "list")
     reason = {"model_type": "should be a mapping", "too_short": "must not be empty"}.get(first["type"], reason)
     shown = repr(first["input"])[:60]
     given = "" if isinstance(first["input"], dict | list) or shown in reason else f", not {shown}"
     quote = "; put it in quotes" if first["type"] == "string_type" and isinstance(first["input"], int | float) else ""
-    return f"{where}: {'.'.join(map(str, path))} {reason}{given}{quote}{suffix}"
+    what = " ".join(filter(None, (".".join(map(str, path)), reason)))
+    return f"{where}: {what}{given}{quote}{suffix}"
 
 
 def _section(path: Keys) -> type[Section] | None:

@@ -181,8 +181,8 @@ def test_durations(text, seconds):
     ("overrides", "message"),
     [
         (["budget=10", SETTINGS], "budget must be a time with its unit"),
-        (["budget=10m"], "budget is the time for allocation.search, repair and heal"),
-        (["allocation.search=[{allocation.keep: 0.5}]"], "allocation.search cannot set 'allocation.keep'"),
+        (["budget=10m"], "--set budget=10m: budget is the time for allocation.search, repair and heal"),
+        (["allocation.search=[{allocation.keep: 0.5}]"], r"--set allocation.search=.*: allocation.search cannot set 'allocation.keep'"),
         (["allocation.search=[]", "allocation.damage=two_sided"], "needs allocation.kind 'knapsack' and allocation.damage 'kl_probe'"),
         (["allocation.search=[]", "compensation.keep=0.1"], "list residual ranks"),
     ],
