@@ -1,5 +1,6 @@
 """Repair and healing of the modules of a plan: each is kept only where the divergence on the held-out windows falls."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 
 from compressor import stages
 from compressor.decompose import offering
+from compressor.errors import NumericalError
 from compressor.heal import Original
 from compressor.latents import Latents, has_support, parted
 from compressor.learners import Learners, leaves, rebind, rebuilt
@@ -43,6 +45,8 @@ BEGIN = 1.5  # comparisons on all windows, which the work before the first step 
 REPAIR = 1 / 3  # of the time left for training, where healing follows
 SPARE = 0.15  # of it, since later steps may take longer than those that were timed
 
+log = logging.getLogger(__name__)
+
 
 def recover(
     job: Job, plan: Plan, modules: Modules, found: Found, progress: Progress = silent, again: Again | None = None
@@ -62,9 +66,9 @@ def recover(
     with training(job.model):
         recovery.begin()
         if job.recipe.repair.enabled and recovery.fits("repair", REPAIR if job.recipe.heal.enabled else 1.0):
-            recovery.repair(progress, again)
+            recovery.stage("repair", partial(recovery.repair, progress, again))
         if job.recipe.heal.enabled and recovery.fits("heal", 1.0):
-            recovery.heal(progress)
+            recovery.stage("heal", partial(recovery.heal, progress))
     return measured(recovery.plan, job, recovery.modules, found, recovery.outcomes), recovery.modules
 
 
@@ -158,6 +162,18 @@ class _Recovery:
         placed = installed(self.job.model, self.modules | learners.copies)
         with placed, self.recomputed(), attached(learners.parameters.values()):
             return timed(Objective(fit_on, self.job.recipe.heal).loss, heldout.divergence)
+
+    def stage(self, name: str, train: Callable[[], None]) -> None:
+        """Train. In a run that searches, for which each step must earn its place, a stage whose numbers fail is dropped."""
+        try:
+            train()
+        except NumericalError as error:
+            if self.job.recipe.allocation.search is None:
+                raise
+            log.warning("%s; what this stage has trained is dropped", error)
+            self.outcomes[name] = {"kept": False, "before": self.before, "after": self.before, "dropped": str(error)}
+            if self.job.team.rank and name == "heal":
+                raise Dismissed from error
 
     def judge(self, stage: str, modules: Modules, details: dict[str, Any], plan: Plan | None = None) -> None:
         """Take trained modules, and the plan that they have now, if the held-out divergence has fallen."""

@@ -77,6 +77,19 @@ def test_numbers_that_fail_drop_a_trial_and_solving_in_order_but_not_the_start(r
         run("allocation.search=[]", "allocation.keep=0.5", output="none")
 
 
+def test_training_whose_numbers_fail_is_dropped_from_a_search_alone(run, monkeypatch):
+    def fail(*given):
+        raise NumericalError("heal: the loss is nan at step 1")
+
+    plain, _, _ = run("allocation.search=[]", "allocation.keep=0.5")
+    monkeypatch.setattr(recovery, "fit", fail)
+    made, report, plan = run("allocation.search=[]", "allocation.keep=0.5", "heal.enabled=true", output="dropped")
+    assert plan["trained"]["heal"]["dropped"] == "heal: the loss is nan at step 1" and not report["trained"]["heal"]["kept"]
+    assert tensors(made) == tensors(plain)
+    with pytest.raises(NumericalError, match="step 1"):
+        run("allocation.keep=0.5", "heal.enabled=true", output="none")
+
+
 def test_kinds_have_two_thirds_of_what_the_start_leaves_settings_half_and_all_of_no_budget(run, monkeypatch):
     given = []
     monkeypatch.setattr(search, "paced", lambda progress, seconds: given.append(seconds) or progress)
