@@ -26,7 +26,7 @@ TARGETS = {  # a plain and a pivoted pair in the two blocks, dense linears besid
 def factor_pair(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Truncated SVD of weight (out, in) in float64: up (out, r), down (r, in)."""
     left, values, right = torch.linalg.svd(weight.detach().double(), full_matrices=False)
-    return left[:, :rank] * values[:rank], right[:rank]
+    return (left[:, :rank] * values[:rank]).contiguous(), right[:rank].contiguous()
 
 
 def low_rank(weight: Tensor, bias: Tensor | None, rank: int, pivoted: bool) -> LowRank:
@@ -38,8 +38,8 @@ def low_rank(weight: Tensor, bias: Tensor | None, rank: int, pivoted: bool) -> L
     mask = numpy.zeros(down.shape[1], dtype=bool)
     mask[scipy.linalg.qr(down.numpy(), mode="r", pivoting=True)[1][:rank]] = True
     pivots, mask = torch.from_numpy(numpy.packbits(mask)), torch.from_numpy(mask)
-    others = torch.linalg.solve(down[:, mask], down[:, ~mask])
-    return LowRank(others.to(weight.dtype), (up @ down[:, mask]).to(weight.dtype), bias, pivots)
+    others = torch.linalg.solve(down[:, mask], down[:, ~mask]).contiguous()
+    return LowRank(others.to(weight.dtype), (up @ down[:, mask]).to(weight.dtype).contiguous(), bias, pivots)
 
 
 def low_rank_like(module: nn.Module, rank: int, pivoted: bool) -> LowRank:

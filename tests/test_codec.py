@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from sameness import assert_same_output, assert_same_tensors
 
 from compressor.codec import decode, encode
 from compressor.linalg import Metric
@@ -56,7 +57,9 @@ def test_modules_compute_the_same_and_borrowers_find_their_lender():
     found = there_and_back({"pair": pair, "first": lender, "second": borrower})
     x = torch.randn(7, 6)
     for name, module in {"pair": pair, "first": lender, "second": borrower}.items():
-        assert torch.equal(found[name](x), module(x)) and not any(p.requires_grad for p in found[name].parameters())
+        assert_same_tensors(found[name].state_dict(), module.state_dict())
+        assert_same_output(found[name](x), module(x))
+        assert not any(p.requires_grad for p in found[name].parameters())
     assert found["second"].lent is found["first"]
 
 

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from conftest import VOCABULARY, tiny_model
+from sameness import assert_same_tensors
 from torch.nn import functional
 
 from compressor.errors import EvaluationError
@@ -114,8 +115,7 @@ def test_narrow_models_are_scored_in_float32_and_left_as_they_were(model, tokens
     wide = copy.deepcopy(narrow).float().eval()
     assert perplexity(narrow, tokens).nll_sum == pytest.approx(perplexity(wide, tokens).nll_sum, rel=EXACT)
     assert narrow.training
-    for name, tensor in narrow.state_dict().items():
-        assert tensor.dtype == before[name].dtype and torch.equal(tensor, before[name])
+    assert_same_tensors(narrow.state_dict(), before)
 
 
 def test_in_float32_restores_dtype_mode_and_ties_after_an_error():

@@ -10,6 +10,7 @@ import torch
 from conftest import tiny_model
 from handmade import low_rank_like
 from observed import windows
+from sameness import is_same_output
 from test_pipeline import recipe
 
 from compressor import linalg, pipeline, refine, selection, stages
@@ -100,7 +101,7 @@ def test_settings_and_sizes_are_those_of_the_plan_and_both_errors_are_reported(t
         assert (choice.setting, choice.bits, choice.predicted) == (former.setting, former.bits, former.predicted)
         assert modules[name].bits() == choice.bits
         assert former.measured == pytest.approx(former.predicted, rel=1e-3)
-    changed = [name for name in plan.linears if not torch.equal(modules[name].to_dense(), single[name].to_dense())]
+    changed = [name for name in plan.linears if not is_same_output(modules[name].to_dense(), single[name].to_dense())]
     assert len(changed) == 14 - 3
     assert plan.linears[changed[-1]].measured != alone.linears[changed[-1]].measured
     assert plan.linears[changed[-1]].error > alone.linears[changed[-1]].error  # the plain solve is the best on the dense inputs
@@ -283,4 +284,4 @@ def test_offloaded_models_are_solved_alike():
     again = statistics(offloaded, found)
     assert sum(stats is not None for stats in expected.values()) == 11
     for name, stats in expected.items():
-        assert stats is None or torch.equal(stats.cross_gram, again[name].cross_gram)
+        assert stats is None or is_same_output(stats.cross_gram, again[name].cross_gram)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from handmade import compress_in_place, loaded
+from sameness import assert_same_output, assert_same_tensors
 
 import compressor.hf  # noqa: F401 - registers the format with transformers
 from compressor.linears import Adapted, Chained, Packed, build_empty
@@ -38,7 +39,7 @@ def module(request) -> Chained:
 def test_the_dense_form_is_the_product_and_bits_are_the_bytes_written(module):
     symmetric, bias = module.zeros is None, module.bias is not None
     down, up = made((5, 86), 43, 3, symmetric), made((6, 5), 5, 4, symmetric)
-    assert torch.equal(module.to_dense(), up.to_dense() @ down.to_dense())
+    assert_same_output(module.to_dense(), up.to_dense() @ down.to_dense())
     names = ["weight", "scales", "up_codes", "up_scales"] + ["bias"] * bias + ["zeros", "up_zeros"] * (not symmetric)
     assert sorted(module.state_dict()) == sorted(names) and module.weight.ndim == 1
     words = -(-5 * 86 * 3 // 32) + -(-6 * 5 * 4 // 32) + (0 if symmetric else 1 + 1)
@@ -50,7 +51,8 @@ def test_spec_rebuilds_the_module_exactly(module):
         rebuilt = build_empty(json.loads(json.dumps(made_of.spec())), torch.float32, "cpu")
         rebuilt.load_state_dict(made_of.state_dict(), strict=True)
         inputs = torch.randn(3, 86)
-        assert torch.equal(rebuilt(inputs), made_of(inputs)) and torch.equal(rebuilt.to_dense(), made_of.to_dense())
+        assert_same_output(rebuilt(inputs), made_of(inputs))
+        assert_same_output(rebuilt.to_dense(), made_of.to_dense())
         assert rebuilt.spec() == made_of.spec()
 
 
@@ -89,7 +91,6 @@ def test_reads_back_through_from_pretrained(kind, name, tmp_path):
     compress_in_place(model, {name: module})
     model.save_pretrained(tmp_path)
     again = loaded(tmp_path)
-    state = again.state_dict()
-    assert all(torch.equal(state[key], tensor) and state[key].dtype == tensor.dtype for key, tensor in model.state_dict().items())
+    assert_same_tensors(again.state_dict(), model.state_dict())
     inputs = torch.ones(3, width, dtype=torch.bfloat16)
-    assert torch.equal(again.get_submodule(name)(inputs), module(inputs))
+    assert_same_output(again.get_submodule(name)(inputs), module(inputs))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from handmade import compress_in_place, loaded, logits
+from sameness import assert_same_output, assert_same_tensors, is_same_output
 from torch import Tensor
 
 import compressor.hf  # noqa: F401 - registers the format with transformers
@@ -70,7 +71,7 @@ def test_forward_rounds_the_dense_form_once(dtype, symmetric, device):
     inputs = torch.randn(3, 86, generator=torch.Generator().manual_seed(1)).to(device, dtype)
     dense = module.to_dense()
     assert dense.dtype == torch.float32 and not dense.requires_grad
-    assert torch.equal(module(inputs), torch.nn.functional.linear(inputs, dense.to(dtype), module.bias))
+    assert_same_output(module(inputs), torch.nn.functional.linear(inputs, dense.to(dtype), module.bias))
     assert module(inputs[0]).shape == (6,)
 
 
@@ -96,7 +97,8 @@ def test_spec_rebuilds_the_module_exactly(module):
     rebuilt = build_empty(json.loads(json.dumps(module.spec())), torch.float32, "cpu")
     rebuilt.load_state_dict(module.state_dict(), strict=True)
     inputs = torch.randn(3, 86)
-    assert torch.equal(rebuilt(inputs), module(inputs)) and torch.equal(rebuilt.to_dense(), module.to_dense())
+    assert_same_output(rebuilt(inputs), module(inputs))
+    assert_same_output(rebuilt.to_dense(), module.to_dense())
     assert rebuilt.spec() == module.spec() and rebuilt.bits() == module.bits()
     assert build_empty(module.spec(), torch.float32).weight.shape == module.weight.shape and module.weight.ndim == 1
     assert KINDS["packed"] is Packed
@@ -118,7 +120,8 @@ def test_a_residual_of_integers_is_counted_in_words_and_scales():
     assert module.multiply_adds() == 6 * 86 + 2 * (6 + 86) and module.rank == 2
     up, down = module.pair()
     assert up.shape == (6, 2) and down.shape == (2, 86)
-    assert torch.equal(module.alone().to_dense(), base.to_dense()) and module.alone().bits() == base.bits()
+    assert_same_output(module.alone().to_dense(), base.to_dense())
+    assert module.alone().bits() == base.bits()
 
 
 @pytest.mark.parametrize("module", makers(), ids=NAMES)
@@ -176,14 +179,13 @@ def test_reads_back_through_from_pretrained(kind, tmp_path):
     compress_in_place(model, modules)
     model.save_pretrained(tmp_path)
     again = loaded(tmp_path)
-    state = again.state_dict()
-    assert all(torch.equal(state[name], tensor) and state[name].dtype == tensor.dtype for name, tensor in model.state_dict().items())
+    assert_same_tensors(again.state_dict(), model.state_dict())
     for name, module in modules.items():
         inputs = torch.ones(3, module.in_features, dtype=torch.bfloat16)
-        assert torch.equal(again.get_submodule(name)(inputs), module(inputs))
+        assert_same_output(again.get_submodule(name)(inputs), module(inputs))
     assert logits(again).isfinite().all()
     wide = loaded(tmp_path, dtype=torch.float32)
-    assert all(torch.equal(wide.get_submodule(name).to_dense(), module.to_dense()) for name, module in modules.items())
+    assert all(is_same_output(wide.get_submodule(name).to_dense(), module.to_dense()) for name, module in modules.items())
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import torch
 from accelerate import cpu_offload
 from conftest import VOCABULARY, tiny_model
 from handmade import compress_in_place
+from sameness import assert_same_output, assert_same_tensors
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
@@ -87,8 +88,8 @@ def test_spec_rebuilds_the_module_exactly(make, bias, dtype):
     rebuilt = build_empty(json.loads(json.dumps(module.spec())), dtype, "cpu")
     rebuilt.load_state_dict(module.state_dict(), strict=True)
     inputs = random(3, 13, dtype=dtype)
-    assert torch.equal(rebuilt(inputs), module(inputs))
-    assert torch.equal(rebuilt.to_dense(), module.to_dense())
+    assert_same_output(rebuilt(inputs), module(inputs))
+    assert_same_output(rebuilt.to_dense(), module.to_dense())
     assert rebuilt.spec() == module.spec()
     assert {name: (tensor.dtype, tensor.shape) for name, tensor in rebuilt.state_dict().items()} == {
         name: (tensor.dtype, tensor.shape) for name, tensor in module.state_dict().items()
@@ -148,7 +149,7 @@ def test_whatever_is_written_after_a_forward_pass_takes_effect(make):
         module.weight = nn.Parameter(state["weight"] * 3)
         torch.testing.assert_close(module(inputs), fresh(), rtol=DOUBLE, atol=DOUBLE)
     other.load_state_dict(module.state_dict())
-    assert torch.equal(other(inputs), module(inputs))
+    assert_same_output(other(inputs), module(inputs))
 
 
 def test_the_rebuilt_weight_is_kept_without_autograd_only():
@@ -242,10 +243,9 @@ def test_reads_back_through_from_pretrained(kind, dtype, tmp_path):
     again, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()), info
     assert [type(again.get_submodule(name)) for name in names] == [Sparse, Adapted]
-    state = again.state_dict()
-    assert all(torch.equal(state[name], tensor) and state[name].dtype == tensor.dtype for name, tensor in model.state_dict().items())
+    assert_same_tensors(again.state_dict(), model.state_dict())
     for name, module in modules.items():
         inputs = random(3, module.in_features, dtype=dtype)
-        assert torch.equal(again.get_submodule(name)(inputs), module(inputs))
+        assert_same_output(again.get_submodule(name)(inputs), module(inputs))
     tokens = torch.randint(3, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(1))
     assert again(input_ids=tokens).logits.isfinite().all()
