@@ -20,9 +20,9 @@ def block_parts(windows: int = 16):
     """Parts of the first feed-forward block of the reference model, with their statistics."""
     import torch
 
-    from compressor.calibrate import collect
+    from compressor.calibrate.collect import collect
     from compressor.methods.base import Part
-    from compressor.model import dense_of, linears
+    from compressor.models.load import dense_of, linears
 
     model, tokens = reference_windows(windows)
     infos = {name: info for name, info in linears(model, ["role:ffn"]).items() if info.block == 0}
@@ -36,7 +36,7 @@ def random_parts(width: int = 1024, hidden: int = 2816):
 
     from compressor.linears import Dense
     from compressor.methods.base import Part
-    from compressor.stats import LinearStats
+    from compressor.statistics import LinearStats
 
     generator = torch.Generator().manual_seed(0)
     mixed = torch.randn(hidden, hidden, generator=generator) / hidden**0.5 + torch.eye(hidden)
@@ -59,7 +59,7 @@ def compare(parts: dict, repeats: int) -> None:
     import torch
 
     from compressor.methods import build
-    from compressor.methods.elimination import refit, removals
+    from compressor.methods.structured.elimination import refit, removals
 
     method = build("channels", {})
     state = method.prepare("block", parts)

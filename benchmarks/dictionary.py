@@ -32,9 +32,9 @@ def best_of(repeats: int, call: Callable[[], Any]) -> float:
 
 def reference_windows(windows: int):
     """Reference model in float32 and calibration windows of its bundled text, (windows, 512)."""
-    from compressor import data
-    from compressor.folder import resolve
-    from compressor.model import load
+    from compressor.calibrate import windows as data
+    from compressor.files.model_folder import resolve
+    from compressor.models.load import load
 
     model, tokenizer = load(resolve("reference"))
     return model.float(), data.load_windows(str(data.bundled("calibration")), tokenizer, 512, windows).tokens
@@ -45,7 +45,7 @@ def joined_case(windows: int = 32):
     import torch
 
     from compressor.linears import Dense
-    from compressor.stats import LinearStats
+    from compressor.statistics import LinearStats
 
     model, tokens = reference_windows(windows)
     downs = {block: model.get_submodule(f"model.layers.{block}.mlp.down_proj") for block in (1, 2, 4, 5)}
@@ -80,9 +80,9 @@ def solver(rounds: int) -> None:
 
 def checkpoint_cases(windows: int = 32, blocks: range = range(8)):
     """Dense weight and statistics of every linear of some blocks of the reference checkpoint."""
-    from compressor import model as models
-    from compressor.calibrate import collect
-    from compressor.recipe import Gradients
+    from compressor.models import load as models
+    from compressor.calibrate.collect import collect
+    from compressor.recipe.sections import Gradients
 
     model, tokens = reference_windows(windows)
     infos = {name: info for name, info in models.linears(model).items() if info.block in blocks}

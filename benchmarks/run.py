@@ -102,8 +102,8 @@ def rounded(seconds: dict[str, float]) -> str:
 
 
 def measure(recipe: str, model: str, source: str, windows: int, part: str, sequential: bool = False) -> dict:
-    from compressor.config import load_recipe
-    from compressor.stages import open_source, start
+    from compressor.recipe.load import load_recipe
+    from compressor.pipeline.job import open_source, start
 
     options = {"model.name": model, "calibration.source": source, "calibration.windows": windows, "model.device": "cpu"}
     loaded = load_recipe(recipe, [f"calibration.sequential={json.dumps(sequential)}"], options)
@@ -113,8 +113,8 @@ def measure(recipe: str, model: str, source: str, windows: int, part: str, seque
 
 def compress(job) -> dict:
     """Seconds of each stage and the peak memory of one compression, from loaded model to modules in memory."""
-    from compressor import refine, selection, stages
-    from compressor.timings import peak_memory
+    from compressor.pipeline import sequential_solve, contest, job as stages
+    from compressor.runtime.stopwatch import peak_memory
 
     seconds, before = {}, peak_memory()
 
@@ -130,9 +130,9 @@ def compress(job) -> dict:
     }
     found = timed("decompose", stages.decompositions, job, stats)
     probed = timed("probe", stages.probes, job, found)
-    plan, modules = timed("allocate", selection.choose, job, found, probed)
-    if refine.wanted(job.recipe, None):
-        timed("in order", refine.finish, job, plan, modules, found, stats, None)
+    plan, modules = timed("allocate", contest.choose, job, found, probed)
+    if sequential_solve.wanted(job.recipe, None):
+        timed("in order", sequential_solve.finish, job, plan, modules, found, stats, None)
     weights = sum(parameter.nbytes for parameter in job.model.parameters())
     return {
         "seconds": seconds,
@@ -146,8 +146,8 @@ def floor(job) -> dict[str, float]:
     """Seconds of the bare forwards, Gram GEMMs and eigendecompositions that the same job cannot do without."""
     import torch
 
-    from compressor.restart import Restart
-    from compressor.scoring import in_float32
+    from compressor.models.partial_forward import Restart
+    from compressor.evaluation.perplexity import in_float32
 
     gradients = any("grad_gram" in assignment.needs or "fisher" in assignment.needs for assignment in job.assignments.values())
     batches = job.calibration.tokens.split(job.recipe.calibration.batch_size)

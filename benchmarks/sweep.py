@@ -31,25 +31,26 @@ def main() -> None:
 
 def seconds(folder: Path, arguments: argparse.Namespace, sizes: tuple[float, ...]) -> dict[str, float]:
     """Seconds of the stages over all points of a sweep, its calibration included."""
-    from compressor import pipeline, sweep
-    from compressor.points import read_points
+    from compressor.pipeline import run
+    from compressor.pipeline.sweep import run as sweep
+    from compressor.pipeline.sweep.points import read_points
 
     folder.mkdir()
     base = {"model": {"name": arguments.model}, "evaluation": {"windows": 4}}
     file = folder / "sweep.yaml"
     file.write_text(json.dumps({"base": base, "grid": {"config": [arguments.config], "allocation.keep": list(sizes)}}))
-    calibrate, spent = pipeline.calibrate, []
+    calibrate, spent = run.calibrate, []
 
     def timed(*args, **options):
         start = time.perf_counter()
         calibrate(*args, **options)
         spent.append(time.perf_counter() - start)
 
-    pipeline.calibrate = timed
+    run.calibrate = timed
     try:
         sweep.run(read_points(file), folder / "out")
     finally:
-        pipeline.calibrate = calibrate
+        run.calibrate = calibrate
     found = dict.fromkeys(STAGES, 0.0) | {"calibrate": sum(spent)}
     for path in (folder / "out" / "points").glob("*/timings.json"):
         for stage in STAGES:

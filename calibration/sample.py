@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from compressor.data import sample
-from compressor.resources import resource_folder
+from compressor.calibrate.windows import sample
+from compressor.recipe.presets import resource_folder
 
 LENGTH = 512
 SPLITS = {"calibration": (11, 144), "evaluation": (12, 72)}  # name: (seed, documents)

@@ -1,3 +1,3 @@
-from compressor.cli import app
+from compressor.cli.app import app
 
 app(prog_name="compressor")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from compressor.linears import Dense
-from compressor.stats import LinearStats
+from compressor.statistics import LinearStats
 
 KINDS = ("square", "tall", "wide", "biased", "low_rank_weight", "low_rank_gram", "dead_inputs", "few_tokens", "zero_weight")
 

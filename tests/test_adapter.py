@@ -10,10 +10,14 @@ from conftest import read_json, tiny_model
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from compressor import adapter, artifacts, cli, folder, squeeze
+from compressor.pipeline import squeeze_adapter
+from compressor.calibrate import statistics_folder
+from compressor.cli import app
+from compressor.files import model_folder
+from compressor.linalg import products as squeeze
 from compressor.errors import BudgetError, CheckpointError, ConfigError, DataError
 from compressor.linalg import Metric
-from compressor.stats import LinearStats
+from compressor.statistics import LinearStats
 
 peft = pytest.importorskip("peft")
 
@@ -167,9 +171,9 @@ PATTERNS = {"rank_pattern": {"layers.1.self_attn.q_proj": 3, "down_proj": 8}, "a
 def test_the_old_rank_gives_the_same_product_and_logits(trained, tmp_path, kind, options):
     source = trained(kind, **options)
     most = max([6, *options.get("rank_pattern", {}).values()])
-    found = adapter.squeezed(source, tmp_path / "out", rank=most)
+    found = squeeze_adapter.squeezed(source, tmp_path / "out", rank=most)
     assert found["kept"] == 1.0 and found["parameters"]["removed"] == 0
-    before, after = adapter.read(source).products, adapter.read(tmp_path / "out").products
+    before, after = squeeze_adapter.read(source).products, squeeze_adapter.read(tmp_path / "out").products
     assert before.keys() == after.keys()
     for name, product in before.items():
         torch.testing.assert_close(dense(after[name]), dense(product), rtol=1e-6, atol=1e-6)
@@ -181,12 +185,12 @@ def test_the_old_rank_gives_the_same_product_and_logits(trained, tmp_path, kind,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_smaller_adapters_load_and_have_the_errors_that_are_printed(trained, tmp_path, dtype):
     source = trained(dtype=dtype, **PATTERNS)
-    found = adapter.squeezed(source, tmp_path / "out", keep=0.4)
-    assert found["kept"] <= 0.4 and found["parameters"]["before"] == adapter.read(source).parameters
+    found = squeeze_adapter.squeezed(source, tmp_path / "out", keep=0.4)
+    assert found["kept"] <= 0.4 and found["parameters"]["before"] == squeeze_adapter.read(source).parameters
     stored = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {dtype}
     assert sum(tensor.numel() for tensor in stored.values()) == found["parameters"]["after"]
-    before, after = adapter.read(source).products, adapter.read(tmp_path / "out").products
+    before, after = squeeze_adapter.read(source).products, squeeze_adapter.read(tmp_path / "out").products
     for module in found["modules"]:
         weight, name = dense(before[module["module"]]), module["module"]
         made = dense(after[name]) if module["rank_after"] else torch.zeros_like(weight)
@@ -204,7 +208,7 @@ def test_modules_that_matter_least_are_left_out(trained, tmp_path):
     path = source / "adapter_model.safetensors"
     weak = "model.layers.0.self_attn.q_proj"
     save_file({key: tensor * (1e-3 if weak in key else 1) for key, tensor in load_file(path).items()}, path)
-    found = adapter.squeezed(source, tmp_path / "out", keep=0.5)
+    found = squeeze_adapter.squeezed(source, tmp_path / "out", keep=0.5)
     assert {module["module"]: module["rank_after"] for module in found["modules"]}[weak] == 0
     assert weak not in read_json(tmp_path / "out" / "adapter_config.json")["target_modules"]
     assert not hasattr(loaded("llama", tmp_path / "out").base_model.model.get_submodule(weak), "lora_A")
@@ -221,8 +225,8 @@ def statistics(bases, tmp_path):
             for index, (name, module) in enumerate(linears.items())
             if name not in drop
         }
-        digest = model or folder.content_digest(folder.read_headers(bases("llama")))
-        artifacts.save_statistics(tmp_path / "stats", stats, {"model": digest})
+        digest = model or model_folder.content_digest(model_folder.read_headers(bases("llama")))
+        statistics_folder.save_statistics(tmp_path / "stats", stats, {"model": digest})
         return tmp_path / "stats"
 
     return make
@@ -230,10 +234,10 @@ def statistics(bases, tmp_path):
 
 def test_statistics_lower_what_is_lost_at_the_inputs(trained, tmp_path, statistics):
     source, stats = trained(), statistics()
-    grams = artifacts.load_statistics(stats)
-    found = adapter.squeezed(source, tmp_path / "aware", rank=2, stats=stats)
-    adapter.squeezed(source, tmp_path / "plain", rank=2)
-    before, aware, plain = (adapter.read(path).products for path in (source, tmp_path / "aware", tmp_path / "plain"))
+    grams = statistics_folder.load_statistics(stats)
+    found = squeeze_adapter.squeezed(source, tmp_path / "aware", rank=2, stats=stats)
+    squeeze_adapter.squeezed(source, tmp_path / "plain", rank=2)
+    before, aware, plain = (squeeze_adapter.read(path).products for path in (source, tmp_path / "aware", tmp_path / "plain"))
     for module in found["modules"]:
         name = module["module"]
         metric = Metric(grams[name].gram)
@@ -242,7 +246,7 @@ def test_statistics_lower_what_is_lost_at_the_inputs(trained, tmp_path, statisti
         assert module["error"] == pytest.approx(errors[0], rel=1e-6)
         assert errors[0] < errors[1]
     assert found["metric"] == "gram"
-    assert adapter.squeezed(source, tmp_path / "shared", keep=1 / 3, stats=stats)["error"] < found["error"]
+    assert squeeze_adapter.squeezed(source, tmp_path / "shared", keep=1 / 3, stats=stats)["error"] < found["error"]
 
 
 @pytest.mark.parametrize(
@@ -255,18 +259,18 @@ def test_statistics_lower_what_is_lost_at_the_inputs(trained, tmp_path, statisti
 )
 def test_statistics_of_another_model_are_refused(trained, tmp_path, statistics, changes, words):
     with pytest.raises(DataError, match=words):
-        adapter.squeezed(trained(), tmp_path / "out", rank=2, stats=statistics(**changes))
+        squeeze_adapter.squeezed(trained(), tmp_path / "out", rank=2, stats=statistics(**changes))
     assert not (tmp_path / "out").exists()
 
 
 def test_an_adapter_may_come_from_the_hub(trained, tmp_path, monkeypatch):
     local = trained()
     asked = []
-    monkeypatch.setattr(folder, "download", lambda name, revision: (asked.append(name), local)[1])
-    found = adapter.squeezed("organisation/adapter", tmp_path / "out", rank=2)
+    monkeypatch.setattr(model_folder, "download", lambda name, revision: (asked.append(name), local)[1])
+    found = squeeze_adapter.squeezed("organisation/adapter", tmp_path / "out", rank=2)
     assert asked == ["organisation/adapter"] and {module["rank_after"] for module in found["modules"]} == {2}
     with pytest.raises(ConfigError, match="there is no such folder"):
-        adapter.squeezed(str(tmp_path / "nowhere"), tmp_path / "other", rank=2)
+        squeeze_adapter.squeezed(str(tmp_path / "nowhere"), tmp_path / "other", rank=2)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +288,7 @@ def test_an_adapter_may_come_from_the_hub(trained, tmp_path, monkeypatch):
 )
 def test_sizes_out_of_range_are_refused(trained, tmp_path, options, words):
     with pytest.raises(ConfigError, match=words):
-        adapter.squeezed(trained(), tmp_path / "out", **options)
+        squeeze_adapter.squeezed(trained(), tmp_path / "out", **options)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
 
 
@@ -305,13 +309,13 @@ def test_adapters_that_are_more_than_plain_lora_are_refused(trained, tmp_path, c
     path = trained() / "adapter_config.json"
     path.write_text(json.dumps(read_json(path) | changes))
     with pytest.raises(ConfigError, match=words):
-        adapter.squeezed(path.parent, tmp_path / "out", rank=2)
+        squeeze_adapter.squeezed(path.parent, tmp_path / "out", rank=2)
 
 
 def test_factors_of_embeddings_are_refused(trained, tmp_path):
     source = trained(target_modules=["q_proj", "embed_tokens"])
     with pytest.raises(ConfigError, match=r"embed_tokens.* is not a LoRA factor of a linear"):
-        adapter.squeezed(source, tmp_path / "out", rank=2)
+        squeeze_adapter.squeezed(source, tmp_path / "out", rank=2)
 
 
 def test_damaged_adapters_are_named(trained, tmp_path):
@@ -320,26 +324,26 @@ def test_damaged_adapters_are_named(trained, tmp_path):
     good, content = config.read_text(), load_file(weights)
     config.write_text(json.dumps(json.loads(good) | {"r": 5}))
     with pytest.raises(CheckpointError, match="adapter: PEFT"):
-        adapter.read(source)
+        squeeze_adapter.read(source)
     config.write_text(good)
     save_file({key: tensor for key, tensor in content.items() if "layers.0.self_attn.q_proj.lora_B" not in key}, weights)
     with pytest.raises(CheckpointError, match=r"no pair of factors that fit in model.layers.0.self_attn.q_proj"):
-        adapter.read(source)
+        squeeze_adapter.read(source)
     weights.write_bytes(weights.read_bytes()[:-9])
     with pytest.raises(CheckpointError, match="not a complete safetensors file"):
-        adapter.read(source)
+        squeeze_adapter.read(source)
     weights.rename(source / "adapter_model.bin")
     with pytest.raises(CheckpointError, match="only pickled weights"):
-        adapter.squeezed(source, tmp_path / "out", rank=2)
+        squeeze_adapter.squeezed(source, tmp_path / "out", rank=2)
     config.unlink()
     with pytest.raises(ConfigError, match=r"has no adapter_config.json"):
-        adapter.squeezed(source, tmp_path / "out", rank=2)
+        squeeze_adapter.squeezed(source, tmp_path / "out", rank=2)
     with pytest.raises(ConfigError, match="no such folder"):
-        adapter.squeezed(tmp_path / "nowhere", tmp_path / "out", rank=2)
+        squeeze_adapter.squeezed(tmp_path / "nowhere", tmp_path / "out", rank=2)
 
 
 def test_what_peft_would_not_load_is_never_put_in_place(trained, tmp_path, monkeypatch):
-    source, write = trained(), adapter.write
+    source, write = trained(), squeeze_adapter.write
 
     def wrong(target, *arguments):
         written = write(target, *arguments)
@@ -347,23 +351,23 @@ def test_what_peft_would_not_load_is_never_put_in_place(trained, tmp_path, monke
         path.write_text(json.dumps(read_json(path) | {"lora_alpha": 7}))
         return written
 
-    monkeypatch.setattr(adapter, "write", wrong)
+    monkeypatch.setattr(squeeze_adapter, "write", wrong)
     with pytest.raises(CheckpointError, match=r"PEFT loads something else than was written in model.layers.0.mlp.down_proj"):
-        adapter.squeezed(source, tmp_path / "out", rank=2)
+        squeeze_adapter.squeezed(source, tmp_path / "out", rank=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
 
 
 def test_the_verb_prints_a_table_or_json_and_keeps_what_is_there(trained, tmp_path):
     source, output = str(trained()), str(tmp_path / "out")
     runner = CliRunner()
-    result = runner.invoke(cli.app, ["adapter", "squeeze", source, output, "--rank", "2", "--json"])
+    result = runner.invoke(app.app, ["adapter", "squeeze", source, output, "--rank", "2", "--json"])
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
     assert found["kept"] == pytest.approx(1 / 3) and len(found["modules"]) == 6
     assert {"adapter_config.json", "adapter_model.safetensors", "manifest.json"} == {path.name for path in (tmp_path / "out").iterdir()}
-    again = runner.invoke(cli.app, ["adapter", "squeeze", source, output, "--keep", "0.5"])
+    again = runner.invoke(app.app, ["adapter", "squeeze", source, output, "--keep", "0.5"])
     assert again.exit_code == 2 and "exists already; pass --overwrite" in again.stderr
-    table = runner.invoke(cli.app, ["adapter", "squeeze", source, output, "--keep", "0.5", "--overwrite"])
+    table = runner.invoke(app.app, ["adapter", "squeeze", source, output, "--keep", "0.5", "--overwrite"])
     assert table.exit_code == 0 and "rank after" in table.stdout and "parameters.removed" in table.stdout
-    assert {"--json", "--verbose", "--quiet"} <= set(runner.invoke(cli.app, ["adapter", "squeeze", "--help"]).stdout.split())
-    assert runner.invoke(cli.app, ["adapter", "squeeze", source, source, "--rank", "2", "--overwrite"]).exit_code == 2
+    assert {"--json", "--verbose", "--quiet"} <= set(runner.invoke(app.app, ["adapter", "squeeze", "--help"]).stdout.split())
+    assert runner.invoke(app.app, ["adapter", "squeeze", source, source, "--rank", "2", "--overwrite"]).exit_code == 2

@@ -17,11 +17,11 @@ import torch
 from conftest import VOCABULARY, save_tiny
 from safetensors.torch import save_file
 
-from compressor import pipeline, stages
-from compressor.config import load_recipe
+from compressor.pipeline import run, job as stages
+from compressor.recipe.load import load_recipe
 from compressor.errors import ConfigError
-from compressor.progress import silent
-from compressor.timings import Stopwatch
+from compressor.runtime.progress import silent
+from compressor.runtime.stopwatch import Stopwatch
 
 pytestmark = pytest.mark.slow
 
@@ -67,7 +67,7 @@ def outcome(tmp_path_factory):
         preset, sets = METHODS[column]
         named = {"model.name": str(source(kind).path), "calibration.source": f"{folder / 'tokens.safetensors'}:windows"}
         job = stages.start(load_recipe(preset, [*SMALL, *sets, *more], named), source(kind))
-        return job, pipeline.plan_and_build(job, stages.statistics(job), None, Stopwatch(), silent)[1]
+        return job, run.plan_and_build(job, stages.statistics(job), None, Stopwatch(), silent)[1]
 
     @cache
     def found(kind: str, column: str) -> str | None:

@@ -7,9 +7,9 @@ import resource
 import pytest
 import torch
 
-from compressor.artifacts import DESCRIPTION, TENSORS, load_statistics, save_statistics
+from compressor.calibrate.statistics_folder import DESCRIPTION, TENSORS, load_statistics, save_statistics
 from compressor.errors import CompressorError, ConfigError, DataError
-from compressor.stats import LinearStats
+from compressor.statistics import LinearStats
 
 FINGERPRINT = {"model": "abc", "windows": "def", "seed": 0, "dtype": "float32", "gradients": {"labels": "data", "clip": None}}
 SIDE = 40

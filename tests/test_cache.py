@@ -11,12 +11,13 @@ from killed import contents
 from observed import windows
 from test_pipeline import recipe
 
-from compressor import pipeline, repair, training
-from compressor.cache import Cache
+from compressor.pipeline import run
+from compressor.training import repair, loop
+from compressor.resume.spill import Cache
 from compressor.errors import CheckpointError
-from compressor.heal import Original
-from compressor.recovery import training as computing
-from compressor.sections import Repair
+from compressor.training.heal import Original
+from compressor.pipeline.train import training as computing
+from compressor.recipe.training import Repair
 
 DOWN = "model.layers.0.mlp.down_proj"
 QUICK = [f"{stage}.{key}" for stage in ("repair", "heal") for key in ("enabled=true", "steps=8", "check=4", "learning_rate=0.01")]
@@ -117,19 +118,19 @@ def test_streams_targets_and_originals_keep_to_the_budget(tmp_path, monkeypatch,
 @pytest.fixture(scope="module")
 def roomy(tiny_llama, text_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("roomy") / "out"
-    pipeline.compress(recipe(tiny_llama, text_file, *SETS), folder)
+    run.compress(recipe(tiny_llama, text_file, *SETS), folder)
     return contents(folder)
 
 
 def test_a_run_whose_caches_lie_on_disk_writes_the_same_bytes(roomy, tiny_llama, text_file, tmp_path, monkeypatch):
-    left, real = [], training.fit
+    left, real = [], loop.fit
 
     def fit(*args):
         left.append(len(list((tmp_path / "out.journal" / "scratch").rglob("*.safetensors"))))
         return real(*args)
 
-    monkeypatch.setattr("compressor.repair.fit", fit)
-    pipeline.compress(recipe(tiny_llama, text_file, *SETS, "calibration.cache=1"), tmp_path / "out")
+    monkeypatch.setattr("compressor.training.repair.fit", fit)
+    run.compress(recipe(tiny_llama, text_file, *SETS, "calibration.cache=1"), tmp_path / "out")
     assert len(left) == 2 and min(left) >= 8
     found = contents(tmp_path / "out")
     assert found["model.safetensors"] == roomy["model.safetensors"]
@@ -142,7 +143,7 @@ def test_a_run_that_fails_leaves_no_cached_outputs(tiny_llama, text_file, tmp_pa
         assert list((tmp_path / "out.journal" / "scratch").rglob("*.safetensors"))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("compressor.repair.fit", fail)
+    monkeypatch.setattr("compressor.training.repair.fit", fail)
     with pytest.raises(KeyboardInterrupt):
-        pipeline.compress(recipe(tiny_llama, text_file, *SETS, "calibration.cache=1"), tmp_path / "out")
+        run.compress(recipe(tiny_llama, text_file, *SETS, "calibration.cache=1"), tmp_path / "out")
     assert (tmp_path / "out.journal" / "store").exists() and not (tmp_path / "out.journal" / "scratch").exists()

@@ -5,9 +5,9 @@ import torch
 from conftest import VOCABULARY, tiny_model
 from observed import ALL, FIELDS, GRAM, LENGTH, PIECES, assert_same, distance, everywhere, observed, windows
 
-from compressor.calibrate import collect, waves
-from compressor.model import linears
-from compressor.recipe import Gradients
+from compressor.calibrate.collect import collect, waves
+from compressor.models.load import linears
+from compressor.recipe.sections import Gradients
 
 DEFINITION = 1e-5  # relative, against float64 sums over float32 activations
 HALF = 5e-3  # relative, between bfloat16 and float32 forward passes of two blocks

@@ -5,9 +5,9 @@ import torch
 from conftest import VOCABULARY, tiny_model
 from observed import GRAM, assert_same, everywhere, windows
 
-from compressor.calibrate import collect
+from compressor.calibrate.collect import collect
 from compressor.errors import ConfigError, DataError, NumericalError
-from compressor.model import linears
+from compressor.models.load import linears
 
 
 @pytest.mark.parametrize("fields", [GRAM, frozenset({"sum"})], ids=["gram", "sum"])

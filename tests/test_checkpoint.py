@@ -13,15 +13,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-from compressor import manifest
-from compressor.checkpoint import compare_reload, verify, write_model
+from compressor.files import manifest
+from compressor.checkpoint.write import compare_reload, verify, write_model
 from compressor.errors import CheckpointError
-from compressor.folder import read, refuse_quantised
+from compressor.files.model_folder import read, refuse_quantised
 from compressor.linears import CompressedLinear, LowRank
 from compressor.linears.masks import pack_mask
-from compressor.model import dense_of, linears, load, replace
-from compressor.staging import Staging
-from compressor.weights import tied_names
+from compressor.models.load import dense_of, linears, load, replace
+from compressor.files.staging import Staging
+from compressor.checkpoint.weights import tied_names
 
 WHOLE = 10**9  # a shard size that takes everything
 

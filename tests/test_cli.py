@@ -11,8 +11,9 @@ import typer
 from typer.testing import CliRunner
 
 import compressor
-from compressor import cli, report
-from compressor.config import dump_yaml, load_recipe, presets, schema
+from compressor.cli import app
+from compressor.reporting import report
+from compressor.recipe.load import dump_yaml, load_recipe, presets, schema
 from compressor.errors import EvaluationError
 
 VERBS = [
@@ -38,7 +39,7 @@ MAX_HELP_SECONDS = 0.5  # of processor time
 
 
 def run(*arguments: str):
-    return CliRunner().invoke(cli.app, list(arguments))
+    return CliRunner().invoke(app.app, list(arguments))
 
 
 @pytest.fixture
@@ -59,16 +60,16 @@ def pipeline(monkeypatch):
 
             return record
 
-    recorder = Recorder("compressor.pipeline")
+    recorder = Recorder("compressor.pipeline.run")
     recorder.calls, recorder.returns = {}, {"verify": []}
-    monkeypatch.setitem(sys.modules, "compressor.pipeline", recorder)
+    monkeypatch.setitem(sys.modules, "compressor.pipeline.run", recorder)
     monkeypatch.setattr(compressor, "pipeline", recorder, raising=False)
     monkeypatch.setattr(report, "render", lambda found: f"table of {sorted(found)}")
     return recorder
 
 
 def options_of(name: str) -> set[str]:
-    command = typer.main.get_command(cli.app).commands[name]
+    command = typer.main.get_command(app.app).commands[name]
     return {option for parameter in command.params for option in parameter.opts if option.startswith("--")}
 
 
@@ -76,7 +77,7 @@ def test_help_lists_every_verb():
     result = run("--help")
     assert result.exit_code == 0
     assert all(f" {verb} " in result.stdout for verb in VERBS)
-    assert sorted(typer.main.get_command(cli.app).commands) == sorted(VERBS)
+    assert sorted(typer.main.get_command(app.app).commands) == sorted(VERBS)
 
 
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("lm-eval", "adapter")])
@@ -110,7 +111,7 @@ def test_wrong_usage_ends_with_2(arguments):
 def test_help_is_fast_and_loads_no_torch():
     code = """
 import sys, time
-from compressor.cli import app
+from compressor.cli.app import app
 try:
     app(["--help"])
 except SystemExit as end:
@@ -282,9 +283,9 @@ def test_bad_recipes_are_one_line_and_end_with_2_before_any_work(pipeline, argum
 
 def test_lm_eval_passes_everything_on(monkeypatch):
     seen = []
-    bridge = types.ModuleType("compressor.lm_eval_bridge")
+    bridge = types.ModuleType("compressor.evaluation.lm_eval")
     bridge.run_cli = lambda arguments: seen.append(arguments) or 3
-    monkeypatch.setitem(sys.modules, "compressor.lm_eval_bridge", bridge)
+    monkeypatch.setitem(sys.modules, "compressor.evaluation.lm_eval", bridge)
     monkeypatch.setattr(compressor, "lm_eval_bridge", bridge, raising=False)
     result = run("lm-eval", "run", "--model", "hf", "--tasks", "a,b", "-h", "--json")
     assert seen == [["run", "--model", "hf", "--tasks", "a,b", "-h", "--json"]]
@@ -292,7 +293,7 @@ def test_lm_eval_passes_everything_on(monkeypatch):
 
 
 def test_verbs_stay_short():
-    for node in ast.parse(inspect.getsource(cli)).body:
+    for node in ast.parse(inspect.getsource(app)).body:
         if isinstance(node, ast.FunctionDef):
             assert node.body[-1].end_lineno - node.body[0].lineno < MAX_BODY_LINES, node.name
 

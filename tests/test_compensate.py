@@ -8,10 +8,12 @@ from cases import make
 from test_pipeline import recipe, tensors
 from test_sequential import built, exactly, job_of, received
 
-from compressor import compensate, linalg, pipeline
-from compressor import model as models
-from compressor.compensate import Offer, spend
-from compressor.config import load_recipe
+from compressor.methods.low_rank import compensate
+from compressor import linalg
+from compressor.pipeline import run
+from compressor.models import load as models
+from compressor.methods.low_rank.compensate import Offer, spend
+from compressor.recipe.load import load_recipe
 from compressor.errors import BudgetError, ConfigError
 from compressor.linears import Adapted, Dense, Dictionary, LowRank, Sparse, build_empty
 from compressor.linears.masks import pack_mask
@@ -127,16 +129,16 @@ def test_ranks_are_bought_where_they_gain_most_for_their_bits():
 @pytest.mark.parametrize("kind", ["tiny_llama", "tiny_gpt2"])
 def test_a_run_keeps_its_size_and_reports_ranks_and_what_was_measured(kind, request, text_file, tmp_path):
     made = recipe(request.getfixturevalue(kind), text_file, *BASE, "allocation.keep=0.75", "compensation.keep=0.15")
-    report = pipeline.compress(made, tmp_path / "a")
+    report = run.compress(made, tmp_path / "a")
     assert 0.7 < report["kept"]["targets"] <= 0.75
     plan = conftest.read_json(tmp_path / "a" / "plan.json")["linears"]
     ranks = {name: choice["residual"] for name, choice in plan.items()}
     assert len(set(ranks.values())) > 1 and sum(ranks.values()) > 0
     assert all(choice["measured"] < choice["predicted"] for name, choice in plan.items() if ranks[name])
-    pipeline.compress(made, tmp_path / "b", plan=tmp_path / "a" / "plan.json")
+    run.compress(made, tmp_path / "b", plan=tmp_path / "a" / "plan.json")
     assert tensors(tmp_path / "a") == tensors(tmp_path / "b")
     bare = recipe(request.getfixturevalue(kind), text_file, *BASE, "allocation.keep=0.6")
-    former = pipeline.compress(bare, tmp_path / "c")
+    former = run.compress(bare, tmp_path / "c")
     assert sum(one["error"] for one in report["linears"]) < sum(one["error"] for one in former["linears"])
     assert {one["residual"] for one in former["linears"]} == {None}
 
@@ -198,12 +200,12 @@ def test_residuals_that_do_not_fit_are_refused(tiny_llama, text_file, sets, mess
 
 def test_the_outline_counts_residuals_and_sequential_passes(tiny_llama, text_file):
     made = recipe(tiny_llama, text_file, *BASE, "allocation.keep=0.8", "compensation.rank=2", "calibration.sequential=true")
-    outline = pipeline.plan(made)
+    outline = run.plan(made)
     assert outline["kept"] == pytest.approx(0.8, abs=1e-4)
     assert outline["estimated_seconds"]["solve_in_order"] > outline["estimated_seconds"]["calibrate"]
     assert outline["memory_bytes"]["streams"] == 2 * 4 * 8 * 32 * 32
     with pytest.raises(BudgetError):
-        pipeline.plan(recipe(tiny_llama, text_file, *BASE, "allocation.keep=0.6", "compensation.rank=2"))
+        run.plan(recipe(tiny_llama, text_file, *BASE, "allocation.keep=0.6", "compensation.rank=2"))
 
 
 def test_candidates_with_residuals_of_their_own_are_refused(tiny_llama, text_file):

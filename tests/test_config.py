@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from compressor.config import Recipe, dump_yaml, find_recipe, load_recipe, parse_size, presets, schema
+from compressor.recipe.load import Recipe, dump_yaml, find_recipe, load_recipe, parse_size, presets, schema
 from compressor.errors import ConfigError
 
 PRESETS = [
@@ -251,5 +251,5 @@ def test_recipe_is_frozen():
 
 
 def test_reading_a_recipe_imports_no_torch():
-    code = "import sys; from compressor.config import load_recipe; load_recipe('lems'); sys.exit('torch' in sys.modules)"
+    code = "import sys; from compressor.recipe.load import load_recipe; load_recipe('lems'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

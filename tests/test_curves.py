@@ -8,7 +8,7 @@ from conftest import read_json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compressor import curves
+from compressor.allocation import curves
 from compressor.plan import Candidate, Curve
 
 
@@ -50,9 +50,9 @@ def test_a_line_for_each_curve_in_strict_json():
 def test_a_checkpoint_keeps_the_curves_that_its_choices_lie_on(tiny_llama, text_file, tmp_path):
     from test_pipeline import recipe
 
-    from compressor import pipeline
+    from compressor.pipeline import run
 
-    pipeline.compress(recipe(tiny_llama, text_file, "allocation.keep=0.6", "evaluation.enabled=false"), tmp_path / "out")
+    run.compress(recipe(tiny_llama, text_file, "allocation.keep=0.6", "evaluation.enabled=false"), tmp_path / "out")
     found, plan = read_json(tmp_path / "out" / "curves.json")["curves"], read_json(tmp_path / "out" / "plan.json")
     assert [one["linear"] for one in found] == list(plan["linears"]) and "curves" not in plan
     for one in found:

@@ -10,10 +10,10 @@ from conftest import VOCABULARY, tiny_model, tiny_tokenizer
 from safetensors.torch import save_file
 from tokenizers import processors
 
-from compressor import data
-from compressor.data import Windows, bundled, load_windows, overlap, sample, split_heldout
+from compressor.calibrate import windows as data
+from compressor.calibrate.windows import Windows, bundled, load_windows, overlap, sample, split_heldout
 from compressor.errors import DataError, NumericalError
-from compressor.resources import resource_folder
+from compressor.recipe.presets import resource_folder
 
 EOS = 2
 CHAT = [{"role": "user", "content": "w5 w6"}, {"role": "assistant", "content": "w7"}]

@@ -6,14 +6,14 @@ from conftest import tiny_model
 from handmade import disk_of_20_kb
 from test_staging import KB, fail, interrupt, output, produce, version_of
 
-from compressor import manifest
+from compressor.files import manifest
 from compressor.errors import CheckpointError
-from compressor.staging import Staging, amend
+from compressor.files.staging import Staging, amend
 
 
 @pytest.mark.parametrize(("shard_size", "file"), [(10**9, "model.safetensors"), (30 * KB, "model-00001-of-0000")])
 def test_f5_disk_full_in_a_shard(output, shard_size, file):
-    from compressor.weights import write_weights
+    from compressor.checkpoint.weights import write_weights
 
     produce(output, "old")
     with (

@@ -12,11 +12,12 @@ from test_checkpoint import contents, logits, without_plugin
 from test_pipeline import recipe
 from transformers import AutoModelForCausalLM
 
-from compressor import exchange, pipeline
-from compressor.checkpoint import verify
+from compressor.checkpoint.export import packed as exchange
+from compressor.pipeline import run
+from compressor.checkpoint.write import verify
 from compressor.errors import CheckpointError, ConfigError
 from compressor.linears import Adapted, Packed
-from compressor.model import linears, load
+from compressor.models.load import linears, load
 
 OPTIONS = "method.0.candidates.0.options"
 LOOSE = {"float32": 1e-5, "bfloat16": 0.03}  # of the largest logit: PEFT adds residuals in float32
@@ -46,7 +47,7 @@ def compressed(loud, text_file, tmp_path):
     def make(kind: str, dtype: str, *overrides: str, config: str = "gptq_w4"):
         overrides = [override if "." in override.partition("=")[0] else f"{OPTIONS}.{override}" for override in overrides]
         made = recipe(loud(kind, dtype), text_file, "evaluation.enabled=false", "calibration.sequential=false", *overrides, config=config)
-        pipeline.compress(made, tmp_path / "checkpoint")
+        run.compress(made, tmp_path / "checkpoint")
         return tmp_path / "checkpoint", load(tmp_path / "checkpoint")[0]
 
     return make
@@ -63,7 +64,7 @@ def compressed(loud, text_file, tmp_path):
 )
 def test_transformers_loads_integers_with_equal_logits(tmp_path, compressed, dtype, options, schemes, request):
     path, model = compressed("llama", dtype, *options)
-    found = pipeline.export(path, tmp_path / "out", "compressed-tensors")
+    found = run.export(path, tmp_path / "out", "compressed-tensors")
     assert (
         "14 linears of integers (" in found["note"]
         and "), 0 residuals; loaded by transformers" in found["note"]
@@ -100,7 +101,7 @@ def test_transformers_loads_integers_with_equal_logits(tmp_path, compressed, dty
 def test_transformers_and_peft_load_base_and_residuals(tmp_path, compressed, kind, dtype, overrides, request):
     choice = ["allocation.kind=knapsack", "allocation.damage=relative_error", "method.0.dense=false"]
     path, model = compressed(kind, dtype, *choice, *overrides)
-    found = pipeline.export(path, tmp_path / "out", "peft")
+    found = run.export(path, tmp_path / "out", "peft")
     adapted = {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
     assert f"), {len(adapted)} residuals" in found["note"]
     config = read_json(tmp_path / "out" / "adapter_config.json")
@@ -132,7 +133,7 @@ def test_several_schemes_that_transformers_unpacks_are_written_as_one(tmp_path, 
     path, model = compressed("llama", "float32", "allocation.kind=knapsack", "allocation.damage=relative_error", *options)
     packed = {name: getattr(m, "base", m) for name, m in model.named_modules() if isinstance(m, Packed | Adapted)}
     assert {base.code_bits for base in packed.values()} == {3, 5} and len({base.group for base in packed.values()}) > 1
-    assert "14 linears of integers (5 bits in groups of 16)" in pipeline.export(path, tmp_path / "out", form)["note"]
+    assert "14 linears of integers (5 bits in groups of 16)" in run.export(path, tmp_path / "out", form)["note"]
     request.getfixturevalue("without_plugin")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert_same_output(logits(plain), logits(model))
@@ -152,7 +153,7 @@ def test_one_scheme_that_is_no_smaller_than_dense_is_refused(tmp_path, compresse
 def test_a_sparse_base_with_residuals_is_written_dense(tmp_path, compressed, kind, request):
     overrides = ["pattern=layer", "iterations=4", "rank_share=0.3", "allocation.keep=0.6", "allocation.kind=uniform"]
     path, model = compressed(kind, "float32", *overrides, config="sparse_low_rank")
-    assert "0 linears of integers" in pipeline.export(path, tmp_path / "out", "peft")["note"]
+    assert "0 linears of integers" in run.export(path, tmp_path / "out", "peft")["note"]
     assert "quantization_config" not in read_json(tmp_path / "out" / "config.json")
     request.getfixturevalue("without_plugin")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -164,7 +165,7 @@ def test_what_an_export_cannot_hold_is_refused_before_anything_is_written(tmp_pa
 
     def refused(path, form: str, words: str, error=ConfigError):
         with pytest.raises(error, match=words) as caught:
-            pipeline.export(path, out, form)
+            run.export(path, out, form)
         assert "\n" not in str(caught.value) and not out.exists()
 
     refused(loud("llama", "float32"), "peft", "is not a checkpoint of this package", CheckpointError)
@@ -181,16 +182,16 @@ def test_an_export_that_loads_as_something_else_is_not_put_in_place(tmp_path, co
     path, _ = compressed("llama", "float32", "residual=[2]", "group=[16]")
     monkeypatch.setattr(exchange, "is_residual", lambda *_: False)
     with pytest.raises(CheckpointError, match="transformers loads another weight than was written in"):
-        pipeline.export(path, tmp_path / "out", "peft")
+        run.export(path, tmp_path / "out", "peft")
     assert sorted(tmp_path.iterdir()) == [path]
     monkeypatch.undo()
     monkeypatch.setattr(exchange, "logits", lambda model: torch.rand(1))
     with pytest.raises(CheckpointError, match=r"logits of the export, loaded by transformers, are off by"):
-        pipeline.export(path, tmp_path / "out", "peft")
+        run.export(path, tmp_path / "out", "peft")
     monkeypatch.undo()
-    pipeline.export(path, tmp_path / "out", "peft")
+    run.export(path, tmp_path / "out", "peft")
     before = contents(tmp_path / "out")
-    pipeline.export(path, tmp_path / "out", "peft", overwrite=True)
+    run.export(path, tmp_path / "out", "peft", overwrite=True)
     assert contents(tmp_path / "out") == before  # same input, same bytes
     with pytest.raises(CheckpointError, match="holds a PEFT adapter"):
         load(tmp_path / "out")

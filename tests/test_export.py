@@ -9,11 +9,11 @@ from sameness import assert_same_output
 from test_checkpoint import compress, contents, logits, store, without_plugin
 from transformers import AutoModelForCausalLM
 
-from compressor.checkpoint import verify
+from compressor.checkpoint.write import verify
 from compressor.errors import CheckpointError, ConfigError
-from compressor.export import export_dense
+from compressor.checkpoint.export.dense import export_dense
 from compressor.linears import CompressedLinear
-from compressor.model import load
+from compressor.models.load import load
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.05}  # relative to the largest logit: products are rounded to the stored dtype
 

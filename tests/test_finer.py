@@ -5,7 +5,10 @@ import pytest
 from test_pipeline import recipe
 from test_sequential import job_of
 
-from compressor import finer, model, pipeline, report, scoring, selection, stages
+from compressor.pipeline import residual_rival, run, contest as selection, job as stages
+from compressor.models import load
+from compressor.reporting import report
+from compressor.evaluation import perplexity
 from compressor.linears import Adapted, Packed
 from compressor.plan import FINER_BASES, WITH_RESIDUALS
 
@@ -16,7 +19,7 @@ EORA = [f"{OPTIONS}.bits=[2]", f"{OPTIONS}.residual=[2]", "output.dtype=bfloat16
 @pytest.mark.parametrize("sequential", [False, True], ids=["dense inputs", "in order"])
 def test_a_run_says_whether_its_residuals_beat_finer_bases(tmp_path, tiny_llama, text_file, sequential):
     made = recipe(tiny_llama, text_file, *EORA, f"calibration.sequential={str(sequential).lower()}", config="eora_w4_r32")
-    found = pipeline.compress(made, tmp_path / "out")
+    found = run.compress(made, tmp_path / "out")
     contest = conftest.read_json(tmp_path / "out" / "plan.json")["contest"]
     assert contest == found["contest"] and contest.keys() == {WITH_RESIDUALS, FINER_BASES}
     assert sequential or found["heldout"]["kl"] == pytest.approx(contest[WITH_RESIDUALS], rel=1e-3)
@@ -31,7 +34,7 @@ def test_the_rival_is_the_finest_scheme_that_fits_and_its_divergence_that_of_the
     stats = stages.statistics(job)
     found = stages.decompositions(job, stats)
     plan, modules = selection.choose(job, found, stages.probes(job, found))
-    rivals = {n: finer.finest(job, n, choice, plan.linears[n], found, stats[n]) for n, choice in plan.linears.items()}
+    rivals = {n: residual_rival.finest(job, n, choice, plan.linears[n], found, stats[n]) for n, choice in plan.linears.items()}
     assert {type(module) for module in modules.values()} == {Adapted}
     for name, rival in rivals.items():
         choice = plan.linears[name]
@@ -39,11 +42,11 @@ def test_the_rival_is_the_finest_scheme_that_fits_and_its_divergence_that_of_the
         assert rival.code_bits > 2 or rival.group < choice.setting["group"]
         wider = rival.weight.numel() * 32 * (rival.code_bits + 1) / rival.code_bits + rival.out_features * 16
         assert wider > choice.bits  # a bit more would not fit, whatever the groups
-    judged = finer.judged(job, plan, (plan, modules), found, stats)
-    original, _ = model.load(tiny_llama)
+    judged = residual_rival.judged(job, plan, (plan, modules), found, stats)
+    original, _ = load.load(tiny_llama)
     for key, made in ((WITH_RESIDUALS, modules), (FINER_BASES, rivals)):
-        with job.computing(), model.installed(job.model, made):
-            expected = scoring.compare(original, job.model, job.heldout.tokens).kl
+        with job.computing(), load.installed(job.model, made):
+            expected = perplexity.compare(original, job.model, job.heldout.tokens).kl
         assert judged.contest[key] == pytest.approx(expected, rel=2e-3, abs=2e-7)  # in float32
 
 
@@ -57,11 +60,11 @@ def test_the_rival_is_the_finest_scheme_that_fits_and_its_divergence_that_of_the
     ids=["no residual", "no finer base of its kind", "nothing held out"],
 )
 def test_nothing_is_said_where_nothing_can_be_compared(tmp_path, tiny_llama, text_file, config, overrides):
-    found = pipeline.compress(recipe(tiny_llama, text_file, *overrides, "evaluation.enabled=false", config=config), tmp_path / "out")
+    found = run.compress(recipe(tiny_llama, text_file, *overrides, "evaluation.enabled=false", config=config), tmp_path / "out")
     assert found["contest"] == {} and report.residuals(found) is None
 
 
 def test_a_compensated_base_of_many_sizes_has_finer_ones(tmp_path, tiny_llama, text_file):
     made = recipe(tiny_llama, text_file, "compensation.rank=2", "allocation.keep=0.6", "evaluation.enabled=false", config="svd_llm")
-    found = pipeline.compress(made, tmp_path / "out")
+    found = run.compress(made, tmp_path / "out")
     assert found["contest"].keys() == {WITH_RESIDUALS, FINER_BASES} and all(value > 0 for value in found["contest"].values())

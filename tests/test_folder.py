@@ -12,9 +12,9 @@ import torch
 from conftest import read_json, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 
-from compressor import folder as folder_module
+from compressor.files import model_folder as folder_module
 from compressor.errors import CheckpointError, ConfigError
-from compressor.folder import check_finite, check_sizes, content_digest, non_finite, read, refuse_quantised, resolve
+from compressor.files.model_folder import check_finite, check_sizes, content_digest, non_finite, read, refuse_quantised, resolve
 
 WEIGHTS = "model.safetensors"
 
@@ -205,7 +205,7 @@ def test_resolve_local_names(llama, monkeypatch):
 @pytest.mark.parametrize("variables", [{"HF_HUB_OFFLINE": "1"}, {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}])
 def test_f36_no_network(variables, tmp_path):
     code = (
-        "from compressor.folder import resolve\nfrom compressor.errors import CheckpointError\n"
+        "from compressor.files.model_folder import resolve\nfrom compressor.errors import CheckpointError\n"
         "try: resolve('organisation/model')\nexcept CheckpointError as error: print(error)"
     )
     environment = {key: value for key, value in os.environ.items() if "PROXY" not in key.upper()}

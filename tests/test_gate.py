@@ -10,10 +10,12 @@ import pytest
 from conftest import read_json
 from typer.testing import CliRunner
 
-from compressor import cli, gate, pipeline
-from compressor.config import load_recipe
+from compressor.cli import app
+from compressor.reporting import gate
+from compressor.pipeline import run as pipeline
+from compressor.recipe.load import load_recipe
 from compressor.errors import CheckpointError, ConfigError
-from compressor.gate import Limits
+from compressor.reporting.gate import Limits
 
 REGRESSION = 1.03
 REPORT = {
@@ -43,7 +45,7 @@ def perplexity(value: float) -> dict:
 
 
 def run(*arguments):
-    return CliRunner().invoke(cli.app, ["gate", *map(str, arguments)])
+    return CliRunner().invoke(app.app, ["gate", *map(str, arguments)])
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +233,7 @@ def test_junit_and_github_name_what_is_broken(write, tmp_path):
 
 
 def test_the_gate_needs_no_torch(write):
-    code = "import sys\nfrom compressor.cli import app\napp(sys.argv[1:], standalone_mode=False)\nsys.exit('torch' in sys.modules)"
+    code = "import sys\nfrom compressor.cli.app import app\napp(sys.argv[1:], standalone_mode=False)\nsys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, "gate", write("new"), "--baseline", write("old")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -14,20 +14,21 @@ from test_repair import DOWN, MADE, low_rank_pair
 from torch.nn import functional
 
 import compressor
-from compressor import pipeline, recovery, scoring, stages
-from compressor import training as trainer
+from compressor.pipeline import run as pipeline, train as recovery, job as stages
+from compressor.evaluation import perplexity
+from compressor.training import loop as trainer
 from compressor.errors import ConfigError, NumericalError
-from compressor.heal import Divergence, Original
-from compressor.learners import Learners, learning, rebuilt
+from compressor.training.heal import Divergence, Original
+from compressor.training.learners import Learners, learning, rebuilt
 from compressor.linears import Adapted, Packed
-from compressor.model import blocks, installed, linears
-from compressor.objectives import Objective
-from compressor.progress import silent
-from compressor.recovery import training
-from compressor.sections import Heal
-from compressor.store import Store
-from compressor.timings import Stopwatch
-from compressor.training import Task, fit
+from compressor.models.load import blocks, installed, linears
+from compressor.training.losses import Objective
+from compressor.runtime.progress import silent
+from compressor.pipeline.train import training
+from compressor.recipe.training import Heal
+from compressor.resume.store import Store
+from compressor.runtime.stopwatch import Stopwatch
+from compressor.training.loop import Task, fit
 
 CLOSE = 1e-5
 NOISE = 2e-2  # relative, of divergences of some 1e-5 nats computed in float32
@@ -230,7 +231,7 @@ def test_the_job_is_left_as_it_was_and_measured_errors_follow(tiny_llama, text_f
     assert changed and all(choice.measured != pytest.approx(choice.predicted, rel=1e-6) for choice in changed)
     stages.install(job, modules)
     original = compressor.load(tiny_llama)[0]
-    found = scoring.compare(original, job.model, job.heldout.tokens).kl
+    found = perplexity.compare(original, job.model, job.heldout.tokens).kl
     assert found == pytest.approx(plan.trained["heal"]["after"]["heldout"], rel=NOISE)
 
 
@@ -277,7 +278,7 @@ def test_linears_that_are_stored_together_are_trained_and_measured_together(tiny
     gate, up = (linears_[f"model.layers.1.mlp.{part}_proj"] for part in ("gate", "up"))
     assert report["trained"]["heal"]["kept"] and gate["measured"] == up["measured"] != gate["predicted"]
     model = compressor.load(tmp_path / "out")[0]
-    found = scoring.compare(compressor.load(tiny_llama)[0], model, windows(40, 20)).kl
+    found = perplexity.compare(compressor.load(tiny_llama)[0], model, windows(40, 20)).kl
     assert found > 0 and report["heldout"]["kl"] == pytest.approx(report["trained"]["heal"]["after"]["heldout"], rel=NOISE)
 
 
@@ -286,7 +287,7 @@ def test_the_gradient_of_the_divergence_is_that_of_its_definition():
     logits, expected = (torch.randn(4, 7, generator=generator, dtype=torch.float64) for _ in range(2))
     expected[:, 2] = -torch.inf
     assert torch.autograd.gradcheck(lambda found: Divergence.apply(found, expected), logits.requires_grad_(True))
-    assert Divergence.apply(logits, expected).item() == pytest.approx(scoring.kl_sum(expected[None], logits[None]).item())
+    assert Divergence.apply(logits, expected).item() == pytest.approx(perplexity.kl_sum(expected[None], logits[None]).item())
 
 
 def test_looks_in_between_do_not_disturb_training():

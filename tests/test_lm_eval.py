@@ -15,9 +15,9 @@ from handmade import save_compressed
 
 from compressor.errors import EvaluationError
 from compressor.linears import CompressedLinear
-from compressor.lm_eval_bridge import rolling_windows, run_cli, scores
-from compressor.model import load
-from compressor.scoring import perplexity
+from compressor.evaluation.lm_eval import rolling_windows, run_cli, scores
+from compressor.models.load import load
+from compressor.evaluation.perplexity import perplexity
 
 SAME_SUM = 1e-5  # float32 log-likelihoods of the same windows; the promise to users is 1e-3
 WINDOW = 32
@@ -256,5 +256,5 @@ def test_command_line_passes_exit_codes_on(task, capsys):
 
 
 def test_importing_the_bridge_does_not_import_lm_eval():
-    code = "import sys, compressor.lm_eval_bridge; sys.exit('lm_eval' in sys.modules or 'datasets' in sys.modules)"
+    code = "import sys, compressor.evaluation.lm_eval; sys.exit('lm_eval' in sys.modules or 'datasets' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=os.environ).returncode == 0

@@ -11,7 +11,7 @@ from sameness import assert_same_output
 from transformers.utils import logging as transformers_logging
 
 from compressor.errors import CheckpointError
-from compressor.model import dense_of, installed, linears, load, skeleton
+from compressor.models.load import dense_of, installed, linears, load, skeleton
 
 
 def test_load_keeps_the_stored_dtype_and_finds_the_tokenizer(tiny_llama, tmp_path):

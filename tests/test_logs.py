@@ -13,10 +13,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from compressor import logs
+from compressor.runtime import logs
 from compressor.errors import CheckpointError, ConfigError
-from compressor.progress import Progress
-from compressor.verbs import Outcome, verb
+from compressor.runtime.progress import Progress
+from compressor.cli.command import Outcome, verb
 
 
 def run(function, *arguments: object):
@@ -40,8 +40,8 @@ def events(path: Path) -> list[dict]:
 def work(*, progress: Progress) -> Outcome:
     for _ in progress([1, 2], "calibrate"):
         pass
-    logging.getLogger("compressor.data").warning("short\n text")
-    logging.getLogger("compressor.data").info("a detail")
+    logging.getLogger("compressor.calibrate.windows").warning("short\n text")
+    logging.getLogger("compressor.calibrate.windows").info("a detail")
     warnings.warn("from a library", stacklevel=1)
     logging.getLogger("transformers").warning("kept apart")
     return Outcome({"size": 1.5})
@@ -96,9 +96,9 @@ def test_whatever_ends_a_run_is_written_down(error, message, code, tmp_path):
     result = run(stop, "--events", tmp_path / "events", "--log-file", tmp_path / "log")
     assert events(tmp_path / "events")[-1] == {"verb": "stop", "event": "error", "message": message, "exit_code": code}
     text = (tmp_path / "log").read_text()
-    assert f"ERROR compressor.logs: {message} (exit code {code})" in text
+    assert f"ERROR compressor.runtime.logs: {message} (exit code {code})" in text
     assert ("Traceback" in text) == isinstance(error, ZeroDivisionError)
-    assert "compressor.logs" not in result.stderr
+    assert "compressor.runtime.logs" not in result.stderr
 
 
 def test_broken_limits_are_a_result_and_an_error(tmp_path):
@@ -128,10 +128,10 @@ def test_log_file_holds_stages_messages_and_details(tmp_path, apart):
     lines = path.read_text().splitlines()
     assert lines[0] == "before"
     for text in (
-        r"INFO compressor.logs: stage calibrate begins \(2\)",
-        r"INFO compressor.logs: stage calibrate ends: 2 of 2 in \d+.\d s",
-        "WARNING compressor.data: short",
-        "INFO compressor.data: a detail",
+        r"INFO compressor.runtime.logs: stage calibrate begins \(2\)",
+        r"INFO compressor.runtime.logs: stage calibrate ends: 2 of 2 in \d+.\d s",
+        "WARNING compressor.calibrate.windows: short",
+        "INFO compressor.calibrate.windows: a detail",
         "WARNING transformers: kept apart",
     ):
         assert any(re.search(f" {text}$", line) for line in lines), text

@@ -15,17 +15,17 @@ from test_pipeline import recipe
 from test_repair import DOWN, MADE
 from torch.nn import functional
 
-from compressor import pipeline, stages
-from compressor import training as trainer
+from compressor.pipeline import run as pipeline, job as stages
+from compressor.training import loop as trainer
 from compressor.errors import ConfigError
-from compressor.heal import Original
-from compressor.learners import rebuilt
+from compressor.training.heal import Original
+from compressor.training.learners import rebuilt
 from compressor.linalg import Metric
 from compressor.linears import KINDS
-from compressor.loras import Lora, Loras, input_metrics
-from compressor.model import blocks, installed
-from compressor.recovery import recover, training
-from compressor.training import Task, fit
+from compressor.training.lora import Lora, Loras, input_metrics
+from compressor.models.load import blocks, installed
+from compressor.pipeline.train import recover, training
+from compressor.training.loop import Task, fit
 
 CLOSE = 1e-5
 RANK = 3

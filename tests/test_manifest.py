@@ -6,11 +6,11 @@ from conftest import read_json
 from test_checkpoint import damaged, written
 from test_staging import output, produce, write
 
-from compressor import manifest
-from compressor.checkpoint import verify
+from compressor.files import manifest
+from compressor.checkpoint.write import verify
 from compressor.errors import CheckpointError
-from compressor.folder import read
-from compressor.staging import Staging
+from compressor.files.model_folder import read
+from compressor.files.staging import Staging
 
 
 def test_f13_bit_flip_in_a_shard(damaged):

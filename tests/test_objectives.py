@@ -8,15 +8,15 @@ from test_heal import NOISE, SECTION, loss_of, modules_of
 from test_pipeline import recipe
 from torch.nn import functional
 
-from compressor import pipeline
+from compressor.pipeline import run
 from compressor.errors import ConfigError
-from compressor.heal import Divergence, Original
-from compressor.learners import Learners
-from compressor.model import blocks, installed
-from compressor.objectives import coarse, distance
-from compressor.recovery import training
-from compressor.scoring import kl_sum
-from compressor.training import Task, attached, fit
+from compressor.training.heal import Divergence, Original
+from compressor.training.learners import Learners
+from compressor.models.load import blocks, installed
+from compressor.training.losses import coarse, distance
+from compressor.pipeline.train import training
+from compressor.evaluation.perplexity import kl_sum
+from compressor.training.loop import Task, attached, fit
 
 CLOSE = 1e-5
 
@@ -102,7 +102,7 @@ def test_a_cached_teacher_of_the_whole_vocabulary_is_the_online_one():
 @pytest.mark.parametrize("settings", [("teacher=cached", "top=64"), ("features=0.5",)], ids=["cached", "features"])
 def test_runs_are_judged_on_whole_distributions(tiny_llama, text_file, tmp_path, settings):
     sets = [f"heal.{value}" for value in ("enabled=true", "steps=8", "check=4", "learning_rate=0.01", *settings)]
-    report = pipeline.compress(recipe(tiny_llama, text_file, "allocation.keep=0.5", *sets), tmp_path / "out")
+    report = run.compress(recipe(tiny_llama, text_file, "allocation.keep=0.5", *sets), tmp_path / "out")
     healed = report["trained"]["heal"]
     assert healed["kept"] and report["heldout"]["kl"] == pytest.approx(healed["after"]["heldout"], rel=NOISE)
     assert report["calibration"]["kl"] == pytest.approx(healed["after"]["calibration"], rel=NOISE)

@@ -13,7 +13,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from compressor import cli, figures, load, page, plots, report, samples
+from compressor.cli import app
+from compressor.reporting import figures, page, plots, report
+from compressor import load
+from compressor.evaluation import samples
 from compressor.errors import CheckpointError, ConfigError
 from compressor.plan import Choice, Plan
 
@@ -70,7 +73,7 @@ class Collected(HTMLParser):
 
 def test_html_holds_tables_figures_and_recipe_and_needs_nothing_else(two, tmp_path):
     output = tmp_path / "page.html"
-    result = CliRunner().invoke(cli.app, ["report", *map(str, two), "-o", str(output)])
+    result = CliRunner().invoke(app.app, ["report", *map(str, two), "-o", str(output)])
     assert result.exit_code == 0, result.stderr
     text = output.read_text()
     collected = Collected(text)

@@ -18,14 +18,16 @@ from safetensors.torch import load_file
 from test_codec import Asked
 from typer.testing import CliRunner
 
-from compressor import parallel, processes, together, training
-from compressor.cli import app
-from compressor.config import load_recipe
+from compressor.training import team as parallel, loop as training
+from compressor.runtime import launched as processes
+from compressor.pipeline import distributed
+from compressor.cli.app import app
+from compressor.recipe.load import load_recipe
 from compressor.errors import CompressorError, ConfigError
-from compressor.parallel import ALONE, Team
-from compressor.sections import Heal
-from compressor.store import Store
-from compressor.training import Course, Leg, Task, course, fit
+from compressor.training.team import ALONE, Team
+from compressor.recipe.training import Heal
+from compressor.resume.store import Store
+from compressor.training.loop import Course, Leg, Task, course, fit
 
 CLOSE = 1e-5
 SECTION = Heal(steps=9, check=3, learning_rate=0.05)
@@ -145,16 +147,16 @@ def test_without_healing_a_model_that_is_spread_is_no_reason_to_stop(tmp_path, m
     monkeypatch.setattr(processes, "count", lambda: 2)
     monkeypatch.setattr(processes, "rank", lambda: 1)
     spread = load_recipe(None, ["model.device_map=auto"], {"model.name": "nowhere"})
-    assert together.compress(spread, tmp_path / "out") is None and "only healing is shared" in capsys.readouterr().err
+    assert distributed.compress(spread, tmp_path / "out") is None and "only healing is shared" in capsys.readouterr().err
     healing = load_recipe(None, ["model.device_map=auto", "heal.enabled=true"], {"model.name": "nowhere"})
     with pytest.raises(ConfigError, match="device_map spreads the model over devices that other processes use"):
-        together.compress(healing, tmp_path / "out")
+        distributed.compress(healing, tmp_path / "out")
 
 
 def test_what_the_main_process_decides_by_its_clock_must_be_seen(tmp_path):
     made = load_recipe(None, ["heal.enabled=true", "budget=1h"], {"model.name": "nowhere"})
     with pytest.raises(ConfigError, match=r"process 1 does not see .*out\.journal/store.* its clock has decided; leave budget out"):
-        together.assist(made, tmp_path / "out", None, None, Team(2, 1))
+        distributed.assist(made, tmp_path / "out", None, None, Team(2, 1))
 
 
 def command(model: Path, text: Path, output: Path, batch: int, processes: int, *sets: str) -> list[str]:

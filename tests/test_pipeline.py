@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from sameness import assert_same_output
 
 import compressor
-from compressor import pipeline
-from compressor.config import load_recipe
+from compressor.pipeline import run as pipeline
+from compressor.recipe.load import load_recipe
 from compressor.errors import BudgetError, CheckpointError, ConfigError, DataError
-from compressor.folder import read_headers
+from compressor.files.model_folder import read_headers
 
 FILES = {
     "README.md",
@@ -89,7 +89,7 @@ def test_report_counts_what_is_on_disk(run, tiny_llama):
 
 def test_the_installed_error_is_the_error_of_the_stored_weights(run, tiny_llama, text_file):
     """`error` in the report, recomputed from both checkpoints and freshly collected inputs."""
-    from compressor import stages
+    from compressor.pipeline import job as stages
 
     made, folder, found = run
     job = stages.start(made, stages.open_source(str(tiny_llama), None))
@@ -359,7 +359,7 @@ def refuse(*a, **k): raise AssertionError("a socket was opened")
 socket.socket.connect = refuse
 socket.create_connection = refuse
 socket.getaddrinfo = refuse
-from compressor.cli import app
+from compressor.cli.app import app
 app(["compress", {str(tiny_llama)!r}, {str(tmp_path / "out")!r}, "--calibration", {str(text_file)!r}, "--json", "--quiet",
      {", ".join(repr(part) for override in (*SMALL, f"evaluation.source={text_file}") for part in ("--set", override))}])
 """
@@ -384,7 +384,7 @@ def test_plan_with_statistics_shows_what_compress_will_choose(run, tmp_path):
 
 
 def test_plan_reads_headers_only(tiny_llama, text_file, tmp_path, monkeypatch):
-    from compressor import model
+    from compressor.models import load as model
 
     monkeypatch.setattr(model, "load", lambda *a, **k: pytest.fail("weights were loaded"))
     outline = pipeline.plan(recipe(tiny_llama, text_file))

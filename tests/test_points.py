@@ -3,7 +3,7 @@
 import pytest
 
 from compressor.errors import ConfigError
-from compressor.points import MOST, name_of, read_points
+from compressor.pipeline.sweep.points import MOST, name_of, read_points
 
 
 @pytest.fixture

@@ -4,14 +4,14 @@ import conftest
 import pytest
 import torch
 
-from compressor.decompose import Decomposition
+from compressor.allocation.decompose import Decomposition
 from compressor.linears import Dense
 from compressor.methods import build
-from compressor.model import linears, replace
+from compressor.models.load import linears, replace
 from compressor.plan import Candidate, Curve
-from compressor.probe import Prober, ProbeResult, damage, probe, probe_candidate
-from compressor.scoring import kl_sum
-from compressor.stats import LinearStats
+from compressor.allocation.probe import Prober, ProbeResult, damage, probe, probe_candidate
+from compressor.evaluation.perplexity import kl_sum
+from compressor.statistics import LinearStats
 
 
 def curve(*sizes: int) -> Curve:

@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from compressor import progress as module
-from compressor.progress import counted, shown, silent
+from compressor.runtime import progress as module
+from compressor.runtime.progress import counted, shown, silent
 
 
 class Terminal(io.StringIO):

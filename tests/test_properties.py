@@ -15,14 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from compressor.config import dump_yaml, load_recipe, presets
+from compressor.recipe.load import dump_yaml, load_recipe, presets
 from compressor.errors import CheckpointError, CompressorError, ConfigError
-from compressor.folder import check_sizes, check_type
+from compressor.files.model_folder import check_sizes, check_type
 from compressor.plan import Plan
-from compressor.recipe import Recipe
-from compressor.sections import Section
-from compressor.shards import INDEX, read_json, read_tensors
-from compressor.yaml_reader import dump, parse_yaml
+from compressor.recipe.sections import Recipe
+from compressor.recipe.training import Section
+from compressor.files.safetensors import INDEX, read_json, read_tensors
+from compressor.files.yaml import dump, parse_yaml
 
 pytestmark = pytest.mark.faults
 
@@ -256,7 +256,7 @@ def test_any_override_is_taken_or_refused(texts):
 @generated(150)
 @given(DATA)
 def test_any_plan_is_read_or_refused(place, data):
-    from compressor.pipeline import read_plan
+    from compressor.pipeline.run import read_plan
 
     (place / "plan.json").write_text(json.dumps(data))
     assert isinstance(outcome(read_plan, place / "plan.json"), Plan | ConfigError)

@@ -2,9 +2,11 @@
 
 import pytest
 
-from compressor import data, scoring, selection, stages
-from compressor import model as models
-from compressor.config import load_recipe
+from compressor.calibrate import windows as data
+from compressor.evaluation import perplexity
+from compressor.pipeline import contest, job as stages
+from compressor.models import load as models
+from compressor.recipe.load import load_recipe
 
 KEEP = 0.5
 SIZES = ["calibration.windows=40", "calibration.length=256", "calibration.heldout=8"]
@@ -26,11 +28,11 @@ def divergence():
             job = stages.start(load_recipe(preset, SMALL, {"model.device": "cpu"}), source)
             stats = stages.statistics(job)
             parts = stages.decompositions(job, stats)
-            plan, modules = selection.choose(job, parts, stages.probes(job, parts))
+            plan, modules = contest.choose(job, parts, stages.probes(job, parts))
             kept = sum(c.parameters for c in plan.linears.values()) / sum(c.dense_parameters for c in plan.linears.values())
             assert KEEP - 0.03 < kept <= KEEP
             stages.install(job, modules)
-            found[preset] = scoring.compare(original, job.model, windows).kl
+            found[preset] = perplexity.compare(original, job.model, windows).kl
         return found[preset]
 
     return measure

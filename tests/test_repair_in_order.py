@@ -14,13 +14,15 @@ from test_pipeline import recipe
 from test_repair import DOWN, SECTION, dictionary, repaired
 from test_sequential import received
 
-from compressor import linalg, pipeline, refine, selection, stages, store
-from compressor.model import installed, linears
-from compressor.progress import silent
-from compressor.recovery import training
-from compressor.repair import repair_blocks
-from compressor.sequential import solve_block, solve_in_order
-from compressor.timings import Stopwatch
+from compressor import linalg
+from compressor.pipeline import run as pipeline, sequential_solve, contest, job as stages
+from compressor.resume import store
+from compressor.models.load import installed, linears
+from compressor.runtime.progress import silent
+from compressor.pipeline.train import training
+from compressor.training.repair import repair_blocks
+from compressor.calibrate.streams import solve_block, solve_in_order
+from compressor.runtime.stopwatch import Stopwatch
 
 LATE = DOWN.replace("0", "1")
 QUICK = [f"repair.{key}" for key in ("enabled=true", "steps=12", "check=4", "learning_rate=0.01", "batch_size=2")]
@@ -134,8 +136,8 @@ def test_what_does_not_help_on_held_out_windows_leaves_the_solved_run(tiny_llama
     collected = stages.statistics(job)
     plan, modules = pipeline.plan_and_build(job, collected, None, Stopwatch(), silent)
     found = stages.decompositions(job, collected)
-    base = selection.choose(job, found, stages.probes(job, found))
-    solved, expected = refine.finish(job, *base, found, collected, None)
+    base = contest.choose(job, found, stages.probes(job, found))
+    solved, expected = sequential_solve.finish(job, *base, found, collected, None)
     assert not plan.trained["repair"]["kept"] and modules.keys() == expected.keys()
     assert all(is_same_output(modules[name].to_dense(), module.to_dense()) for name, module in expected.items())
     assert all(plan.linears[name].sequential == choice.sequential for name, choice in solved.linears.items())

@@ -6,8 +6,8 @@ from conftest import VOCABULARY, tiny_model
 from handmade import logits, low_rank_like, tokens
 
 from compressor.errors import CompressorError
-from compressor.model import blocks, installed, linears, load
-from compressor.restart import Restart, block_outputs, forward_from, recomputing
+from compressor.models.load import blocks, installed, linears, load
+from compressor.models.partial_forward import Restart, block_outputs, forward_from, recomputing
 
 ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "mixtral", "gpt2", "opt", "gpt_neox"]
 

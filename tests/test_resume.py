@@ -11,7 +11,10 @@ from safetensors.torch import load_file, save_file
 from test_pipeline import recipe
 from typer.testing import CliRunner
 
-from compressor import cli, journal, pipeline, stages, staging, store
+from compressor.cli import app
+from compressor.resume import journal, store
+from compressor.pipeline import run, job
+from compressor.files import staging
 from compressor.errors import BudgetError, ConfigError
 
 SEQUENTIAL = ["calibration.sequential=true", "compensation.keep=0.1"]
@@ -22,7 +25,7 @@ def unbroken(tiny_llama, text_file, tmp_path_factory):
     """A recipe that uses every stage, and what an unbroken run of it writes."""
     made = recipe(tiny_llama, text_file, "allocation.keep=0.6", *SEQUENTIAL)
     folder = tmp_path_factory.mktemp("unbroken") / "out"
-    pipeline.compress(made, folder)
+    run.compress(made, folder)
     return made, contents(folder)
 
 
@@ -33,7 +36,7 @@ def pieces(unbroken, tmp_path_factory):
     for owner, name in ((store, "_write"), (os, "replace")):
         folder = tmp_path_factory.mktemp("counted") / "out"
         with pytest.MonkeyPatch.context() as patch:
-            counts[name] = calls_of(owner, name, lambda folder=folder: pipeline.compress(unbroken[0], folder), patch)
+            counts[name] = calls_of(owner, name, lambda folder=folder: run.compress(unbroken[0], folder), patch)
     return counts
 
 
@@ -41,7 +44,7 @@ POINTS = {
     "inside the decomposition of a layer": (store, "_write", 4, "before"),
     "while a layer is solved in order": (store, "_write", -12, "after"),
     "before the folder is renamed": (journal.Journal, "note", 1, "after"),
-    "before the folder is evaluated": (pipeline, "score", 1, "before"),
+    "before the folder is evaluated": (run, "score", 1, "before"),
     "while the report is amended": (os, "replace", -2, "after"),
 }
 
@@ -54,12 +57,12 @@ def test_a_killed_run_goes_on_to_the_same_bytes(unbroken, pieces, tmp_path, monk
 
     def doomed():
         setattr(owner, name, dying(getattr(owner, name), at, when))
-        pipeline.compress(made, tmp_path / "out")
+        run.compress(made, tmp_path / "out")
 
     assert wait(forked(doomed)) == -signal.SIGKILL
     assert (tmp_path / "out.journal").is_dir()
     finished = len(list((tmp_path / "out.journal" / "store").iterdir()))
-    made_again = calls_of(store, "_write", lambda: pipeline.compress(made, tmp_path / "out"), monkeypatch)
+    made_again = calls_of(store, "_write", lambda: run.compress(made, tmp_path / "out"), monkeypatch)
     assert contents(tmp_path / "out") == expected
     assert os.listdir(tmp_path) == ["out"]
     assert finished + made_again == pieces["_write"]
@@ -81,7 +84,7 @@ def calls_of(owner, name, function, monkeypatch) -> int:
 def stopped_at(monkeypatch, made, output, error=KeyboardInterrupt):
     """Run until the first layer has been probed, and stop there with an error."""
     with monkeypatch.context() as patch:
-        real = stages.probe
+        real = job.probe
         calls = []
 
         def probe(*args):
@@ -90,16 +93,16 @@ def stopped_at(monkeypatch, made, output, error=KeyboardInterrupt):
                 raise error
             return real(*args)
 
-        patch.setattr(stages, "probe", probe)
+        patch.setattr(job, "probe", probe)
         with pytest.raises(error):
-            pipeline.compress(made, output)
+            run.compress(made, output)
 
 
 def test_ctrl_c_keeps_the_journal_and_says_how_to_go_on(unbroken, tmp_path, monkeypatch, capsys):
     made, expected = unbroken
     stopped_at(monkeypatch, made, tmp_path / "out")
     assert "stopped; the same command goes on from out.journal, `compressor clean` removes it" in capsys.readouterr().err
-    pipeline.compress(made, tmp_path / "out")
+    run.compress(made, tmp_path / "out")
     assert contents(tmp_path / "out") == expected and os.listdir(tmp_path) == ["out"]
 
 
@@ -124,12 +127,12 @@ def test_another_recipe_model_or_text_is_refused_with_the_difference(unbroken, t
     }
     for message, changed in changes.items():
         with pytest.raises(ConfigError, match=rf"out\.journal: was left by another run: .*{message}.*--restart"):
-            pipeline.compress(changed, out)
+            run.compress(changed, out)
     monkeypatch.setitem(store.VERSIONS, "compressor", "9.9")
     with pytest.raises(ConfigError, match=r"compressor is 0\.1\.0 there and 9\.9 here"):
-        pipeline.compress(made, out)
+        run.compress(made, out)
     monkeypatch.undo()
-    pipeline.compress(made, out)
+    run.compress(made, out)
     assert contents(out) == expected
 
 
@@ -142,23 +145,23 @@ def test_decisions_made_on_other_heldout_text_are_refused(text_file, tiny_llama,
     text.write_text("".join([*lines[:-20], *reversed(lines[-20:])]))  # where the windows are that nothing is fitted to
     message = r"left by another run: digest of the held-out windows is \w{64} there and \w{64} here; pass --restart"
     with pytest.raises(ConfigError, match=message):
-        pipeline.compress(made, tmp_path / "out")
+        run.compress(made, tmp_path / "out")
 
 
 def test_restart_discards_what_was_left(unbroken, tiny_llama, text_file, tmp_path, monkeypatch):
     made, expected = unbroken
     stopped_at(monkeypatch, recipe(tiny_llama, text_file, "allocation.keep=0.7", *SEQUENTIAL), tmp_path / "out")
-    pipeline.compress(made, tmp_path / "out", restart=True)
+    run.compress(made, tmp_path / "out", restart=True)
     assert contents(tmp_path / "out") == expected and os.listdir(tmp_path) == ["out"]
 
 
 def test_a_corrected_recipe_uses_what_the_wrong_one_has_made(unbroken, tiny_llama, text_file, tmp_path, monkeypatch):
     made, expected = unbroken
     with pytest.raises(BudgetError):
-        pipeline.compress(recipe(tiny_llama, text_file, "allocation.keep=0.101", *SEQUENTIAL), tmp_path / "out")
+        run.compress(recipe(tiny_llama, text_file, "allocation.keep=0.101", *SEQUENTIAL), tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr("compressor.decompose._prepare", impossible)
-        pipeline.compress(made, tmp_path / "out")
+        patch.setattr("compressor.allocation.decompose._prepare", impossible)
+        run.compress(made, tmp_path / "out")
     assert contents(tmp_path / "out") == expected
 
 
@@ -170,7 +173,7 @@ def test_a_damaged_journal_is_made_good_with_a_warning(unbroken, tmp_path, monke
     path = left / "run.json" if damage == "the description" else max((left / "store").iterdir(), key=lambda piece: piece.stat().st_size)
     path.write_bytes(path.read_bytes()[:-7])
     with caplog.at_level(logging.WARNING):
-        pipeline.compress(made, tmp_path / "out")
+        run.compress(made, tmp_path / "out")
     assert path.name in caplog.text
     assert contents(tmp_path / "out") == expected
 
@@ -182,7 +185,7 @@ def test_two_processes_on_one_output(unbroken, tmp_path, monkeypatch):
         journal.Journal(tmp_path / "out"),
         pytest.raises(ConfigError, match=rf"out: another process is writing it \(process {os.getpid()} on "),
     ):
-        pipeline.compress(made, tmp_path / "out")
+        run.compress(made, tmp_path / "out")
 
 
 def test_clean_removes_what_was_left_and_nothing_else(unbroken, tmp_path, monkeypatch):
@@ -192,22 +195,22 @@ def test_clean_removes_what_was_left_and_nothing_else(unbroken, tmp_path, monkey
     (tmp_path / "out.partial-host-1-aa").mkdir()
     (tmp_path / "other.journal").mkdir()
     (tmp_path / "cache" / "compressor" / "evaluate-1.journal").mkdir(parents=True)
-    result = CliRunner().invoke(cli.app, ["clean", str(tmp_path / "out"), "--json"])
+    result = CliRunner().invoke(app.app, ["clean", str(tmp_path / "out"), "--json"])
     assert result.exit_code == 0, result.stderr
     gone = [path.rpartition("/")[2] for path in json.loads(result.stdout)["removed"]]
     assert gone == ["out.journal", "out.partial-host-1-aa", "evaluate-1.journal"]
     assert sorted(os.listdir(tmp_path)) == ["cache", "other.journal"]
-    assert CliRunner().invoke(cli.app, ["clean", str(tmp_path / "out")]).stdout == "nothing was left\n"
+    assert CliRunner().invoke(app.app, ["clean", str(tmp_path / "out")]).stdout == "nothing was left\n"
 
 
 def test_a_folder_set_aside_comes_back(unbroken, tmp_path):
     made, expected = unbroken
     out = tmp_path / "out"
-    pipeline.compress(made, out)
+    run.compress(made, out)
 
     def doomed():
         os.rename = dying(os.rename, 1, "after")
-        pipeline.compress(made.model_copy(update={"output": made.output.model_copy(update={"overwrite": True})}), out)
+        run.compress(made.model_copy(update={"output": made.output.model_copy(update={"overwrite": True})}), out)
 
     assert wait(forked(doomed)) == -signal.SIGKILL
     assert not out.exists()
@@ -218,30 +221,30 @@ def test_a_folder_set_aside_comes_back(unbroken, tmp_path):
 def test_evaluations_go_on_too(tiny_llama, text_file, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     options = {"text": str(text_file), "window": 32, "windows": 8, "batch_size": 2, "device": "cpu"}
-    expected = pipeline.evaluate(str(tiny_llama), str(tiny_llama), **options)
+    expected = run.evaluate(str(tiny_llama), str(tiny_llama), **options)
     assert list((tmp_path / "compressor").iterdir()) == []
 
     def doomed():
         store._write = dying(store._write, 2, "after")
-        pipeline.evaluate(str(tiny_llama), str(tiny_llama), **options)
+        run.evaluate(str(tiny_llama), str(tiny_llama), **options)
 
     assert wait(forked(doomed)) == -signal.SIGKILL
-    made = calls_of(store, "_write", lambda: pipeline.evaluate(str(tiny_llama), str(tiny_llama), **options), monkeypatch)
+    made = calls_of(store, "_write", lambda: run.evaluate(str(tiny_llama), str(tiny_llama), **options), monkeypatch)
     assert made == 2
-    assert pipeline.evaluate(str(tiny_llama), str(tiny_llama), **options) == expected
+    assert run.evaluate(str(tiny_llama), str(tiny_llama), **options) == expected
 
 
 def test_calibrations_go_on_too(tiny_llama, text_file, tmp_path):
     made = recipe(tiny_llama, text_file, "calibration.memory=20KiB")
-    pipeline.calibrate(made, tmp_path / "expected")
+    run.calibrate(made, tmp_path / "expected")
 
     def doomed():
         store._write = dying(store._write, 2, "after")
-        pipeline.calibrate(made, tmp_path / "stats")
+        run.calibrate(made, tmp_path / "stats")
 
     assert wait(forked(doomed)) == -signal.SIGKILL
     assert len(list((tmp_path / "stats.journal" / "store").iterdir())) == 2
-    pipeline.calibrate(made, tmp_path / "stats")
+    run.calibrate(made, tmp_path / "stats")
     assert contents(tmp_path / "stats") == contents(tmp_path / "expected")
 
 

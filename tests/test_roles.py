@@ -2,7 +2,7 @@
 
 import pytest
 
-from compressor.roles import roles_of
+from compressor.models.roles import roles_of
 
 
 def named(parent: str, *children: str, shared: tuple[str, ...] = ()) -> tuple[list[str], dict[str, str]]:

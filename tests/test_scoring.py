@@ -10,7 +10,7 @@ from sameness import assert_same_tensors
 from torch.nn import functional
 
 from compressor.errors import EvaluationError
-from compressor.scoring import compare, in_float32, kl_sum, nll_sum, perplexity
+from compressor.evaluation.perplexity import compare, in_float32, kl_sum, nll_sum, perplexity
 
 EXACT = 1e-12  # float64 sums of the same numbers
 SAME_FORWARD = 1e-5  # float32 forward passes of differently cut batches
@@ -72,7 +72,7 @@ def test_sums_do_not_depend_on_the_chunks(monkeypatch):
     p, q = torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(0))
     tokens = torch.randint(7, (3, 5), generator=torch.Generator().manual_seed(1))
     whole = kl_sum(p, q).item(), nll_sum(p, tokens).item()
-    monkeypatch.setattr("compressor.scoring.CHUNK", 7 * 4)
+    monkeypatch.setattr("compressor.evaluation.perplexity.CHUNK", 7 * 4)
     assert (kl_sum(p, q).item(), nll_sum(p, tokens).item()) == pytest.approx(whole, rel=EXACT)
 
 

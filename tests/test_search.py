@@ -9,16 +9,18 @@ import pytest
 from killed import interrupted
 from test_pipeline import recipe, tensors
 
-from compressor import building, clock, decompose, pipeline, recovery, refine, search, stages
-from compressor.clock import Clock, OutOfTime, paced, seconds_of
-from compressor.config import load_recipe
+from compressor.pipeline import build, run as pipeline, train, sequential_solve, search, job as stages
+from compressor.runtime import deadline as clock
+from compressor.allocation import decompose
+from compressor.runtime.deadline import Clock, OutOfTime, paced, seconds_of
+from compressor.recipe.load import load_recipe
 from compressor.errors import BudgetError, ConfigError, NumericalError
-from compressor.pace import Pace
-from compressor.progress import silent
-from compressor.report import searched
-from compressor.sections import Heal
-from compressor.store import NOWHERE
-from compressor.timings import Stopwatch
+from compressor.training.step_budget import Pace
+from compressor.runtime.progress import silent
+from compressor.reporting.report import searched
+from compressor.recipe.training import Heal
+from compressor.resume.store import NOWHERE
+from compressor.runtime.stopwatch import Stopwatch
 
 KINDS = "method=[{candidates: [{name: low_rank}, {name: sparse, options: {step: 0.05}}]}]"
 SETTINGS = "allocation.search=[{allocation.depth_bias: 3.0}, {method.0.candidates.0.options.shrink_gram: 0.5}]"
@@ -66,7 +68,7 @@ def test_numbers_that_fail_drop_a_trial_and_solving_in_order_but_not_the_start(r
         raise NumericalError("the Gram is singular")
 
     monkeypatch.setattr(search, "allocate", lambda *given, **options: (fail if next(calls) else real)(*given, **options))
-    monkeypatch.setattr(refine, "finish", fail)
+    monkeypatch.setattr(sequential_solve, "finish", fail)
     _, report, plan = run(KINDS, "allocation.search=[]", "allocation.keep=0.5", "calibration.sequential=true")
     found = plan["search"]
     assert [one.get("dropped") for one in found["trials"]] == [None, "the Gram is singular"]
@@ -82,7 +84,7 @@ def test_training_whose_numbers_fail_is_dropped_from_a_search_alone(run, monkeyp
         raise NumericalError("heal: the loss is nan at step 1")
 
     plain, _, _ = run("allocation.search=[]", "allocation.keep=0.5")
-    monkeypatch.setattr(recovery, "fit", fail)
+    monkeypatch.setattr(train, "fit", fail)
     made, report, plan = run("allocation.search=[]", "allocation.keep=0.5", "heal.enabled=true", output="dropped")
     assert plan["trained"]["heal"]["dropped"] == "heal: the loss is nan at step 1" and not report["trained"]["heal"]["kept"]
     assert tensors(made) == tensors(plain)
@@ -121,7 +123,7 @@ def test_without_time_a_search_ends_with_what_it_starts_from(run, monkeypatch):
 def test_solving_in_order_is_not_begun_where_its_passes_take_longer_than_it_may(run, monkeypatch):
     monkeypatch.setattr(stages, "seconds_per_token", lambda job: 1.0)
     monkeypatch.setattr(Clock, "left", 2.4 * 8 * 32 / 0.3)  # 2.5 comparisons of the calibration windows
-    monkeypatch.setattr(refine, "finish", lambda *given: pytest.fail("begun"))
+    monkeypatch.setattr(sequential_solve, "finish", lambda *given: pytest.fail("begun"))
     _, _, plan = run("allocation.search=[]", "allocation.keep=0.5", "calibration.sequential=true", "budget=1h")
     assert plan["search"]["in order"] == {"heldout": None, "kept": False, "dropped": "no time"}
 
@@ -133,10 +135,10 @@ def test_what_solving_takes_is_known_from_the_largest_linear(tiny_llama, text_fi
     job = stages.start(made, stages.open_source(str(tiny_llama), None))
     stats = stages.statistics(job)
     start = search.allocate(job, stats, Stopwatch())
-    monkeypatch.setattr(refine.time, "monotonic", itertools.count().__next__)
+    monkeypatch.setattr(sequential_solve.time, "monotonic", itertools.count().__next__)
     sizes = {name: one.parameters for name, one in job.assignments.items()}
     expected = sum(sizes.values()) / (share_of_gate * max(sizes.values()))
-    assert refine.in_order(job, start.plan, start.modules, start.found, stats, None, NOWHERE).seconds() == pytest.approx(expected)
+    assert sequential_solve.in_order(job, start.plan, start.modules, start.found, stats, None, NOWHERE).seconds() == pytest.approx(expected)
 
 
 def test_solving_in_order_stays_where_it_helps(run):
@@ -155,7 +157,7 @@ def test_an_outcome_that_is_worse_than_its_start_is_not_written(run, monkeypatch
         return replace(plan, trained={"heal": {"kept": True, "steps": 1}}), modules
 
     plain, _, _ = run("allocation.search=[]", "allocation.keep=0.5")
-    monkeypatch.setattr(recovery, "recover", spoil)
+    monkeypatch.setattr(train, "recover", spoil)
     made, _, plan = run("allocation.search=[]", "allocation.keep=0.5", "heal.enabled=true", output="spoiled")
     assert not plan["search"]["final"]["kept"] and plan["search"]["final"]["heldout"] > plan["search"]["heldout"]
     assert plan["trained"] == {"heal": {"kept": False, "steps": 1}} and tensors(made) == tensors(plain)
@@ -206,7 +208,7 @@ def test_what_does_not_fit_is_refused(overrides, message):
 
 
 def test_settings_that_do_not_exist_are_refused_before_anything_is_collected(run, monkeypatch):
-    monkeypatch.setattr(building, "plan_and_build", None)
+    monkeypatch.setattr(build, "plan_and_build", None)
     with pytest.raises(ConfigError, match=r"allocation.search.0: there is no 'allocation.depth_biass'.*did you mean"):
         run("allocation.search=[{allocation.depth_biass: 5}]")
     with pytest.raises(ConfigError, match="shrink_gran"):
@@ -239,7 +241,7 @@ def planned(tiny_llama, text_file, tmp_path, monkeypatch):
 
 
 def test_trials_of_a_plan_share_decompositions_and_nothing_is_solved_in_order(planned, monkeypatch):
-    monkeypatch.setattr(refine, "finish", lambda *given: pytest.fail("begun"))
+    monkeypatch.setattr(sequential_solve, "finish", lambda *given: pytest.fail("begun"))
     found, names = planned(KINDS, "allocation.search=[{allocation.depth_bias: 3.0}]", "calibration.sequential=true")
     assert len(names) == 2 * len(set(names)) == 2 * len(found["linears"])
 
@@ -262,7 +264,7 @@ HEALING = [
 
 
 def test_training_takes_the_steps_that_the_budget_has_room_for(run, monkeypatch):
-    monkeypatch.setattr(recovery, "timed", lambda loss, look: Pace(step=1.0, look=5.0))
+    monkeypatch.setattr(train, "timed", lambda loss, look: Pace(step=1.0, look=5.0))
     monkeypatch.setattr(Clock, "left", 45.0)  # of 0.85 · 45 a third for repair: 2 of 5 seconds; heal: 21 of 1.75
     _, _, plan = run("allocation.keep=0.5", *HEALING, "budget=1h")
     assert [block["steps"] for block in plan["trained"]["repair"]["blocks"]] == [2, 2]
@@ -279,7 +281,7 @@ def test_time_for_writing_and_evaluation_is_kept_back_and_training_that_could_no
     held = []
     monkeypatch.setattr(Clock, "hold", lambda clock, seconds: held.append(seconds))
     monkeypatch.setattr(Clock, "left", 1.5 * 12 * 32)
-    monkeypatch.setattr(recovery, "blocks", None)
+    monkeypatch.setattr(train, "blocks", None)
     _, _, plan = run("allocation.keep=0.5", *HEALING, "budget=1h")
     assert held == [pytest.approx(1.3 * (12 + 6) * 32 + 5)]  # calibration and held-out windows, and those to evaluate on
     assert plan["trained"] == {"repair": {"kept": False, "steps": 0}, "heal": {"kept": False, "steps": 0}}

@@ -6,8 +6,8 @@ import conftest
 import pytest
 
 import compressor
-from compressor import pipeline
-from compressor.config import load_recipe
+from compressor.pipeline import run as pipeline
+from compressor.recipe.load import load_recipe
 from compressor.errors import BudgetError, ConfigError
 from compressor.linears import Dictionary
 

@@ -13,13 +13,14 @@ from observed import windows
 from sameness import is_same_output
 from test_pipeline import recipe
 
-from compressor import linalg, pipeline, refine, selection, stages
+from compressor import linalg
+from compressor.pipeline import run, sequential_solve, contest, job as stages
 from compressor.errors import ConfigError, NumericalError
-from compressor.model import blocks, linears
+from compressor.models.load import blocks, linears
 from compressor.plan import DENSE
-from compressor.progress import silent
-from compressor.sequential import solve_in_order
-from compressor.timings import Stopwatch
+from compressor.runtime.progress import silent
+from compressor.calibrate.streams import solve_in_order
+from compressor.runtime.stopwatch import Stopwatch
 
 BY_HAND = 1e-7  # relative, in float64
 KEPT = ["allocation.keep=0.6", "method.0.candidates.0.options.rank_step=1"]
@@ -38,7 +39,7 @@ def exactly(job):
 
 
 def built(job):
-    return pipeline.plan_and_build(job, stages.statistics(job), None, Stopwatch(), silent)
+    return run.plan_and_build(job, stages.statistics(job), None, Stopwatch(), silent)
 
 
 def received(model, name, tokens):
@@ -117,9 +118,9 @@ def test_linears_kept_dense_stay_and_are_no_obstacle(tiny_llama, text_file):
     job = job_of(tiny_llama, text_file, *SEQUENTIAL, config="default")
     collected = stages.statistics(job)
     found = stages.decompositions(job, collected)
-    plan, modules = selection.choose(job, found, stages.probes(job, found))
+    plan, modules = contest.choose(job, found, stages.probes(job, found))
     fewer = {name: module for name, module in modules.items() if "layers.1.mlp" in name or "layers.0.self_attn.o_proj" in name}
-    again, kept = refine.finish(job, plan, fewer, found, collected, None)
+    again, kept = sequential_solve.finish(job, plan, fewer, found, collected, None)
     assert kept.keys() == fewer.keys()
     assert all(again.linears[name] == plan.linears[name] for name in plan.linears.keys() - fewer.keys())
 
@@ -163,13 +164,13 @@ def test_damping_is_taken_from_the_list_and_reported():
 
 def test_same_seed_same_bytes_in_bfloat16(tiny_llama, text_file, tmp_path):
     made = recipe(tiny_llama, text_file, "calibration.sequential=true", "allocation.keep=0.6", "output.dtype=bfloat16")
-    pipeline.compress(made, tmp_path / "a")
-    report = pipeline.compress(made, tmp_path / "b")
+    run.compress(made, tmp_path / "a")
+    report = run.compress(made, tmp_path / "b")
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
     assert report["kl"] > 0
     plan = conftest.read_json(tmp_path / "a" / "plan.json")["linears"]
     assert any(choice["sequential"] == {"anchor_damping": 0.01} for choice in plan.values())
-    again = pipeline.compress(made, tmp_path / "c", plan=tmp_path / "a" / "plan.json")
+    again = run.compress(made, tmp_path / "c", plan=tmp_path / "a" / "plan.json")
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "c" / "model.safetensors").read_bytes()
     assert again["kl"] == report["kl"]
 
@@ -211,13 +212,13 @@ def test_candidates_of_one_engine_are_told_apart_by_the_options_in_which_they_di
     twice = "method=[{candidates: [{name: low_rank}, {name: low_rank, options: {metric: gram}}]}]"
     sets = [twice, "allocation.keep=0.6", "calibration.sequential=true", "output.dtype=bfloat16", "evaluation.enabled=false"]
     made = recipe(tiny_llama, text_file, *sets, "repair.enabled=true", "repair.steps=4", config="default")
-    pipeline.compress(made, tmp_path / "out")
+    run.compress(made, tmp_path / "out")
     path = tmp_path / "out" / "plan.json"
     plan = conftest.read_json(path)
     chosen = {name: choice for name, choice in plan["linears"].items() if choice["method"] != DENSE}
     labels = [choice["options"]["metric"] for choice in chosen.values()]
     assert {*labels} == {"gram", "two_sided"} and all(choice["options"].keys() == {"metric"} for choice in chosen.values())
-    pipeline.compress(made, tmp_path / "again", plan=path)
+    run.compress(made, tmp_path / "again", plan=path)
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "out" / "model.safetensors").read_bytes()
     name, choice = next((name, choice) for name, choice in chosen.items() if choice["options"]["metric"] == "gram")
     faults = {
@@ -228,7 +229,7 @@ def test_candidates_of_one_engine_are_told_apart_by_the_options_in_which_they_di
         edited = tmp_path / f"{number}.json"
         edited.write_text(json.dumps(plan | {"linears": plan["linears"] | {name: choice | {"options": options}}}))
         with pytest.raises(ConfigError, match=message):
-            pipeline.compress(made, tmp_path / "edited", plan=edited)
+            run.compress(made, tmp_path / "edited", plan=edited)
 
 
 def test_routed_tokens_cannot_be_anchored_and_nothing_stays_behind():
@@ -255,7 +256,7 @@ def test_linears_that_share_a_dictionary_are_solved_and_compensated_together(tin
     share = "method=[{dense: false, candidates: [{name: compot, options: {rounds: 3}, share: [qkv, gate_up]}]}]"
     sets = [share, "allocation.keep=0.8", "calibration.sequential=true", "compensation.keep=0.1", "output.dtype=bfloat16"]
     made = recipe(tiny_llama, text_file, *sets, config="default")
-    report = pipeline.compress(made, tmp_path / "out")
+    report = run.compress(made, tmp_path / "out")
     plan = conftest.read_json(tmp_path / "out" / "plan.json")["linears"]
     gate, up = (plan[f"model.layers.1.mlp.{part}_proj"] for part in ("gate", "up"))
     assert gate["setting"] == up["setting"] and gate["setting"]["shared"][0].endswith("gate_proj")

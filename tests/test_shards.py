@@ -11,9 +11,9 @@ from conftest import read_json
 from safetensors.torch import load_file
 from test_folder import INDEX, WEIGHTS, edit_json, edit_tensors, llama, sharded
 
-from compressor import shards
+from compressor.files import safetensors
 from compressor.errors import CheckpointError
-from compressor.folder import read
+from compressor.files.model_folder import read
 
 
 def repoint(folder: Path, target: str) -> None:
@@ -33,7 +33,7 @@ def test_f12_truncated_shard(sharded, damage):
 
 
 def test_f14_missing_and_extra_tensors_are_named_up_to_ten(sharded):
-    shard = max(sharded.glob("model-*.safetensors"), key=lambda path: len(shards.read_header(path)))
+    shard = max(sharded.glob("model-*.safetensors"), key=lambda path: len(safetensors.read_header(path)))
     name = min(load_file(shard))
     edit_tensors(shard, lambda tensors: tensors.pop(name))
     with pytest.raises(CheckpointError, match=rf"{shard.name}: missing {name};"):
@@ -49,7 +49,7 @@ def test_f14_missing_and_extra_tensors_are_named_up_to_ten(sharded):
 def test_f15_index_entry_that_is_no_plain_shard_name(sharded, target, monkeypatch):
     shutil.copy(min(sharded.glob("model-*.safetensors")), sharded.parent / "outside.safetensors")
     opened = []
-    monkeypatch.setattr(shards, "read_header", lambda path: opened.append(path) or {})
+    monkeypatch.setattr(safetensors, "read_header", lambda path: opened.append(path) or {})
     repoint(sharded, target)
     with pytest.raises(CheckpointError, match=r"index\.json: .* points to"):
         read(sharded)
@@ -69,8 +69,8 @@ def test_f15_link_that_leads_out(sharded, name, monkeypatch):
     shutil.move(path, sharded.parent / "outside")
     path.symlink_to(sharded.parent / "outside")
     opened = []
-    original = shards.read_header
-    monkeypatch.setattr(shards, "read_header", lambda path: opened.append(path) or original(path))
+    original = safetensors.read_header
+    monkeypatch.setattr(safetensors, "read_header", lambda path: opened.append(path) or original(path))
     with pytest.raises(CheckpointError, match="leads out of the folder"):
         read(sharded)
     assert path not in opened
@@ -79,7 +79,7 @@ def test_f15_link_that_leads_out(sharded, name, monkeypatch):
 def test_f15_special_file_is_not_opened(llama, monkeypatch):
     (llama / WEIGHTS).unlink()
     os.mkfifo(llama / WEIGHTS)
-    monkeypatch.setattr(shards, "read_header", lambda path: pytest.fail("opened, which would wait for ever"))
+    monkeypatch.setattr(safetensors, "read_header", lambda path: pytest.fail("opened, which would wait for ever"))
     with pytest.raises(CheckpointError, match="expected a regular file"):
         read(llama)
 
@@ -143,7 +143,7 @@ class Bomb:
 
 @pytest.mark.parametrize("content", ["benign", "malicious"])
 def test_f19_pickle(llama, content):
-    from compressor.model import load
+    from compressor.models.load import load
 
     marker = llama.parent / "ran"
     data = {"benign": {"weight": [0.0]}, "malicious": Bomb(marker)}[content]

@@ -6,9 +6,9 @@ import socket
 
 import pytest
 
-from compressor import sources
+from compressor.calibrate import sources
 from compressor.errors import DataError
-from compressor.sources import read_documents
+from compressor.calibrate.sources import read_documents
 
 TEXT = "one two three\nfour five\n"
 CHAT = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "well"}]

@@ -5,8 +5,8 @@ import torch
 from conftest import save_tiny, tiny_model
 
 from compressor.errors import EvaluationError
-from compressor.speed import measure, speed
-from compressor.timings import peak_memory
+from compressor.evaluation.speed import measure, speed
+from compressor.runtime.stopwatch import peak_memory
 
 MIB = 1 << 20
 
@@ -35,6 +35,6 @@ def test_decoding_reads_the_prompt_once_and_then_single_tokens(kind, monkeypatch
     lengths = []
     model.register_forward_pre_hook(lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
     clock = iter([0, 900, 1800, 2000, 2001, 2002])  # the first run is slow: it warms up
-    monkeypatch.setattr("compressor.speed.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("compressor.evaluation.speed.time.perf_counter", lambda: next(clock))
     assert measure(model, torch.ones(1, 6, dtype=torch.int64), decode=3, repeats=1) == (6.0, 3.0)
     assert lengths == [6, 1, 1, 1] * 2

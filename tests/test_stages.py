@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 from test_pipeline import recipe
 
-from compressor import pipeline, stages
-from compressor.data import split_heldout
-from compressor.decompose import beside
-from compressor.store import Store
+from compressor.pipeline import run, job as stages
+from compressor.calibrate.windows import split_heldout
+from compressor.allocation.decompose import beside
+from compressor.resume.store import Store
 
 
 @pytest.fixture
@@ -27,8 +27,8 @@ def test_pieces_depend_on_the_heldout_windows_and_statistics_do_not(job, tmp_pat
 
 
 def test_statistics_are_where_the_weights_are(job, tmp_path):
-    pipeline.calibrate(job.recipe, tmp_path / "stats")
-    stats = pipeline.statistics(job, tmp_path / "stats")
+    run.calibrate(job.recipe, tmp_path / "stats")
+    stats = run.statistics(job, tmp_path / "stats")
     query, key, down = (f"model.layers.0.{name}_proj" for name in ("self_attn.q", "self_attn.k", "mlp.down"))
     for name in (query, key):
         job.assignments[name].info.module.to("meta")
@@ -37,4 +37,4 @@ def test_statistics_are_where_the_weights_are(job, tmp_path):
     assert moved[down] == stats[down] and moved["another"] is stats[down] and not stats[query].gram.is_meta
     name = "model.layers.1.self_attn.q_proj"
     job.assignments[name].info.module.to("meta")
-    assert pipeline.statistics(job, tmp_path / "stats")[name].gram.is_meta
+    assert run.statistics(job, tmp_path / "stats")[name].gram.is_meta

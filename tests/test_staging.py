@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from compressor import manifest, staging
+from compressor.files import manifest, staging
 from compressor.errors import CheckpointError, ConfigError
-from compressor.staging import Staging, amend, leftovers, preflight
+from compressor.files.staging import Staging, amend, leftovers, preflight
 
 KB = 1024
 
@@ -196,7 +196,7 @@ def test_f2_f7_interrupted_at_any_step_is_old_or_new(tmp_path, monkeypatch, blow
 KILLED = """
 import os, shutil, signal, sys
 from pathlib import Path
-from compressor.staging import Staging
+from compressor.files.staging import Staging
 
 def kill(*_):
     os.kill(os.getpid(), signal.SIGKILL)

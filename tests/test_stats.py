@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from compressor.errors import DataError
-from compressor.stats import LinearStats, blind_spots
+from compressor.statistics import LinearStats, blind_spots
 
 
 def shard(seed: int, tokens: int = 5) -> LinearStats:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from test_codec import Asked
 
-from compressor import store
+from compressor.resume import store
 from compressor.errors import CheckpointError
-from compressor.store import NOWHERE, Store, differences
+from compressor.resume.store import NOWHERE, Store, differences
 
 
 def counting(made):

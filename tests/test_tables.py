@@ -5,8 +5,8 @@ import doctest
 import pytest
 from rich.console import Console
 
-from compressor import tables
-from compressor.tables import columns, figure, render_evaluation, render_result, size
+from compressor.reporting import tables
+from compressor.reporting.tables import columns, figure, render_evaluation, render_result, size
 
 
 def text(renderable, width: int = 100) -> str:

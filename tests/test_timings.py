@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from compressor.timings import STAGES, Stopwatch, peak_memory
+from compressor.runtime.stopwatch import STAGES, Stopwatch, peak_memory
 
 MIB = 1 << 20
 
@@ -46,5 +46,5 @@ def test_peak_memory_grows_with_what_is_held_and_does_not_fall():
 
 def test_peak_memory_without_proc_is_in_bytes(monkeypatch):
     expected = peak_memory()
-    monkeypatch.setattr("compressor.timings.Path.exists", lambda self: False)
+    monkeypatch.setattr("compressor.runtime.stopwatch.Path.exists", lambda self: False)
     assert expected / 2 < peak_memory() < 100 * expected  # ru_maxrss may start at the peak of the launching process

@@ -7,15 +7,16 @@ import pytest
 import torch
 from test_pipeline import recipe
 
-from compressor import pace, pipeline, recovery, stages
+from compressor.training import step_budget
+from compressor.pipeline import run as pipeline, train, job as stages
 from compressor.errors import ConfigError
-from compressor.optimizers import INSTALL
-from compressor.progress import silent
-from compressor.restart import recomputing
-from compressor.sections import Heal
-from compressor.store import Store
-from compressor.timings import Stopwatch
-from compressor.training import State, Task, fit, overshot
+from compressor.training.optimizers import INSTALL
+from compressor.runtime.progress import silent
+from compressor.models.partial_forward import recomputing
+from compressor.recipe.training import Heal
+from compressor.resume.store import Store
+from compressor.runtime.stopwatch import Stopwatch
+from compressor.training.loop import State, Task, fit, overshot
 
 SECTION = Heal(steps=12, check=4, learning_rate=0.05)
 BYTES = {"adamw": 8.0, "adamw_8bit": 2.05}  # of moments for each number of a large tensor
@@ -116,7 +117,7 @@ def test_a_missing_library_is_named_before_any_work(tiny_llama, text_file, tmp_p
 
 def test_healing_with_blocks_that_run_again_is_the_same(tiny_llama, text_file, monkeypatch):
     calls = []
-    monkeypatch.setattr(recovery, "recomputing", lambda model: calls.append(model) or recomputing(model))
+    monkeypatch.setattr(train, "recomputing", lambda model: calls.append(model) or recomputing(model))
     found = []
     for value in ("false", "true"):
         sets = ["heal.enabled=true", "heal.steps=4", "heal.check=2", f"heal.checkpointing={value}"]
@@ -132,5 +133,5 @@ def test_steps_are_timed_to_their_end_on_an_accelerator(monkeypatch):
     now = itertools.count()
     waited = []
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda: waited.append(next(now)))
-    monkeypatch.setattr(pace.time, "monotonic", lambda: float(next(now)))
-    assert pace.timed(lambda index: torch.ones(1, requires_grad=True).sum(), lambda: 0.0) == pace.Pace(2.0, 2.0) and len(waited) == 6
+    monkeypatch.setattr(step_budget.time, "monotonic", lambda: float(next(now)))
+    assert step_budget.timed(lambda index: torch.ones(1, requires_grad=True).sum(), lambda: 0.0) == step_budget.Pace(2.0, 2.0) and len(waited) == 6

@@ -7,11 +7,11 @@ import torch
 from conftest import tiny_model
 from test_sequential import built, exactly, job_of, received
 
-from compressor import decompose
-from compressor import model as models
+from compressor.allocation import decompose
+from compressor.models import load as models
 from compressor.methods.base import Part
-from compressor.model import linears
-from compressor.stats import LinearStats
+from compressor.models.load import linears
+from compressor.statistics import LinearStats
 
 HEADS = """method=[{targets: "role:attention", candidates: [{name: heads, options: {score: transact}}]},
                    {targets: "role:ffn", candidates: [{name: channels}]}]"""

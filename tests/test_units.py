@@ -5,10 +5,10 @@ import itertools
 import numpy as np
 import pytest
 
-from compressor.assignments import Group
+from compressor.allocation.assign import Group
 from compressor.errors import ConfigError
 from compressor.plan import Candidate
-from compressor.units import Option, cost_of, damage_of, hull, joint, tied
+from compressor.allocation.options import Option, cost_of, damage_of, hull, joint, tied
 
 
 def options(unit: str, seed: int, count: int = 6) -> list[Option]:

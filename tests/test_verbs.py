@@ -12,7 +12,7 @@ from rich.table import Table
 from typer.testing import CliRunner
 
 from compressor.errors import BudgetError, CompressorError, ConfigError, DataError
-from compressor.verbs import Outcome, verb
+from compressor.cli.command import Outcome, verb
 
 
 def run(function, *arguments: str):

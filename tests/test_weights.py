@@ -7,10 +7,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from compressor.errors import CheckpointError
-from compressor.folder import read
-from compressor.model import load
-from compressor.shards import read_header
-from compressor.weights import stored_tensors, write_weights
+from compressor.files.model_folder import read
+from compressor.models.load import load
+from compressor.files.safetensors import read_header
+from compressor.checkpoint.weights import stored_tensors, write_weights
 
 
 def test_shards_stay_within_their_size_and_hold_what_the_index_says(tiny_llama, tmp_path):

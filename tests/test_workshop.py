@@ -4,11 +4,11 @@ import math
 
 import pytest
 
-from compressor.decompose import Decomposition
+from compressor.allocation.decompose import Decomposition
 from compressor.plan import Candidate, Curve
-from compressor.probe import ProbeResult
-from compressor.units import Option
-from compressor.workshop import Workshop
+from compressor.allocation.probe import ProbeResult
+from compressor.allocation.options import Option
+from compressor.pipeline.builder import Workshop
 
 
 class Counting:

@@ -5,7 +5,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from compressor.errors import ConfigError
-from compressor.yaml_reader import MAX_BYTES, dump, parse_document, parse_yaml, read_text
+from compressor.files.yaml import MAX_BYTES, dump, parse_document, parse_yaml, read_text
 
 PLAIN = st.none() | st.booleans() | st.integers(-(10**20), 10**20) | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 

@@ -28,7 +28,7 @@ from torch.nn import functional
 
 from compressor.errors import CheckpointError
 from compressor.linears.base import CompressedLinear
-from compressor.linears.kept import kept
+from compressor.linears.rebuilt import kept
 from compressor.linears.masks import pack_mask, unpack_mask
 
 

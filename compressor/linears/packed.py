@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from compressor.errors import ConfigError
 from compressor.linears.base import CompressedLinear
-from compressor.linears.kept import kept
+from compressor.linears.rebuilt import kept
 
 INSTALL = "pip install 'compressor[quant]'"
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from compressor.linears.base import CompressedLinear
-from compressor.linears.kept import kept
+from compressor.linears.rebuilt import kept
 from compressor.linears.masks import unpack_mask
 
 

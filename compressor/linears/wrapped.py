@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from compressor.linears.base import CompressedLinear
-from compressor.linears.kept import kept
+from compressor.linears.rebuilt import kept
 
 KEPT, GROUP = 2, 4  # of every four consecutive entries two are stored
 

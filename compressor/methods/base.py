@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from compressor.linears.base import CompressedLinear, Dense
 from compressor.plan import Candidate, Curve
-from compressor.stats import LinearStats
+from compressor.statistics import LinearStats
 
 State = TypeVar("State")
 

@@ -31,8 +31,8 @@ def test_every_storage_kind_comes_back_from_the_journal(preset, tiny_llama, text
 
     result = run(*command(tmp_path / "expected" / "out"))
     assert result.exit_code == 0, result.stderr
-    killed(command(tmp_path / "stopped" / "out"), "compressor.pipeline.write")
-    for where in ("compressor.decompose.built", "compressor.refine.built"):
+    killed(command(tmp_path / "stopped" / "out"), "compressor.pipeline.run.write")
+    for where in ("compressor.allocation.decompose.built", "compressor.pipeline.sequential_solve.built"):
         monkeypatch.setattr(where, impossible)
     monkeypatch.setattr(torch.linalg, "eigh", impossible)
     result = run(*command(tmp_path / "stopped" / "out"))

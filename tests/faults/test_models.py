@@ -19,7 +19,8 @@ from test_folder import INDEX, WEIGHTS, edit_json, edit_tensors
 from test_shards import Bomb, repoint
 
 import compressor
-from compressor import shards, stages
+from compressor.files import safetensors
+from compressor.pipeline import job
 
 pytestmark = pytest.mark.faults
 MEMORY = 20_000_000  # bytes that Python may allocate while it refuses a size
@@ -66,8 +67,8 @@ def test_f13_bit_flip(copy, tmp_path):
 
 def test_f14_tensors_that_do_not_fit(model, sharded, no, text_file, tmp_path):
     """Tensors are missing, extra, of another shape or no floating numbers: refused with up to ten of their names."""
-    shard = max(sharded.glob("model-*.safetensors"), key=lambda path: len(shards.read_header(path)))
-    names = sorted(shards.read_header(shard))
+    shard = max(sharded.glob("model-*.safetensors"), key=lambda path: len(safetensors.read_header(path)))
+    names = sorted(safetensors.read_header(shard))
     good = shard.read_bytes()
     edit_tensors(shard, lambda tensors: tensors.pop(names[0]))
     no(sharded, f"missing {names[0]}")
@@ -83,8 +84,8 @@ def test_f14_tensors_that_do_not_fit(model, sharded, no, text_file, tmp_path):
 def test_f15_index_that_leads_elsewhere(sharded, no, monkeypatch):
     """The index names a missing file, ../x, an absolute path, a link out or a tensor twice: refused, nothing outside is opened."""
     outside = Path(shutil.copy(min(sharded.glob("model-*.safetensors")), sharded.parent / "outside.safetensors"))
-    opened, original = [], shards.read_header
-    monkeypatch.setattr(shards, "read_header", lambda path: opened.append(path.resolve()) or original(path))
+    opened, original = [], safetensors.read_header
+    monkeypatch.setattr(safetensors, "read_header", lambda path: opened.append(path.resolve()) or original(path))
     good = (sharded / INDEX).read_text()
     for target in ("../outside.safetensors", str(outside), "sub/x.safetensors", "a\0.safetensors", 7):
         repoint(sharded, target)
@@ -152,7 +153,7 @@ def test_f19_pickles(model, no):
 
 def test_f20_weights_that_are_not_finite(model, text_file, tmp_path, monkeypatch):
     """A weight holds NaN or infinity: refused before calibration, the tensor named."""
-    monkeypatch.setattr(stages, "start", lambda *_: pytest.fail("calibration began"))
+    monkeypatch.setattr(job, "start", lambda *_: pytest.fail("calibration began"))
     name = "model.layers.1.mlp.down_proj.weight"
     for value in ("nan", "inf", "-inf"):
         edit_tensors(model / WEIGHTS, lambda tensors, value=value: tensors[name].view(-1)[5].fill_(float(value)))
@@ -173,7 +174,7 @@ def test_f28_models_of_odd_build(tmp_path):
         assert run("verify", output).exit_code == 0
         model, _ = compressor.load(output)
         assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
-        assert "lm_head.weight" not in shards.read_tensors(output)
+        assert "lm_head.weight" not in safetensors.read_tensors(output)
 
 
 def test_f35_opened_without_the_plugin(checkpoint):

@@ -12,7 +12,7 @@ from faults.shell import bytes_of, compress, killed, refused, run
 from handmade import disk_of_20_kb, full_disk
 from killed import forked, wait
 
-from compressor import pipeline, stages
+from compressor.pipeline import run as pipeline, job
 
 pytestmark = pytest.mark.faults
 
@@ -24,9 +24,9 @@ def reported_or_gone(result: Result, leftover: Path) -> bool:
 def test_f02_killed_before_the_output_is_in_place(tiny_llama, text_file, tmp_path):
     """SIGKILL between the last shard, the index and the rename: there is no half model under the output's name, and the next run works."""
     points = {
-        "compressor.weights.write_shard": 3,  # a shard is missing
-        "compressor.checkpoint.write_companions": 1,  # the index is the last thing written
-        "compressor.manifest.build": 1,
+        "compressor.checkpoint.weights.write_shard": 3,  # a shard is missing
+        "compressor.checkpoint.write.write_companions": 1,  # the index is the last thing written
+        "compressor.files.manifest.build": 1,
         "os.rename": 1,
     }
     for number, (where, call) in enumerate(points.items()):
@@ -46,7 +46,7 @@ def test_f05_disk_full(tiny_llama, text_file, old, tmp_path, monkeypatch):
     before, overwrite = bytes_of(old), compress(tiny_llama, old, text_file, "--overwrite")
     with disk_of_20_kb():
         refused(run(*overwrite), 1, old.with_name("out.journal"), "File too large")
-    killed(overwrite, "compressor.weights.write_shard")
+    killed(overwrite, "compressor.checkpoint.weights.write_shard")
     with disk_of_20_kb():
         refused(run(*overwrite), 1, "model.safetensors", "File too large")
     for name in ("plan.json", "report.json", "README.md", "timings.json"):
@@ -69,7 +69,7 @@ def test_f05_disk_full(tiny_llama, text_file, old, tmp_path, monkeypatch):
 def test_f06_output_exists(tiny_llama, text_file, old, tmp_path, monkeypatch):
     """The output exists and --overwrite is not given: refused with exit 2 before any work."""
     before = bytes_of(old)
-    monkeypatch.setattr(stages, "start", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr(job, "start", lambda *_: pytest.fail("work was done"))
     refused(run(*compress(tiny_llama, old, text_file)), 2, old, "--overwrite")
     refused(run("export", old, tmp_path), 2, "exists already")
     (tmp_path / "stats").mkdir()
@@ -131,7 +131,7 @@ def test_f09_two_processes_and_one_output(tiny_llama, text_file, tmp_path, monke
     try:
         os.read(said, 1)
         with monkeypatch.context() as patch:
-            patch.setattr(stages, "start", lambda *_: pytest.fail("work was done"))
+            patch.setattr(job, "start", lambda *_: pytest.fail("work was done"))
             refused(run(*command), 2, "another process is writing it", f"process {child} on {socket.gethostname()}")
     finally:
         os.write(tell, b"1")
@@ -143,7 +143,7 @@ def test_f09_two_processes_and_one_output(tiny_llama, text_file, tmp_path, monke
 
 def test_f10_output_that_cannot_be_written(tiny_llama, text_file, checkpoint, tmp_path, monkeypatch):
     """The place of the output cannot be written: refused with exit 2 before any work."""
-    monkeypatch.setattr(stages, "start", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr(job, "start", lambda *_: pytest.fail("work was done"))
     (tmp_path / "file").touch()
     for output in (tmp_path / "file" / "out", Path("/proc/out")):
         refused(run(*compress(tiny_llama, output, text_file)), 2, output, "cannot write in")

@@ -41,7 +41,7 @@ def test_f01_killed_while_weights_are_written(tiny_llama, text_file, expected, t
     assert run(*compress(tiny_llama, output, text_file)).exit_code == 0
     before = bytes_of(output)
     again = command(tiny_llama, output, text_file, "--overwrite")
-    killed(again, "compressor.weights.write_shard")
+    killed(again, "compressor.checkpoint.weights.write_shard")
     assert bytes_of(output) == before != expected
     assert run(*again).exit_code == 0
     assert {name: digest for name, digest in bytes_of(output).items() if name not in DIFFERING} == {
@@ -53,14 +53,14 @@ def test_f01_killed_while_weights_are_written(tiny_llama, text_file, expected, t
 DIFFERING = ("recipe.yaml", "manifest.json", "README.md", "plan.json", "report.json")  # they say that --overwrite was given
 
 
-@pytest.mark.parametrize("where", ["compressor.decompose._prepare", "compressor.sequential.solve_block"])
+@pytest.mark.parametrize("where", ["compressor.allocation.decompose._prepare", "compressor.calibrate.streams.solve_block"])
 def test_f03_killed_inside_a_layer(tiny_llama, text_file, expected, tmp_path, where):
     """SIGKILL inside a layer: the layers before it are not done again, and the end is the bytes of an unbroken run."""
     output, calls = tmp_path / "out", 2
     killed(command(tiny_llama, output, text_file), where, calls)
     pieces = sorted((output.parent / "out.journal" / "store").iterdir())
     times = {path: path.stat().st_mtime_ns for path in pieces}
-    killed(command(tiny_llama, output, text_file), "compressor.pipeline.write")
+    killed(command(tiny_llama, output, text_file), "compressor.pipeline.run.write")
     assert pieces and all(path.stat().st_mtime_ns == times[path] for path in pieces)
     assert run(*command(tiny_llama, output, text_file)).exit_code == 0
     assert bytes_of(output) == expected
@@ -72,7 +72,7 @@ def test_f04_told_to_stop(tiny_llama, text_file, expected, tmp_path, number, cod
     output, said = tmp_path / "out", tmp_path / "stderr"
 
     def stopped():
-        import compressor.decompose as module
+        import compressor.allocation.decompose as module
 
         real, calls = module._prepare, []
         signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs that a shell has put into the background ignore it
@@ -99,7 +99,7 @@ def test_f04_told_to_stop(tiny_llama, text_file, expected, tmp_path, number, cod
 def test_f11_leftovers_of_a_dead_run(tiny_llama, text_file, expected, tmp_path):
     """Leftovers of a run that was killed: reported to others, removed by the run that goes on and by `clean` alone."""
     output = tmp_path / "out"
-    killed(command(tiny_llama, output, text_file), "compressor.manifest.build")
+    killed(command(tiny_llama, output, text_file), "compressor.files.manifest.build")
     left = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
     assert [name.partition("-")[0] for name in left] == ["out.journal", "out.partial"]
     other = run("export", shutil.copytree(_made(tiny_llama, text_file, tmp_path / "elsewhere"), tmp_path / "copy"), output)
@@ -108,7 +108,7 @@ def test_f11_leftovers_of_a_dead_run(tiny_llama, text_file, expected, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("out")) == left
     assert run(*command(tiny_llama, output, text_file)).exit_code == 0
     assert bytes_of(output) == expected
-    killed(command(tiny_llama, tmp_path / "second", text_file), "compressor.manifest.build")
+    killed(command(tiny_llama, tmp_path / "second", text_file), "compressor.files.manifest.build")
     cleaned = run("clean", tmp_path / "second")
     assert cleaned.exit_code == 0 and "second.journal" in cleaned.stdout and "second.partial-" in cleaned.stdout
     assert not list(tmp_path.glob("second*"))
@@ -122,7 +122,7 @@ def _made(model: Path, text: Path, output: Path) -> Path:
 def test_f29_another_run_finds_the_journal(tiny_llama, text_file, tmp_path, monkeypatch):
     """The recipe, weights, text, seed or version differ from those of the run that was stopped: refused with the difference, exit 2."""
     output = tmp_path / "out"
-    killed(command(tiny_llama, output, text_file), "compressor.stages.probes")
+    killed(command(tiny_llama, output, text_file), "compressor.pipeline.job.probes")
     other_text = tmp_path / "text.txt"
     other_text.write_text("w7 w8 w9\n" * 3000)
     other_model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
@@ -137,7 +137,7 @@ def test_f29_another_run_finds_the_journal(tiny_llama, text_file, tmp_path, monk
         (command(tiny_llama, output, text_file, "--seed", 5), "recipe.seed is 0 there and 5 here"),
     ):
         assert refused(run(*changed), 2, difference, "--restart").startswith(start)
-    monkeypatch.setitem(__import__("compressor.store", fromlist=["store"]).VERSIONS, "compressor", "0.0.9")
+    monkeypatch.setitem(__import__("compressor.resume.store", fromlist=["store"]).VERSIONS, "compressor", "0.0.9")
     refused(run(*command(tiny_llama, output, text_file)), 2, "compressor is", "there and 0.0.9 here")
     monkeypatch.undo()
     assert run(*command(tiny_llama, output, text_file, "--keep", 0.6, "--restart")).exit_code == 0
@@ -146,7 +146,7 @@ def test_f29_another_run_finds_the_journal(tiny_llama, text_file, tmp_path, monk
 def test_f30_a_damaged_journal(tiny_llama, text_file, expected, tmp_path):
     """The journal is cut short or its bytes have changed: said aloud, pieces whose checksum holds are used, the others made again."""
     output = tmp_path / "out"
-    killed(command(tiny_llama, output, text_file), "compressor.pipeline.write")
+    killed(command(tiny_llama, output, text_file), "compressor.pipeline.run.write")
     pieces = sorted((tmp_path / "out.journal" / "store").iterdir())
     for number, path in enumerate(pieces):
         content = path.read_bytes()

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from faults.shell import killed, refused, run
 
-from compressor import pipeline, sweep
+from compressor.pipeline import run as pipeline
+from compressor.pipeline.sweep import run as sweep
 
 pytestmark = pytest.mark.faults
 
@@ -75,8 +76,8 @@ def test_a_sweep_of_twelve_points_killed_twice_ends_as_an_unbroken_one(text_file
     grid = "grid: {config: [svd, svd_llm, welore, oats], allocation.keep: [0.8, 0.7, 0.6]}\n"
     path = sweep_file(tmp_path, tiny_llama, text_file, grid)
     assert run("sweep", path, tmp_path / "unbroken").exit_code == 0
-    killed(["sweep", path, tmp_path / "out"], "compressor.pipeline.write", 3)
-    killed(["sweep", path, tmp_path / "out"], "compressor.decompose._prepare", 20)
+    killed(["sweep", path, tmp_path / "out"], "compressor.pipeline.run.write", 3)
+    killed(["sweep", path, tmp_path / "out"], "compressor.allocation.decompose._prepare", 20)
     result = run("sweep", path, tmp_path / "out")
     assert result.exit_code == 0, result.stderr
     assert rows(tmp_path / "out") == rows(tmp_path / "unbroken")

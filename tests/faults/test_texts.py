@@ -13,8 +13,9 @@ from faults.shell import compress, refused, run
 from test_folder import WEIGHTS, edit_tensors
 
 import compressor
-from compressor import sources, stages
-from compressor.config import load_recipe
+from compressor.calibrate import sources
+from compressor.pipeline import job
+from compressor.recipe.load import load_recipe
 
 pytestmark = pytest.mark.faults
 
@@ -48,7 +49,7 @@ def test_f24_texts_that_are_hardly_texts(tiny_llama, tmp_path, monkeypatch):
 
 def test_f31_recipes_that_do_not_say_what_they_mean(tmp_path, monkeypatch):
     """Unknown or repeated keys, .nan, tags, aliases, 5,000 levels, 50 MB, nothing: one line with the place and exit 2; 1e-3 is a number."""
-    monkeypatch.setattr(stages, "open_source", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr(job, "open_source", lambda *_: pytest.fail("work was done"))
     path = tmp_path / "recipe.yaml"
     bomb = "a: &a [x]\nb: [" + ", ".join(["*a"] * 10) + "]\n"
     refusals = {
@@ -91,7 +92,7 @@ def test_f34_evaluations_that_fail(tiny_llama, model, checkpoint, text_file, tmp
 LOCAL_THEN_HUB = """
 import socket
 from typer.testing import CliRunner
-from compressor.cli import app
+from compressor.cli.app import app
 
 def refuse(*_, **__):
     raise AssertionError("a socket was opened")

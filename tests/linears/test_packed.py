@@ -15,7 +15,7 @@ import compressor.hf  # noqa: F401 - registers the format with transformers
 from compressor.errors import ConfigError
 from compressor.linears import KINDS, Adapted, Packed, build_empty
 from compressor.linears.packed import library, pack, unpack, words
-from compressor.scoring import in_float32
+from compressor.evaluation.perplexity import in_float32
 
 SHAPES = [((24, 16), 8), ((16, 24), 24), ((5, 31), 31), ((6, 86), 43), ((8, 8), 1)]  # (out, in), group
 BITS = range(2, 9)

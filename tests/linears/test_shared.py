@@ -60,7 +60,7 @@ def test_training_reaches_the_lender_through_a_borrower():
 @pytest.fixture
 def folder(tmp_path):
     """A tiny Llama whose first block shares a dictionary between q, k and v, and its logits in memory."""
-    from compressor import checkpoint
+    from compressor.checkpoint import write
 
     model = tiny_model("llama")
     names = {f"model.layers.0.{name}": height for name, height in MEMBERS.items()}
@@ -72,8 +72,8 @@ def folder(tmp_path):
     source = tmp_path / "source"
     tiny_model("llama").save_pretrained(source)
     (tmp_path / "out").mkdir()
-    checkpoint.write_model(tmp_path / "out", model, None, source, 10**9)
-    checkpoint.compare_reload(tmp_path / "out", model)
+    write.write_model(tmp_path / "out", model, None, source, 10**9)
+    write.compare_reload(tmp_path / "out", model)
     return tmp_path / "out", ids, logits
 
 

@@ -9,15 +9,15 @@ from conftest import VOCABULARY
 from safetensors.torch import save_file
 
 import compressor
-from compressor import pipeline
-from compressor.config import load_recipe
+from compressor.pipeline import run
+from compressor.recipe.load import load_recipe
 from compressor.errors import ConfigError
 from compressor.linears import Dense, Wrapped
 from compressor.methods import build
-from compressor.methods.armor import divisor, first, identity
-from compressor.methods.coupled import Problem, projection
-from compressor.methods.wrapping import Factors, bounds, descend, masks, values, wrappers
-from compressor.stats import LinearStats
+from compressor.methods.sparse.armor import divisor, first, identity
+from compressor.methods.sparse.admm import Problem, projection
+from compressor.methods.sparse.block_diagonal import Factors, bounds, descend, masks, values, wrappers
+from compressor.statistics import LinearStats
 
 SLACK = 1 + 1e-9  # float64 rounding of an error that may not grow
 
@@ -161,11 +161,11 @@ def test_a_checkpoint_reloads_bit_for_bit(tiny_llama, tmp_path):
     save_file({"windows": windows}, tmp_path / "tokens.safetensors")
     small = ["calibration.windows=8", "calibration.length=32", "calibration.heldout=2", "evaluation.enabled=false", "model.device=cpu"]
     named = {"model.name": str(tiny_llama), "calibration.source": f"{tmp_path / 'tokens.safetensors'}:windows"}
-    report = pipeline.compress(
+    report = run.compress(
         load_recipe("armor", [*small, "allocation.keep=0.8", "method.0.candidates.0.options.sweeps=2"], named), tmp_path / "out"
     )
     model, _ = compressor.load(tmp_path / "out")
     assert sum(isinstance(module, Wrapped) for module in model.modules()) == len(report["linears"]) == 14
-    assert report["kept"]["targets"] <= 0.8 and pipeline.verify(tmp_path / "out") == []
+    assert report["kept"]["targets"] <= 0.8 and run.verify(tmp_path / "out") == []
     for linear in report["linears"]:
         assert linear["bits"] == model.get_submodule(linear["name"]).bits()

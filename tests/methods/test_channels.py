@@ -10,7 +10,7 @@ from compressor.errors import ConfigError
 from compressor.linears import Dense
 from compressor.methods import build
 from compressor.methods.base import Part
-from compressor.stats import LinearStats
+from compressor.statistics import LinearStats
 
 SHAPES = {"gate": (12, 6), "up": (12, 6), "down": (6, 12)}
 
@@ -182,9 +182,9 @@ def test_what_is_no_feed_forward_block_is_refused(block):
 def test_a_pruned_model_is_the_model_with_its_channels_masked(kind, tmp_path):
     """Through a whole run: logits equal those of the dense model with zeros, also token by token with a cache."""
     import compressor
-    from compressor import pipeline
-    from compressor.config import load_recipe
-    from compressor.model import dense_of, linears
+    from compressor.pipeline import run
+    from compressor.recipe.load import load_recipe
+    from compressor.models.load import dense_of, linears
 
     source, model = save_tiny(tmp_path / kind, kind), tiny_model(kind)
     save_file(
@@ -196,7 +196,7 @@ def test_a_pruned_model_is_the_model_with_its_channels_masked(kind, tmp_path):
         [*small, "allocation.keep=0.6"],
         {"model.name": str(source), "calibration.source": f"{tmp_path / 'tokens.safetensors'}:windows"},
     )
-    pipeline.compress(recipe, tmp_path / "out")
+    run.compress(recipe, tmp_path / "out")
     pruned, _ = compressor.load(tmp_path / "out")
     ids = torch.arange(3, 19).view(1, -1)
     logits = pruned(ids).logits
@@ -223,8 +223,8 @@ def test_a_pruned_model_is_the_model_with_its_channels_masked(kind, tmp_path):
 @torch.no_grad()
 def test_uniform_widths_export_as_a_smaller_stock_model(kind, tmp_path):
     import compressor
-    from compressor import pipeline
-    from compressor.config import load_recipe
+    from compressor.pipeline import run
+    from compressor.recipe.load import load_recipe
 
     save_file(
         {"windows": torch.randint(3, VOCABULARY, (12, 32), generator=torch.Generator().manual_seed(0))}, tmp_path / "tokens.safetensors"
@@ -232,8 +232,8 @@ def test_uniform_widths_export_as_a_smaller_stock_model(kind, tmp_path):
     small = ["calibration.windows=8", "calibration.length=32", "calibration.heldout=2", "evaluation.enabled=false", "model.device=cpu"]
     named = {"model.name": str(save_tiny(tmp_path / kind, kind)), "calibration.source": f"{tmp_path / 'tokens.safetensors'}:windows"}
     recipe = load_recipe("channels", [*small, "allocation.kind=uniform", "allocation.keep=0.6"], named)
-    pipeline.compress(recipe, tmp_path / "out")
-    note = pipeline.export(tmp_path / "out", tmp_path / "dense")["note"]
+    run.compress(recipe, tmp_path / "out")
+    note = run.export(tmp_path / "out", tmp_path / "dense")["note"]
     model, _ = compressor.load(tmp_path / "dense")
     ids = torch.arange(3, 19).view(1, -1)
     torch.testing.assert_close(model(ids).logits, compressor.load(tmp_path / "out")[0](ids).logits, rtol=1e-4, atol=1e-5)

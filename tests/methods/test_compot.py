@@ -9,7 +9,7 @@ from torch import Tensor
 
 from compressor.linears import Dense
 from compressor.methods import build
-from compressor.methods.compot import procrustes, rotate
+from compressor.methods.dictionary.compot import procrustes, rotate
 
 SETTING = {"atoms": 14, "nonzeros": 6}
 SHAPES = ["square", "tall", "wide"]

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from compressor.codec import decode, encode
+from compressor.resume.codec import decode, encode
 from compressor.linears import build_empty
 from compressor.methods import METHODS, build
 from compressor.methods.base import Method
-from compressor.methods.low_rank import NEEDS
+from compressor.methods.low_rank.low_rank import NEEDS
 
 STORED = 2e-5  # relative error of float32 factors against the float64 closed form, in units of the energy
 OUTPUT = 1e-4  # float32 forward against float64 products
@@ -131,7 +131,7 @@ def test_bfloat16_storage_halves_the_bits(method):
 
 def test_missing_statistics_name_the_linear_and_the_command(method):
     from compressor.errors import DataError
-    from compressor.stats import LinearStats
+    from compressor.statistics import LinearStats
 
     if method.needs:
         with pytest.raises(DataError, match=r"model\.q_proj: the statistics lack .*`compressor calibrate"):

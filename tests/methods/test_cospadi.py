@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from compressor.data import bundled, load_windows
+from compressor.calibrate.windows import bundled, load_windows
 from compressor.errors import ConfigError
-from compressor.folder import resolve
+from compressor.files.model_folder import resolve
 from compressor.linears import Dense
 from compressor.methods import build
-from compressor.methods.coder import project_columns
-from compressor.methods.cospadi import alternate, leading_codes, revived
-from compressor.methods.dictionary import basis_of, fitted_error, start_errors
-from compressor.model import load
-from compressor.stats import LinearStats
+from compressor.methods.dictionary.sparse_coding import project_columns
+from compressor.methods.dictionary.cospadi import alternate, leading_codes, revived
+from compressor.methods.dictionary.base import basis_of, fitted_error, start_errors
+from compressor.models.load import load
+from compressor.statistics import LinearStats
 
 
 def coordinates(kind: str, seed: int = 0) -> Tensor:

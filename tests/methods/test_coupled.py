@@ -7,8 +7,8 @@ from torch import Tensor
 
 from compressor import linalg
 from compressor.errors import NumericalError
-from compressor.methods import coder
-from compressor.methods.coupled import Problem, admm, pose, projection, refit
+from compressor.methods.dictionary import sparse_coding
+from compressor.methods.sparse.admm import Problem, admm, pose, projection, refit
 
 EXACT = 1e-9  # relative, float64 identities
 METRICS = pytest.mark.parametrize("two_sided", [False, True], ids=["gram", "two_sided"])
@@ -88,15 +88,15 @@ def test_rows_that_are_solved_rest_while_others_go_on():
 @pytest.mark.parametrize("pattern", ["rows", "2:4"])
 def test_without_output_moment_this_is_the_coder(pattern):
     problem, _, _ = posed(cases.make("wide"), False)
-    project = {"rows": coder.project_columns(15), "2:4": coder.project_nm(2, 4)}[pattern]
+    project = {"rows": sparse_coding.project_columns(15), "2:4": sparse_coding.project_nm(2, 4)}[pattern]
     correlations = problem.gram @ problem.weight.T
     first = problem.weight.T * project(problem.weight.T)
-    expected = coder.admm_codes(problem.gram, correlations, project, first, 12, rho=0.2, growth=1.15, refit=0)
+    expected = sparse_coding.admm_codes(problem.gram, correlations, project, first, 12, rho=0.2, growth=1.15, refit=0)
     mask, values = admm(problem, projection(pattern, [15 * 20]), 1, 12, 0.2, 1.15)
     torch.testing.assert_close(values[0].T, expected, rtol=1e-7, atol=1e-7)
     start = random(44, 20, seed=2)
     fitted = refit(problem, problem.weight, mask, start.T[None], 9)
-    torch.testing.assert_close(fitted[0].T, coder.masked_cg(problem.gram, correlations, mask[0].T, start, 9), rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(fitted[0].T, sparse_coding.masked_cg(problem.gram, correlations, mask[0].T, start, 9), rtol=1e-7, atol=1e-7)
 
 
 @METRICS

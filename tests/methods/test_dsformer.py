@@ -9,7 +9,7 @@ from torch import Tensor
 from compressor.errors import ConfigError
 from compressor.linears import Dense
 from compressor.methods import build
-from compressor.methods.dsformer import slice_width
+from compressor.methods.dictionary.dsformer import slice_width
 
 METRICS = ["identity", "gram", "weighted_gram"]
 

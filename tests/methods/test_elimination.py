@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from compressor.errors import NumericalError
-from compressor.methods.elimination import PANEL, dropped_errors, eliminate, refit, removals
+from compressor.methods.structured.elimination import PANEL, dropped_errors, eliminate, refit, removals
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
 

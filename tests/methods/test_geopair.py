@@ -7,14 +7,15 @@ from sameness import assert_same_output
 from torch import Tensor
 
 import compressor
-from compressor import pipeline
-from compressor.config import load_recipe
+from compressor.pipeline import run
+from compressor.recipe.load import load_recipe
 from compressor.errors import ConfigError, NumericalError
 from compressor.linears import Dense, Dictionary
-from compressor.methods import build, geopair
+from compressor.methods import build
+from compressor.methods.dictionary import geopair
 from compressor.methods.base import Part
-from compressor.methods.dictionary import basis_of
-from compressor.stats import LinearStats
+from compressor.methods.dictionary.base import basis_of
+from compressor.statistics import LinearStats
 
 FINE = {"atom_step": 1, "ratios": [1.5, 2.0]}
 
@@ -167,7 +168,7 @@ def recipe(text_file, tmp_path):
 
 @torch.no_grad()
 def test_a_whole_run_with_an_odd_number_of_blocks(recipe, tmp_path):
-    pipeline.compress(recipe(ODD), tmp_path / "out")
+    run.compress(recipe(ODD), tmp_path / "out")
     model, _ = compressor.load(tmp_path / "out")
     lenders = {name: module.lender for name, module in model.named_modules() if isinstance(module, Dictionary)}
     assert len(lenders) == 3 * 7
@@ -178,8 +179,8 @@ def test_a_whole_run_with_an_odd_number_of_blocks(recipe, tmp_path):
     assert shared == 2 * [["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"]] + [["model.layers.2.mlp.up_proj"]]
     whole = sum(choice["dense_bits"] for choice in plan.values())
     assert 0.65 * whole < sum(choice["bits"] for choice in plan.values()) <= 0.8 * whole
-    assert pipeline.verify(tmp_path / "out") == []
-    pipeline.compress(recipe(ODD), tmp_path / "again", plan=tmp_path / "out" / "plan.json")
+    assert run.verify(tmp_path / "out") == []
+    run.compress(recipe(ODD), tmp_path / "again", plan=tmp_path / "out" / "plan.json")
     for path in (tmp_path / "out").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
 
@@ -187,14 +188,14 @@ def test_a_whole_run_with_an_odd_number_of_blocks(recipe, tmp_path):
 def test_pairs_compete_in_the_knapsack_and_stay_as_planned_in_order(recipe, tmp_path):
     several = f"method=[{{candidates: [{ENGINE}, {{name: low_rank}}]}}]"
     knapsack = "allocation={kind: knapsack, keep: 0.6, damage: relative_error}"
-    report = pipeline.compress(recipe(several, knapsack, "calibration.sequential=true"), tmp_path / "out")
+    report = run.compress(recipe(several, knapsack, "calibration.sequential=true"), tmp_path / "out")
     methods = {choice["method"] for choice in conftest.read_json(tmp_path / "out" / "plan.json")["linears"].values()}
     assert "geopair" in methods and report["kept"]["targets"] <= 0.6
-    assert pipeline.verify(tmp_path / "out") == []
+    assert run.verify(tmp_path / "out") == []
 
 
 def test_a_plan_is_outlined_and_stays_within_its_size(recipe):
-    outlined = pipeline.plan(recipe())
+    outlined = run.plan(recipe())
     assert outlined["kept"] == pytest.approx(0.8)
 
 
@@ -208,4 +209,4 @@ def test_a_plan_is_outlined_and_stays_within_its_size(recipe):
 )
 def test_recipes_that_cannot_work_are_refused(overrides, message, recipe, tmp_path):
     with pytest.raises(ConfigError, match=message):
-        pipeline.compress(recipe(*overrides, blocks=2), tmp_path / "out")
+        run.compress(recipe(*overrides, blocks=2), tmp_path / "out")

@@ -6,13 +6,13 @@ from conftest import VOCABULARY, save_tiny
 from safetensors.torch import save_file
 
 import compressor
-from compressor import pipeline
-from compressor.config import load_recipe
+from compressor.pipeline import run
+from compressor.recipe.load import load_recipe
 from compressor.errors import ConfigError
 from compressor.linears import Dense
 from compressor.methods import build
 from compressor.methods.base import Part
-from compressor.stats import LinearStats
+from compressor.statistics import LinearStats
 
 DIM, KV, GROUP, WIDTH = 4, 2, 2, 10  # two key–value heads for two query heads each
 
@@ -156,7 +156,7 @@ HEADS = "method=[{targets: 'role:attention', candidates: [{name: heads}]}]"
 @pytest.mark.parametrize(("kind", "overrides"), [("llama", ()), ("qwen2", ()), ("mistral", ()), ("gemma2", ()), ("qwen2", (HEADS,))])
 @torch.no_grad()
 def test_token_by_token_equals_the_whole_window_and_the_dense_export(kind, overrides, tmp_path):
-    report = pipeline.compress(recipe(kind, tmp_path, *overrides), tmp_path / "out")
+    report = run.compress(recipe(kind, tmp_path, *overrides), tmp_path / "out")
     errors: dict[tuple[str, str], set[float]] = {}
     for linear in report["linears"]:
         errors.setdefault((linear["name"].rpartition(".")[0], linear["method"]), set()).add(linear["error"])
@@ -171,7 +171,7 @@ def test_token_by_token_equals_the_whole_window_and_the_dense_export(kind, overr
         cache = out.past_key_values
         steps.append(out.logits)
     torch.testing.assert_close(torch.cat(steps, 1), logits, rtol=1e-3, atol=1e-4)
-    pipeline.export(tmp_path / "out", tmp_path / "dense")
+    run.export(tmp_path / "out", tmp_path / "dense")
     torch.testing.assert_close(compressor.load(tmp_path / "dense")[0](ids).logits, logits, rtol=1e-3, atol=1e-4)
 
 
@@ -185,4 +185,4 @@ def test_token_by_token_equals_the_whole_window_and_the_dense_export(kind, overr
 )
 def test_layouts_that_are_not_known_are_refused(kind, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
-        pipeline.compress(recipe(kind, tmp_path), tmp_path / "out")
+        run.compress(recipe(kind, tmp_path), tmp_path / "out")

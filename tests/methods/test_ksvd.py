@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compressor.methods.ksvd import ksvd, omp_codes, sweep
+from compressor.methods.dictionary.ksvd import ksvd, omp_codes, sweep
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -45,7 +45,7 @@ def test_pursuit_is_the_greedy_definition(count):
 
 
 def test_pursuit_in_batches_is_pursuit(monkeypatch):
-    from compressor.methods import ksvd as module
+    from compressor.methods.dictionary import ksvd as module
 
     dictionary, targets = unit(random(12, 9)), random(12, 15, seed=1)
     whole = omp_codes(dictionary.T @ dictionary, dictionary.T @ targets, 3)

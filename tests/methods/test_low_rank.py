@@ -12,7 +12,7 @@ from compressor.errors import ConfigError, NumericalError
 from compressor.linalg import Metric
 from compressor.linears import Dense
 from compressor.methods import build
-from compressor.stats import LinearStats
+from compressor.statistics import LinearStats
 
 EXACT = 1e-9  # relative, float64 identities
 RANK = 7

@@ -16,7 +16,7 @@ from compressor.errors import ConfigError
 from compressor.linalg import Metric
 from compressor.linears import Chained
 from compressor.methods import build
-from compressor.methods.low_rank_integers import balanced, refit
+from compressor.methods.integers.low_rank_integers import balanced, refit
 
 EXACT = 1e-9  # relative, float64 identities
 SCREENED = 0.1  # relative, of an interpolated error

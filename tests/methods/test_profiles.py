@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from compressor.linears import Dense
-from compressor.methods.dictionary import Basis, basis_of, front, grid, profiled, spread, start_errors
+from compressor.methods.dictionary.base import Basis, basis_of, front, grid, profiled, spread, start_errors
 from compressor.plan import Candidate
 
 

@@ -14,12 +14,12 @@ from compressor.errors import ConfigError, NumericalError
 from compressor.linalg import Metric
 from compressor.linears import Adapted, Dense, Packed
 from compressor.methods import build
-from compressor.methods.descent import descend
-from compressor.methods.quantize import group_size
-from compressor.methods.residual import decompose
-from compressor.methods.rounding import Entries, Grid, fit_grid, nearest, round_columns, round_entries
-from compressor.methods.sparse import obs_factor
-from compressor.stats import LinearStats
+from compressor.methods.integers.coordinate_descent import descend
+from compressor.methods.integers.quantize import group_size
+from compressor.methods.low_rank.residual import decompose
+from compressor.methods.integers.error_feedback import Entries, Grid, fit_grid, nearest, round_columns, round_entries
+from compressor.methods.sparse.sparse import obs_factor
+from compressor.statistics import LinearStats
 
 EXACT = 1e-10  # relative, float64 identities
 

@@ -15,8 +15,8 @@ from compressor.linalg import Metric
 from compressor.linears import Dense
 from compressor.linears.masks import unpack_mask
 from compressor.methods import build
-from compressor.methods.dictionary import Basis, best_dictionary, fitted_error
-from compressor.methods.rocket import adam_refined, reactivated
+from compressor.methods.dictionary.base import Basis, best_dictionary, fitted_error
+from compressor.methods.dictionary.rocket import adam_refined, reactivated
 
 SETTING = {"atoms": 14, "nonzeros": 6}
 SHAPES = ["square", "tall", "wide"]

@@ -14,8 +14,8 @@ from compressor.linalg import Metric
 from compressor.linears import Dense
 from compressor.linears.masks import unpack_mask
 from compressor.methods import build
-from compressor.methods.sparse import obs_factor, surgeon
-from compressor.stats import LinearStats
+from compressor.methods.sparse.sparse import obs_factor, surgeon
+from compressor.statistics import LinearStats
 
 EXACT = 1e-9  # relative, float64 identities
 SOLVERS = ("wanda", "sparsegpt", "admm")

@@ -12,8 +12,8 @@ from compressor.linalg import Metric
 from compressor.linears import Adapted, Dense, Sparse
 from compressor.linears.masks import unpack_mask
 from compressor.methods import build
-from compressor.methods.sparse_low_rank import LowRankPart
-from compressor.stats import LinearStats
+from compressor.methods.sparse.sparse_low_rank import LowRankPart
+from compressor.statistics import LinearStats
 
 EXACT = 1e-9  # relative, float64 identities
 

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from compressor.errors import NumericalError
-from compressor.methods.dictionary import best_dictionary
-from compressor.methods.sylvester import gram_basis, pair_basis, shared_dictionary, sylvester
+from compressor.methods.dictionary.base import best_dictionary
+from compressor.methods.dictionary.sylvester import gram_basis, pair_basis, shared_dictionary, sylvester
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -1,0 +1,1 @@
+"""One budget over all linears: candidates, their damage, and who gets what."""

@@ -1,0 +1,1 @@
+"""From text to statistics of the inputs and output gradients of linears."""

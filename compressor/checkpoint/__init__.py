@@ -1,0 +1,1 @@
+"""Compressed checkpoints: written, verified, exported, uploaded."""

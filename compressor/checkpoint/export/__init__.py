@@ -1,0 +1,1 @@
+"""Copies of a checkpoint that other software reads."""

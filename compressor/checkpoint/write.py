@@ -1,0 +1,169 @@
+"""Our checkpoint folders: write one from a model in memory, prove that it reloads bit for bit, verify one found on disk."""
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from compressor.files import manifest
+from compressor.errors import CheckpointError
+from compressor.files.model_folder import ModelFolder, non_finite, read_headers
+from compressor.hf import FORMAT_VERSION, QUANT_METHOD, CompressorConfig, CompressorQuantizer
+from compressor.linears import CompressedLinear
+from compressor.models.load import load, skeleton
+from compressor.runtime.progress import Progress, silent
+from compressor.files.safetensors import inside, some
+from compressor.files.staging import naming
+from compressor.checkpoint.weights import DTYPES, fetch, stored_dtype, stored_tensors, tied_names, write_weights
+
+# Files that go with a model and are copied as they are: rewriting a tokenizer or generation settings can change or refuse them.
+GENERATION = ("generation_config.json",)
+TOKENIZER = (
+    "tokenizer*.json",
+    "*.model",
+    "*.tiktoken",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.*",
+    "additional_chat_templates/*.jinja",
+)
+LICENCE = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+
+
+def write_model(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    source_folder: Path | None,
+    shard_size: int,
+    progress: Progress = silent,
+) -> None:
+    """Write weights, config.json, generation settings and tokenizer into an existing empty folder.
+
+    Shards have at most `shard_size` bytes. Tokenizer, generation settings and licence come from `source_folder` as they are; what it
+    lacks is written from the objects. Raises CheckpointError naming the file that could not be written.
+    """
+    write_config(folder, model)
+    write_weights(folder, model, shard_size, progress=progress)
+    write_companions(folder, model, tokenizer, source_folder)
+
+
+def write_config(folder: Path, model: PreTrainedModel, quantization: dict[str, Any] | None = None) -> None:
+    """Write config.json: the model's own, with the stored dtype, the specs of compressed linears, and ties only where they hold.
+
+    quantization: what it says in place of those specs, for a layout that is not ours.
+    """
+    config = copy.deepcopy(model.config)
+    config.dtype = stored_dtype(stored_tensors(model).values())
+    config.architectures = [type(model).__name__]
+    specs = {name: module.spec() for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
+    if quantization:
+        config.quantization_config = quantization
+    elif specs:
+        config.quantization_config = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "linears": specs}
+    elif hasattr(config, "quantization_config"):
+        del config.quantization_config
+    if model.all_tied_weights_keys and not tied_names(model):
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+    with naming(folder / "config.json"):
+        config.save_pretrained(folder)
+
+
+def write_companions(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, source_folder: Path | None) -> None:
+    """Copy what goes with the weights, or save it from the objects where there is no source for it."""
+    if not copy_files(source_folder, folder, GENERATION) and model.can_generate():
+        with naming(folder / GENERATION[0]):
+            model.generation_config.save_pretrained(folder)
+    vocabulary = () if tokenizer is None else tuple(tokenizer.vocab_files_names.values())
+    if not copy_files(source_folder, folder, TOKENIZER + vocabulary) and tokenizer is not None:
+        with naming(folder / "tokenizer.json"):
+            tokenizer.save_pretrained(folder)
+    copy_files(source_folder, folder, LICENCE)
+
+
+def copy_files(source: Path | None, folder: Path, patterns: tuple[str, ...]) -> bool:
+    """Copy the files that match, byte for byte with default permissions; say whether there were any."""
+    names = {path.relative_to(source).as_posix() for pattern in patterns for path in source.glob(pattern)} if source else set()
+    for name in sorted(names):
+        target = folder / name
+        with naming(target):
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(inside(source, name), target)
+    return bool(names)
+
+
+def compare_reload(folder: Path, model: PreTrainedModel, progress: Progress = silent) -> None:
+    """Load the folder as any user would and compare every tensor bit for bit. Raises CheckpointError naming those that differ."""
+    reloaded, _ = load(folder)
+    expected, found = stored_tensors(model), stored_tensors(reloaded)
+    if expected.keys() != found.keys():
+        raise CheckpointError(f"{folder}: reload gives other tensors than were written: {some(expected.keys() ^ found.keys())}")
+    different = [
+        name
+        for name in progress(expected, "compare with what was written")
+        if not same_bits(fetch(model, name, expected[name]), fetch(reloaded, name, found[name]))
+    ]
+    if different:
+        raise CheckpointError(f"{folder}: reload differs from what was written in {some(different)}")
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether dtype, shape and every bit agree; unlike `torch.equal`, NaN equals itself and 0 differs from −0."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+
+
+def verify(path: Path, progress: Progress = silent) -> list[str]:
+    """List what is wrong with a checkpoint: files against the manifest, headers, tensors against specs and architecture, NaN.
+
+    An empty list means that the folder is what was written. Nothing is changed, and no weights are loaded.
+    """
+    found = manifest_problems(path, progress)
+    try:
+        folder = read_headers(path)
+        found += tensor_problems(folder)
+    except CheckpointError as error:
+        return [*found, str(error)]
+    return found + [f"{path}: {name} holds NaN or infinity" for name in non_finite(folder, progress)]
+
+
+def manifest_problems(path: Path, progress: Progress = silent) -> list[str]:
+    """Files that are missing, changed or not listed."""
+    try:
+        entries = manifest.read(path)
+    except CheckpointError as error:
+        return [str(error)]
+    if entries is None:
+        return [f"{path / manifest.NAME}: missing, so the files cannot be compared with what was written"]
+    extra = set(manifest.listed(path)) - entries.keys()
+    return manifest.problems(path, entries, progress) + [f"{path / name}: not listed in {manifest.NAME}" for name in sorted(extra)]
+
+
+def tensor_problems(folder: ModelFolder) -> list[str]:
+    """Tensors of a compressed checkpoint that are missing, extra, or not of the dtype and shape that architecture and specs give them.
+
+    Raises CheckpointError if config.json describes no model.
+    """
+    if folder.quantization.get("quant_method") != QUANT_METHOD:
+        return []  # dense folders may use older names, which only transformers' loader knows
+    model = skeleton(folder.path)
+    CompressorQuantizer(CompressorConfig(**folder.quantization)).preprocess_model(model)
+    expected = {name: (DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in stored_tensors(model).items()}
+    stored = {name: (info.dtype, info.shape) for name, info in folder.tensors.items()}
+    found = [f"{folder.path}: {name} is missing" for name in sorted(expected.keys() - stored.keys())]
+    found += [f"{folder.path}: {name} belongs to nothing in the model" for name in sorted(stored.keys() - expected.keys())]
+    for name in sorted(expected.keys() & stored.keys()):
+        if stored[name] != expected[name]:
+            found.append(f"{folder.path}: {name} is {_typed(*stored[name])}, expected {_typed(*expected[name])}")
+    return found
+
+
+def _typed(dtype: str, shape: tuple[int, ...]) -> str:
+    return f"{dtype} {list(shape)}"

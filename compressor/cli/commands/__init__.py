@@ -1,0 +1,1 @@
+"""Verbs that stand in files of their own."""

@@ -1,0 +1,1 @@
+"""Perplexity, divergence, lm-eval scores, speed."""

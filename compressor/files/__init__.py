@@ -1,0 +1,1 @@
+"""Folders and files, read safely and written whole."""

@@ -1,0 +1,1 @@
+"""Eigenbases, factors, metrics and products of matrices: functions of tensors."""

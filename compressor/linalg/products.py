@@ -1,0 +1,115 @@
+"""Smaller ranks for products of two factors, by the exact QR route. Pure functions of tensors; no (out, in) matrix is formed.
+
+Reference: LoRA-Squeeze (arXiv 2602.10993). With B = Q_B R_B and Aᵀ = Q_A R_A, ΔW = s B A = Q_B K Q_Aᵀ with the small core
+K = s R_B R_Aᵀ, so the SVD of K is that of ΔW: O((out + in) r²). Under a metric M (in, in) the SVD is that of K C, where
+C Cᵀ = Q_Aᵀ M Q_A; its left vectors U alone give the best rank-t approximation, Q_B U_t U_tᵀ K Q_Aᵀ, so that C is never inverted and
+M may be singular.
+
+Glossary
+    up B (out, r)   down A (r, in)   scale s   error = tr(D M Dᵀ) with D = ΔW − ΔW'; σ² = what one component adds to it when left out
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compressor.errors import BudgetError, NumericalError
+from compressor.allocation.knapsack import Row, knapsack
+from compressor.linalg import Metric, eigh_descending, require_finite
+
+
+@dataclass(frozen=True)
+class Product:
+    """What an adapter adds to one weight: scale · up · down."""
+
+    up: Tensor  # (out, r)
+    down: Tensor  # (r, in)
+    scale: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        return len(self.down)
+
+    @property
+    def price(self) -> int:
+        """Parameters of one rank."""
+        return self.up.shape[0] + self.down.shape[1]
+
+
+@dataclass(frozen=True)
+class Components:
+    """A product as a sum of rank-one parts, largest share of the energy first: left · right. At most min(out, in, r) of them."""
+
+    left: Tensor  # (out, k) float64, orthonormal columns
+    right: Tensor  # (k, in) float64
+    energies: Tensor  # (k,) float64, σ²
+
+    def tail(self, rank: int) -> float:
+        """Error of the first `rank` parts: Σ σ² of the others."""
+        return self.energies[rank:].sum().item()
+
+    def take(self, rank: int) -> Product:
+        """The best product of this rank, its size shared equally between the factors: without a metric B' = Q_B U √Σ, A' = √Σ Vᵀ Q_Aᵀ."""
+        norms = torch.linalg.vector_norm(self.right[:rank], dim=1).sqrt()
+        return Product(self.left[:, :rank] * norms, self.right[:rank] / torch.where(norms > 0, norms, 1.0)[:, None])
+
+
+def core(product: Product, what: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Q_B (out, p), K (p, q) with p ≤ q, and Q_Aᵀ (q, in) with Q_B K Q_Aᵀ = ΔW, float64. Raises NumericalError naming `what`."""
+    up, down = product.up.double(), product.down.double()
+    require_finite(up, what)
+    require_finite(down, what)
+    left, upper = torch.linalg.qr(up)
+    right, lower = torch.linalg.qr(down.T)
+    frame, inner = torch.linalg.qr(product.scale * upper @ lower.T)  # so that no row of K is beyond its columns
+    return left @ frame, inner, right.T
+
+
+def decompose(product: Product, metric: Metric, what: str) -> Components:
+    """The product's components under tr(D M Dᵀ). metric: (in, in). Raises NumericalError naming `what`."""
+    left, inner, right = core(product, what)
+    weighted = inner
+    if metric.moment is not None:
+        values, vectors = eigh_descending(metric.weigh(right) @ right.T, what)
+        weighted = inner @ vectors * values.clamp(min=0).sqrt()
+    try:
+        vectors, sigma, _ = torch.linalg.svd(weighted, full_matrices=False)
+    except torch.linalg.LinAlgError as error:
+        raise NumericalError(f"{what}: the singular value decomposition does not converge ({error})") from None
+    return Components(left @ vectors, vectors.T @ inner @ right, sigma.square())
+
+
+def energy(product: Product, metric: Metric, what: str) -> float:
+    """tr(ΔW M ΔWᵀ), never below 0. Raises NumericalError naming `what`."""
+    _, inner, right = core(product, what)
+    return max(metric.energy(inner @ right), 0.0)
+
+
+def difference(product: Product, other: Product) -> Product:
+    """ΔW − ΔW' as a product, of the sum of the ranks."""
+    up = torch.cat([product.scale * product.up.double(), -other.scale * other.up.double()], dim=1)
+    return Product(up, torch.cat([product.down.double(), other.down.double()]))
+
+
+def allocate(parts: Sequence[Components], prices: Sequence[int], whole: int, keep: float) -> list[int]:
+    """Ranks that lose least in total with at most keep · `whole` parameters: the largest σ² for each parameter first, over all modules.
+
+    The knapsack finishes that order exactly: what is left of the budget goes where it is worth most. A module may get rank 0.
+    prices: parameters of one rank of each module. Raises BudgetError if no single rank fits, or if nothing is worth keeping.
+    """
+    budget = int(keep * whole + 1e-9)
+    if budget < min(prices):
+        least = -(-min(prices) * 10_000 // whole) / 10_000
+        raise BudgetError(
+            f"--keep {keep:g} is {budget:,} parameters, the smallest module takes {min(prices):,} for one rank; keep {least:g}"
+        )
+    rows = []
+    for part, price in zip(parts, prices, strict=True):
+        ranks = range(len(part.energies) + 1)
+        rows.append(Row(tuple(price * rank for rank in ranks), tuple(map(part.tail, ranks)), price * (len(ranks) - 1)))
+    chosen = list(knapsack(rows, budget).choice)
+    if not any(chosen):
+        raise BudgetError("every product of the adapter is zero, so no rank is worth keeping; use --rank")
+    return chosen

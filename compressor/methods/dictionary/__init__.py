@@ -1,0 +1,1 @@
+"""Sparse codes over dictionaries of atoms."""

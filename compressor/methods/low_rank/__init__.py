@@ -1,0 +1,1 @@
+"""Low-rank factors, and low-rank residuals of anything else."""

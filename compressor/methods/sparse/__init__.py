@@ -1,0 +1,1 @@
+"""Sparse weights, alone and with something beside or around them."""

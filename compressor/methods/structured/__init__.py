@@ -1,0 +1,1 @@
+"""Removal of channels, heads, value dimensions and rotary pairs."""

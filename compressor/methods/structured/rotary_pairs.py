@@ -1,0 +1,106 @@
+"""Rotary pairs of queries and keys: those that add least to attention logits are removed.
+
+Reference: MoDeGPT (arXiv 2408.09632), its CR step with rotary embeddings. Card "pruning", 0, 4.5.
+
+Glossary (k key–value heads, each serving query heads j; hd = head_dim)
+    pair    dimensions i and i' = i + hd / 2, which rotary embeddings turn into each other: they stay or leave together
+    score   Σ_j (E q_i² + E q_i'²) (E k_i² + E k_i'²): rotations keep the sums, so it is taken before them
+
+Differs from the paper: pairs are chosen over all heads of a block, and removed ones are zeros to the attention around them, which keeps its
+scale, its embeddings and its cache. Kept rows are not refitted. Normalised queries and keys are refused: fewer of them change the norm.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from compressor import linalg
+from compressor.linalg import Metric
+from compressor.linears import CompressedLinear, Dense, Pruned
+from compressor.methods import register
+from compressor.methods.base import ModuleMethod, Part
+from compressor.methods.structured.heads import Shape, shape_of
+from compressor.plan import Candidate, Curve
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Query and key projections of one module with the score of every pair."""
+
+    module: str
+    parts: dict[str, Part]
+    shape: Shape
+    scores: Tensor  # (k, hd / 2)
+
+
+@register
+@dataclass(frozen=True)
+class RotaryPairs(ModuleMethod[Scored]):
+    """Queries and keys of fewer rotary pairs; a pair stays for all query heads of a key–value head, or for none."""
+
+    name: ClassVar[str] = "rotary_pairs"
+    paper: ClassVar[str] = "MoDeGPT, arXiv 2408.09632"
+    unit: ClassVar[str] = "qk"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"gram"})
+
+    def sizes(self, denses: Mapping[str, Dense]) -> list[Candidate]:
+        shape = shape_of("a target", denses, ("q", "k"))
+        return [self.size(denses, shape, kept) for kept in range(1, shape.kv * shape.dim // 2)]
+
+    def size(self, denses: Mapping[str, Dense], shape: Shape, kept: int) -> Candidate:
+        bits = parameters = multiply_adds = 0
+        for role, dense in denses.items():
+            rows = 2 * kept * (shape.group if role == "q" else 1)
+            numbers, biases = rows * dense.weight.shape[1], 0 if dense.bias is None else rows
+            parameters, multiply_adds = parameters + numbers + biases, multiply_adds + numbers
+            bits += (numbers + biases) * dense.dtype.itemsize * 8 + 8 * ((len(dense.weight) + 7) // 8)
+        return Candidate(self.name, {"pairs": kept}, bits, parameters, math.nan, multiply_adds)
+
+    def prepare(self, module: str, parts: Mapping[str, Part]) -> Scored:
+        shape = shape_of(module, {role: part.dense for role, part in parts.items()}, ("q", "k"))
+        energies = []
+        for role, heads in (("q", shape.group), ("k", 1)):
+            part = parts[role]
+            part.stats.require(part.linear, self.needs)
+            weight = part.dense.weight.double()
+            squares = (Metric(part.stats.gram, 1 / part.stats.tokens).weigh(weight) * weight).sum(1)  # E of every output, squared
+            linalg.require_finite(squares, f"{part.linear}: its mean square outputs")
+            energies.append(squares.view(shape.kv, heads, 2, shape.dim // 2).sum(2))
+        queries, keys = energies
+        return Scored(module, dict(parts), shape, (queries * keys).sum(1))
+
+    def candidates(self, state: Scored) -> Curve:
+        denses = {role: part.dense for role, part in state.parts.items()}
+        energy = state.scores.sum().item()
+        lost = state.scores.flatten().sort().values.cumsum(0) / (energy or 1.0)
+        found = [replace(size, error=lost[-1 - size.setting["pairs"]].item()) for size in self.sizes(denses)]
+        whole = sum(dense.bits for dense in denses.values()), sum(dense.parameters for dense in denses.values())
+        found = [size for size in found if size.bits < whole[0] and size.parameters < whole[1]]
+        return Curve(state.module, self.name, tuple(found), *whole, energy)
+
+    def compress(self, state: Scored, setting: dict[str, Any]) -> dict[str, CompressedLinear]:
+        order = state.scores.flatten().argsort(stable=True)
+        kept = torch.ones(state.scores.numel(), dtype=torch.bool, device=order.device)
+        kept[order[: len(kept) - setting["pairs"]]] = False
+        kept = kept.view(state.shape.kv, 1, 1, state.shape.dim // 2)
+        modules: dict[str, CompressedLinear] = {}
+        for role, part in state.parts.items():
+            heads = state.shape.group if role == "q" else 1
+            rows = kept.expand(-1, heads, 2, -1).flatten()
+            modules[role] = Pruned.of(part.dense.weight, part.dense.bias, rows, None, part.dense.dtype)
+        return modules
+
+    def measure(self, state: Scored, modules: Mapping[str, CompressedLinear]) -> float:
+        rows = modules["k"].places("rows")
+        kept = torch.zeros(state.shape.kv * state.shape.dim, dtype=torch.bool, device=rows.device)
+        kept[rows] = True
+        kept = kept.view(state.shape.kv, 2, state.shape.dim // 2)[:, 0]
+        energy = state.scores.sum().item()
+        return state.scores[~kept].sum().item() / energy if energy > 0 else 0.0

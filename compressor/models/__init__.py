@@ -1,0 +1,1 @@
+"""Transformers models: loading them, finding their linears, installing others."""

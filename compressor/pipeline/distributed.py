@@ -1,0 +1,66 @@
+"""`compress` in several processes that `accelerate launch` has started with the same command: healing is shared, data-parallel.
+
+The main process runs as it would alone. The others wait until it has come to healing; then they bring themselves to the same state, from
+the pieces of its journal, which they read and never change (what they cannot find they make again, in memory), take the same steps, each
+on windows of its own, and end. They write and show nothing.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from compressor.pipeline import run, job as stages
+from compressor.runtime import launched
+from compressor.pipeline.build import plan_and_build
+from compressor.runtime.deadline import Clock
+from compressor.errors import CompressorError, ConfigError
+from compressor.resume.journal import Journal
+from compressor.training.team import Dismissed, Team
+from compressor.runtime.progress import Progress, silent
+from compressor.recipe.sections import Recipe
+from compressor.resume.store import Store
+from compressor.runtime.stopwatch import Stopwatch
+
+
+def compress(
+    recipe: Recipe,
+    output: Path,
+    plan: Path | None = None,
+    stats: Path | None = None,
+    progress: Progress = silent,
+    restart: bool = False,
+) -> dict[str, Any] | None:
+    """`pipeline.compress`; None in all processes but the main one. Raises ConfigError for a model that is spread over devices."""
+    count, rank = launched.count(), launched.rank()
+    given = {"plan": plan, "stats": stats, "progress": progress, "restart": restart}
+    if not (recipe.heal.enabled or rank):
+        return run.compress(recipe, output, **given)
+    if not recipe.heal.enabled:
+        print(f"process {rank} of {count} ends: only healing is shared, and heal.enabled is false", file=sys.stderr)
+        return None
+    if recipe.model.device_map is not None:
+        raise ConfigError("model.device_map spreads the model over devices that other processes use; leave it out, or launch one process")
+    team = Team(count, rank, stages.choose_device(recipe.model.device).partition(":")[0])
+    if rank == 0:
+        return run.compress(recipe, output, **given, team=team)
+    if team.called():
+        assist(recipe, output, plan, stats, team)
+    return None
+
+
+def assist(recipe: Recipe, output: Path, plan: Path | None, stats: Path | None, team: Team) -> None:
+    """Come to where the main process is, and heal with it. Raises ConfigError where what its clock has decided cannot be known."""
+    pieces = Store(Journal(output).folder / "store", frozen=True)
+    if recipe.budget is not None and not pieces.folder.is_dir():
+        raise ConfigError(
+            f"process {team.rank} does not see {pieces.folder}, where the main one keeps what its clock has decided; leave budget out, "
+            "or give an output on a disk that all processes share"
+        )
+    job = stages.start(recipe, stages.open_source(recipe.model.name, recipe.model.revision))
+    job = replace(stages.keeping(job, pieces), clock=Clock(recipe.budget), team=team)
+    try:
+        plan_and_build(job, run.statistics(job, stats), None if plan is None else run.read_plan(plan), Stopwatch(), silent)
+    except Dismissed:
+        return
+    raise CompressorError(f"process {team.rank} has come to no healing, unlike the main one; are their files the same?")

@@ -1,0 +1,259 @@
+"""The story of a run, top to bottom, for callers: `compress`, `plan`, `calibrate`, `evaluate`, `inspect`, `verify`, `export`, `load`.
+
+compress   source → statistics → curves → probes → plan → modules → checkpoint, committed whole → scores, added to its report
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from compressor.calibrate import statistics_folder
+from compressor.checkpoint import write as checkpoint
+from compressor.allocation import curves
+from compressor.pipeline import dry_run, score as evaluation, train, search, job as stages
+from compressor.checkpoint.export import packed
+from compressor.files import model_folder, manifest
+from compressor.reporting import report
+from compressor.checkpoint.export import dense as exporting
+from compressor.models import load as models
+from compressor.pipeline.build import plan_and_build
+from compressor.runtime.deadline import Clock
+from compressor.recipe.load import dump_yaml
+from compressor.allocation.decompose import beside
+from compressor.errors import CheckpointError, CompressorError, ConfigError, did_you_mean
+from compressor.pipeline.score import evaluate
+from compressor.resume.journal import Journal
+from compressor.training.team import ALONE, Team
+from compressor.plan import Plan
+from compressor.runtime.progress import Progress, silent
+from compressor.recipe.sections import Recipe
+from compressor.recipe.training import Heal, Repair
+from compressor.files.safetensors import read_json
+from compressor.recipe.quantities import size_in_bytes
+from compressor.pipeline.job import Job
+from compressor.files.staging import Staging, amend, preflight, replace_text
+from compressor.statistics import LinearStats
+from compressor.resume.store import Store, digest
+from compressor.runtime.stopwatch import Stopwatch
+from compressor.checkpoint.weights import stored_tensors
+
+__all__ = ["calibrate", "compress", "evaluate", "export", "inspect", "load", "plan", "verify"]
+
+PENDING = "not evaluated yet"
+ROOM = 2**20  # bytes beside the weights that a checkpoint may need
+
+
+def load(path: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Load a checkpoint, compressed or dense: (model, tokenizer or None). Its files are checked first; code in it never runs."""
+    return models.load(path, device=device, dtype=dtype)
+
+
+def compress(
+    recipe: Recipe,
+    output: str | Path,
+    plan: Path | None = None,
+    stats: Path | None = None,
+    progress: Progress = silent,
+    restart: bool = False,
+    shared: Store | None = None,
+    team: Team = ALONE,
+) -> dict[str, Any]:
+    """Run a recipe and write the checkpoint folder `output`; return its report (`report.json`).
+
+    plan: an edited plan.json to build as it stands; stats: statistics collected by `calibrate`. The scores are measured after the
+    folder is in place: if that fails the folder stays, the scores are null, and `failure` says why. A run that was stopped goes on from
+    its journal, or from nothing with `restart`; `shared` is a store that this run has in common with others; `team` shares healing with
+    this process, its main one. Raises CompressorError before anything is written or changed at `output`.
+    """
+    output, watch, clock = Path(output), Stopwatch(), Clock(recipe.budget)
+    train.require_optimizers(recipe)
+    source_path = model_folder.resolve(recipe.model.name, recipe.model.revision)
+    with Journal(output, restart) as journal:
+        overwrite = recipe.output.overwrite or journal.committed
+        preflight(output, source_path, overwrite, 0)
+        edited = None if plan is None else read_plan(plan)
+        source = stages.open_source(recipe.model.name, recipe.model.revision, progress)
+        preflight(output, source.path, overwrite, source.weight_bytes + ROOM)
+        job = replace(stages.checked(stages.start(recipe, source, progress)), clock=clock, team=team)
+        job = stages.keeping(job, journal.begin(described(job, edited, stats), shared), journal.scratch)
+        with watch("calibrate"):
+            collected = statistics(job, stats, progress)
+        made, modules = plan_and_build(job, collected, edited, watch, progress)
+        team.dismiss()
+        with watch("write"):
+            stages.install(job, modules)
+            found = described_report(job, made, output) if journal.committed else write(job, made, output, watch, journal, progress)
+        if recipe.evaluation.enabled:
+            with watch("evaluate"):
+                found = score(job, output, found, made, progress)
+        replace_text(output / "timings.json", report.to_json(watch.to_json()))
+    return found
+
+
+def statistics(job: Job, stats: Path | None, progress: Progress = silent) -> dict[str, LinearStats]:
+    """What `calibrate` has collected in the folder `stats`, or (None) collected now; on the devices of the linears.
+
+    Raises ConfigError for settings of a search that do not fit, before anything is computed.
+    """
+    whole = stages.needing(job, search.recipes(job.recipe))
+    found = stages.statistics(whole, progress) if stats is None else statistics_folder.load_statistics(stats, stages.fingerprint(job))
+    return beside(whole.assignments, found)
+
+
+def described(job: Job, edited: Plan | None, stats: Path | None) -> dict[str, Any]:
+    """What a run depends on, JSON: a run that was stopped goes on only where all of it is the same."""
+    recipe = job.recipe.model_dump(mode="json", exclude={"output": {"overwrite"}})
+    given = {"plan": edited and digest(edited.to_json()), "statistics": stats and manifest.digest(stats / manifest.NAME)["sha256"]}
+    return {"fingerprint": stages.fingerprint(job), "digest of the held-out windows": job.heldout.digest, "recipe": recipe} | given
+
+
+def write(job: Job, made: Plan, output: Path, watch: Stopwatch, journal: Journal, progress: Progress) -> dict[str, Any]:
+    """Write the folder of the compressed model, prove that it reloads bit for bit, and put it in place; return the report so far."""
+    with Staging(output, job.recipe.output.overwrite) as staging:
+        shard_size = size_in_bytes(job.recipe.output.shard_size)
+        checkpoint.write_model(staging.folder, job.model, job.tokenizer, job.source.path, shard_size, progress)
+        checkpoint.compare_reload(staging.folder, job.model, progress)
+        found = described_report(job, made, staging.folder)
+        written, limit = found["bytes"]["compressed"], job.recipe.allocation.target_size
+        if limit is not None and written > size_in_bytes(limit):
+            raise CheckpointError(f"{output}: the weights take {written:,} bytes, target_size {limit} allows less; lower it by the excess")
+        for name, text in documents(job.recipe, made, found).items():
+            replace_text(staging.folder / name, text)
+        replace_text(staging.folder / "timings.json", report.to_json(watch.to_json()))
+        staging.commit(journal.note)
+    return found
+
+
+def described_report(job: Job, made: Plan, weights: Path) -> dict[str, Any]:
+    """The report of a model that is written but not evaluated. weights: the folder that holds it."""
+    original_bytes = sum((job.source.path / name).stat().st_size for name in job.source.files)
+    written = sum(path.stat().st_size for path in weights.glob("*.safetensors"))
+    return report.build(
+        made,
+        sizes_of(job, made, original_bytes, written),
+        unit=job.recipe.allocation.count,
+        reason=PENDING if job.recipe.evaluation.enabled else "evaluation is switched off",
+        fingerprints=stages.fingerprint(job) | {"recipe": digest(job.recipe.model_dump(mode="json"))},
+    )
+
+
+def documents(recipe: Recipe, made: Plan, found: dict[str, Any]) -> dict[str, str]:
+    """The readable files of a checkpoint folder, by name."""
+    yaml = dump_yaml(recipe)
+    return {
+        "recipe.yaml": yaml,
+        "plan.json": report.to_json(made.to_json()),
+        "curves.json": curves.to_json(made.curves),
+        "report.json": report.to_json(found),
+        "README.md": report.model_card(found, yaml, recipe.model.name),
+    }
+
+
+def sizes_of(job: Job, made: Plan, original_bytes: int, written: int) -> report.Sizes:
+    """Bytes of the files, and what the model stores besides the targets, from the installed model."""
+    tensors = stored_tensors(job.model)
+    bits = sum(tensor.nbytes * 8 for tensor in tensors.values()) - sum(choice.bits for choice in made.linears.values())
+    parameters = sum(t.numel() for t in tensors.values() if t.is_floating_point())
+    return report.Sizes(original_bytes, written, bits, parameters - sum(choice.parameters for choice in made.linears.values()))
+
+
+def score(job: Job, output: Path, found: dict[str, Any], made: Plan, progress: Progress) -> dict[str, Any]:
+    """Evaluate the committed folder against its source and amend its report; a failure leaves null scores and a reason."""
+    failure = None
+    try:
+        found = evaluation.measure(job, found, job.store.within(made.to_json()), progress)
+    except CompressorError as error:
+        failure = f"the checkpoint is written, its evaluation failed: {error}"
+        found = found | {"reason": str(error)}
+    amend(output, {name: text for name, text in documents(job.recipe, made, found).items() if name in ("report.json", "README.md")})
+    return found | ({"failure": failure} if failure else {})
+
+
+def read_plan(path: Path) -> Plan:
+    """Read an edited plan.json. Raises ConfigError if it is not one."""
+    try:
+        return Plan.from_json(read_json(path))
+    except (CheckpointError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path}: is not a plan ({error}); start from the plan.json of a checkpoint") from None
+
+
+def plan(recipe: Recipe, stats: Path | None = None, progress: Progress = silent) -> dict[str, Any]:
+    """What `compress` would do; writes nothing but temporary files. Reads headers only, unless `stats` is given: then it decomposes and
+    allocates too, with a search within the budget. Errors are those before solving in order, repair and healing, which change no size."""
+    clock = Clock(recipe.budget)
+    source = model_folder.read_headers(model_folder.resolve(recipe.model.name, recipe.model.revision))
+    model_folder.refuse_quantised(source)
+    found = dry_run.outline(recipe, source)
+    if stats is None:
+        return found
+    job = stages.checked(stages.start(recipe, stages.open_source(recipe.model.name, recipe.model.revision, progress), progress))
+    sizing = search.not_in_order(recipe).model_copy(update={"repair": Repair(), "heal": Heal()})
+    job = replace(job, recipe=sizing, clock=clock)
+    collected = statistics(job, stats, progress)
+    with TemporaryDirectory(prefix="plan-") as pieces:  # which the trials of a search share
+        job = stages.keeping(job, Store(None if recipe.allocation.search is None else Path(pieces)))
+        made, _ = plan_and_build(job, collected, None, Stopwatch(), progress)
+    chosen = {name: {"method": c.method, "setting": c.setting, "bits": c.bits, "error": c.error} for name, c in made.linears.items()}
+    return found | {"price": made.price, "linears": [linear | chosen[linear["name"]] for linear in found["linears"]]}
+
+
+def calibrate(
+    recipe: Recipe,
+    output: str | Path,
+    overwrite: bool = False,
+    progress: Progress = silent,
+    restart: bool = False,
+    others: Sequence[Recipe] = (),
+) -> dict[str, Any]:
+    """Collect the statistics that a recipe needs into a new folder, with a fingerprint of what they depend on.
+
+    others: recipes with the same model and calibration, whose needs are met too.
+    """
+    output = Path(output)
+    with Journal(output, restart) as journal:
+        source = stages.open_source(recipe.model.name, recipe.model.revision, progress)
+        preflight(output, source.path, overwrite, 0)
+        job = stages.start(recipe, source, progress)
+        job = stages.needing(job, [every for one in (recipe, *others) for every in (one, *search.recipes(one))])
+        job = stages.keeping(job, journal.begin(described(job, None, None)))
+        collected = stages.statistics(job, progress)
+        mark = stages.fingerprint(job)
+        statistics_folder.save_statistics(output, collected, mark, overwrite)
+    written = sum(path.stat().st_size for path in output.iterdir())
+    return {
+        "output": str(output),
+        "linears": len(collected),
+        "tokens": job.calibration.tokens.numel(),
+        "bytes": written,
+        "fingerprint": mark,
+    }
+
+
+def inspect(path: str | Path, plot: Path | None = None) -> dict[str, Any]:
+    """What a checkpoint stores for each linear, from headers and its own plan and report."""
+    return dry_run.inspection(model_folder.read_headers(model_folder.resolve(path)), plot)
+
+
+def verify(path: str | Path, progress: Progress = silent) -> list[str]:
+    """Problems of a checkpoint folder, one line each; none means that it is what was written."""
+    return checkpoint.verify(model_folder.resolve(path), progress)
+
+
+def export(
+    path: str | Path, output: str | Path, format: str = "dense", overwrite: bool = False, progress: Progress = silent
+) -> dict[str, Any]:
+    """Write a compressed checkpoint in a layout that loads without this package: `dense` (equal in quality, not smaller),
+    `compressed-tensors` (integers), or `peft` (a base with residuals as an adapter)."""
+    path, output = model_folder.resolve(path), Path(output)
+    if format == "dense":
+        note = exporting.export_dense(path, output, overwrite, progress=progress)
+    elif format in packed.FORMATS:
+        note = packed.export_packed(path, output, packed.FORMATS[format], overwrite)
+    else:
+        raise ConfigError(f"there is no export format '{format}'; {did_you_mean(format, ['dense', *packed.FORMATS])}")
+    return {"output": str(output), "format": format, "note": note}

@@ -1,0 +1,1 @@
+"""Many runs that share what they have in common."""

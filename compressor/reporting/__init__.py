@@ -1,0 +1,1 @@
+"""Reports, tables, pages, plots, and the gate that holds reports against limits."""

@@ -1,0 +1,1 @@
+"""What surrounds a run: progress, deadlines, logs, times, launched processes."""

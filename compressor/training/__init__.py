@@ -1,0 +1,1 @@
+"""Training of what is stored: block by block (repair) and as a whole (healing)."""

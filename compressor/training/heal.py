@@ -1,0 +1,86 @@
+"""Healing: all blocks are trained together until the model's output distribution is that of the original again.
+
+References: training only what the compressed linears store is WeLore's (arXiv 2407.11239) and ROCKET's (arXiv 2602.11008); healing card §8.
+`objectives` has what is minimised.
+
+The original is not kept as a second model: the outputs of its last block are cached, and its logits come from them through its own norm
+and head.
+
+Memory: windows × length × hidden size × 4 bytes for these outputs, of which no more than the cache allows is held in memory, the logits
+of one batch three times, and the activations, gradients and moments of all blocks.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from compressor.resume.spill import Cache
+from compressor.training.learners import leaves
+from compressor.models.load import blocks, installed
+from compressor.models.partial_forward import block_outputs, forward_from, require_restartable
+from compressor.evaluation.perplexity import kl_sum
+
+
+class Divergence(torch.autograd.Function):
+    """KL(p‖q) summed over positions, of logits (…, vocabulary) of q and of p, with gradients for q.
+
+    The gradient q − p is exactly zero where the logits agree. That of a composed loss is rounding noise there, which AdamW, whose steps do
+    not shrink with the gradient, would make large.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, expected: Tensor) -> Tensor:
+        log_q, log_p = functional.log_softmax(logits, -1), functional.log_softmax(expected, -1)
+        ctx.save_for_backward(log_q, log_p)
+        return torch.where(log_p.isneginf(), 0.0, log_p.exp() * (log_p - log_q)).sum()
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None]:
+        log_q, log_p = ctx.saved_tensors
+        return scale * (log_q.exp() - log_p.exp()), None
+
+
+class Original:
+    """What a model says, as it is now, to batches of windows, whatever is installed in it later."""
+
+    def __init__(self, model: PreTrainedModel, batches: Sequence[Tensor], keep: bool = True, cache: Cache | None = None):
+        """batches: (batch, length) int64, on the model's device; keep: the outputs of the last block, in `cache`, else every question is
+        a pass.
+
+        Raises CompressorError if passes through this architecture cannot be restarted behind its blocks.
+        """
+        self.model, self.batches = model, list(batches)
+        self.depth = len(blocks(model)[1])
+        prefix = f"{blocks(model)[0]}."
+        self.dense = {name: module for name, module in leaves(model, {}, [model]).items() if len(module._parameters)}
+        self.outside = {name: module for name, module in self.dense.items() if not name.startswith(prefix)}  # the head may be compressed
+        self.last = (Cache() if cache is None else cache).batches(len(self.batches) if keep else 0)
+        for index, batch in enumerate(self.batches[: len(self.last)]):
+            logits, outputs = block_outputs(model, batch)
+            self.last[index] = outputs[-1]
+            if index == 0:
+                require_restartable(model, logits, self.logits(0), "switch repair and heal off")
+
+    def logits(self, index: int) -> Tensor:
+        """Logits (batch, length, vocabulary) of the original for one batch."""
+        if not self.last:
+            return self.run(index)[0]
+        with installed(self.model, self.outside):
+            return forward_from(self.model, self.depth, [self.last[index]] * self.depth, self.batches[index])
+
+    def run(self, index: int) -> tuple[Tensor, list[Any]]:
+        """Logits of the original for one batch, and what each of its blocks returns, from a pass of its own."""
+        with installed(self.model, self.dense):
+            return block_outputs(self.model, self.batches[index])
+
+    @torch.no_grad()
+    def divergence(self) -> float:
+        """KL(original‖model as it is now), nats per token, mean over all positions of all batches, as `scoring.compare`."""
+        total = 0.0
+        for index, batch in enumerate(self.batches):
+            total += kl_sum(self.logits(index), self.model(input_ids=batch, use_cache=False).logits).item()
+        return total / sum(batch.numel() for batch in self.batches)
