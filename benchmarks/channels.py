@@ -22,7 +22,7 @@ def block_parts(windows: int = 16):
 
     from compressor.calibrate.collect import collect
     from compressor.methods.base import Part
-    from compressor.models.load import dense_of, linears
+    from compressor.models.linears import dense_of, linears
 
     model, tokens = reference_windows(windows)
     infos = {name: info for name, info in linears(model, ["role:ffn"]).items() if info.block == 0}

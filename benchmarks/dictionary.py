@@ -80,15 +80,15 @@ def solver(rounds: int) -> None:
 
 def checkpoint_cases(windows: int = 32, blocks: range = range(8)):
     """Dense weight and statistics of every linear of some blocks of the reference checkpoint."""
-    from compressor.models import load as models
     from compressor.calibrate.collect import collect
+    from compressor.models import linears
     from compressor.recipe.sections import Gradients
 
     model, tokens = reference_windows(windows)
-    infos = {name: info for name, info in models.linears(model).items() if info.block in blocks}
+    infos = {name: info for name, info in linears.linears(model).items() if info.block in blocks}
     needs = {name: frozenset({"gram", "grad_gram"}) for name in infos}
     stats = collect(model, infos, tokens, needs, batch_size=8, gradients=Gradients(), memory=1 << 32, generator=None)
-    return {name: (models.dense_of(info, model.dtype), stats[name]) for name, info in infos.items()}
+    return {name: (linears.dense_of(info, model.dtype), stats[name]) for name, info in infos.items()}
 
 
 KEEP = 0.8

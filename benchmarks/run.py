@@ -102,8 +102,8 @@ def rounded(seconds: dict[str, float]) -> str:
 
 
 def measure(recipe: str, model: str, source: str, windows: int, part: str, sequential: bool = False) -> dict:
-    from compressor.recipe.load import load_recipe
     from compressor.pipeline.job import open_source, start
+    from compressor.recipe.load import load_recipe
 
     options = {"model.name": model, "calibration.source": source, "calibration.windows": windows, "model.device": "cpu"}
     loaded = load_recipe(recipe, [f"calibration.sequential={json.dumps(sequential)}"], options)
@@ -113,7 +113,7 @@ def measure(recipe: str, model: str, source: str, windows: int, part: str, seque
 
 def compress(job) -> dict:
     """Seconds of each stage and the peak memory of one compression, from loaded model to modules in memory."""
-    from compressor.pipeline import sequential_solve, contest, job as stages
+    from compressor.pipeline import contest, sequential_solve, stages
     from compressor.runtime.stopwatch import peak_memory
 
     seconds, before = {}, peak_memory()
@@ -146,8 +146,8 @@ def floor(job) -> dict[str, float]:
     """Seconds of the bare forwards, Gram GEMMs and eigendecompositions that the same job cannot do without."""
     import torch
 
-    from compressor.models.partial_forward import Restart
     from compressor.evaluation.perplexity import in_float32
+    from compressor.models.partial_forward import Restart
 
     gradients = any("grad_gram" in assignment.needs or "fisher" in assignment.needs for assignment in job.assignments.values())
     batches = job.calibration.tokens.split(job.recipe.calibration.batch_size)

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compressor.calibrate.windows import sample
-from compressor.recipe.presets import resource_folder
+from compressor.files.bundled import bundled_folder
 
 LENGTH = 512
 SPLITS = {"calibration": (11, 144), "evaluation": (12, 72)}  # name: (seed, documents)
@@ -32,8 +32,8 @@ def sample_text(model, tokenizer, seed: int, documents: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=resource_folder("reference"), help="checkpoint folder to sample from")
-    parser.add_argument("--output", type=Path, default=resource_folder("calibration"), help="folder for the texts and manifest.json")
+    parser.add_argument("--model", type=Path, default=bundled_folder("reference"), help="checkpoint folder to sample from")
+    parser.add_argument("--output", type=Path, default=bundled_folder("calibration"), help="folder for the texts and manifest.json")
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.model, local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32, local_files_only=True).eval()

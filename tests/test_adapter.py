@@ -10,13 +10,14 @@ from conftest import read_json, tiny_model
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from compressor.pipeline import squeeze_adapter
+from compressor.allocation import adapter_ranks
 from compressor.calibrate import statistics_folder
-from compressor.cli import app
-from compressor.files import model_folder
-from compressor.linalg import products as squeeze
+from compressor.cli.app import app
 from compressor.errors import BudgetError, CheckpointError, ConfigError, DataError
+from compressor.files import model_folder
 from compressor.linalg import Metric
+from compressor.linalg import products as squeeze
+from compressor.pipeline import squeeze_adapter
 from compressor.statistics import LinearStats
 
 peft = pytest.importorskip("peft")
@@ -78,7 +79,7 @@ def test_no_other_ranks_lose_less(seed, keep):
     parts = [squeeze.decompose(product, Metric(), "w") for product in products]
     prices = [product.price for product in products]
     whole = sum(product.rank * product.price for product in products)
-    chosen = squeeze.allocate(parts, prices, whole, keep)
+    chosen = adapter_ranks.allocate(parts, prices, whole, keep)
 
     def lost(ranks):
         return sum(part.tail(rank) for part, rank in zip(parts, ranks, strict=True))
@@ -94,9 +95,9 @@ def test_no_other_ranks_lose_less(seed, keep):
 def test_budgets_for_nothing_are_refused():
     part = squeeze.decompose(random_product(), Metric(), "w")
     with pytest.raises(BudgetError, match=r"--keep 0.1 is 10 parameters, .* 21 for one rank; keep 0.2"):
-        squeeze.allocate([part], [21], 105, 0.1)
+        adapter_ranks.allocate([part], [21], 105, 0.1)
     with pytest.raises(BudgetError, match="every product of the adapter is zero"):
-        squeeze.allocate([squeeze.Components(part.left, part.right, part.energies * 0)], [21], 105, 0.5)
+        adapter_ranks.allocate([squeeze.Components(part.left, part.right, part.energies * 0)], [21], 105, 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -360,14 +361,14 @@ def test_what_peft_would_not_load_is_never_put_in_place(trained, tmp_path, monke
 def test_the_verb_prints_a_table_or_json_and_keeps_what_is_there(trained, tmp_path):
     source, output = str(trained()), str(tmp_path / "out")
     runner = CliRunner()
-    result = runner.invoke(app.app, ["adapter", "squeeze", source, output, "--rank", "2", "--json"])
+    result = runner.invoke(app, ["adapter", "squeeze", source, output, "--rank", "2", "--json"])
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
     assert found["kept"] == pytest.approx(1 / 3) and len(found["modules"]) == 6
     assert {"adapter_config.json", "adapter_model.safetensors", "manifest.json"} == {path.name for path in (tmp_path / "out").iterdir()}
-    again = runner.invoke(app.app, ["adapter", "squeeze", source, output, "--keep", "0.5"])
+    again = runner.invoke(app, ["adapter", "squeeze", source, output, "--keep", "0.5"])
     assert again.exit_code == 2 and "exists already; pass --overwrite" in again.stderr
-    table = runner.invoke(app.app, ["adapter", "squeeze", source, output, "--keep", "0.5", "--overwrite"])
+    table = runner.invoke(app, ["adapter", "squeeze", source, output, "--keep", "0.5", "--overwrite"])
     assert table.exit_code == 0 and "rank after" in table.stdout and "parameters.removed" in table.stdout
-    assert {"--json", "--verbose", "--quiet"} <= set(runner.invoke(app.app, ["adapter", "squeeze", "--help"]).stdout.split())
-    assert runner.invoke(app.app, ["adapter", "squeeze", source, source, "--rank", "2", "--overwrite"]).exit_code == 2
+    assert {"--json", "--verbose", "--quiet"} <= set(runner.invoke(app, ["adapter", "squeeze", "--help"]).stdout.split())
+    assert runner.invoke(app, ["adapter", "squeeze", source, source, "--rank", "2", "--overwrite"]).exit_code == 2

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compressor.allocation import published, knapsack
-from compressor.errors import BudgetError, ConfigError
+from compressor.allocation import knapsack, published
 from compressor.allocation.knapsack import Row
+from compressor.errors import BudgetError, ConfigError
 
 EXACT = 1e-4  # relative; the solver's own gap is 1e-5
 

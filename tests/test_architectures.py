@@ -17,9 +17,10 @@ import torch
 from conftest import VOCABULARY, save_tiny
 from safetensors.torch import save_file
 
-from compressor.pipeline import run, job as stages
-from compressor.recipe.load import load_recipe
 from compressor.errors import ConfigError
+from compressor.pipeline import job as jobs
+from compressor.pipeline import run, stages
+from compressor.recipe.load import load_recipe
 from compressor.runtime.progress import silent
 from compressor.runtime.stopwatch import Stopwatch
 
@@ -61,12 +62,12 @@ def outcome(tmp_path_factory):
 
     @cache
     def source(kind: str):
-        return stages.open_source(str(save_tiny(folder / kind, kind)), None)
+        return jobs.open_source(str(save_tiny(folder / kind, kind)), None)
 
     def built(kind: str, column: str, *more: str):
         preset, sets = METHODS[column]
         named = {"model.name": str(source(kind).path), "calibration.source": f"{folder / 'tokens.safetensors'}:windows"}
-        job = stages.start(load_recipe(preset, [*SMALL, *sets, *more], named), source(kind))
+        job = jobs.start(load_recipe(preset, [*SMALL, *sets, *more], named), source(kind))
         return job, run.plan_and_build(job, stages.statistics(job), None, Stopwatch(), silent)[1]
 
     @cache
@@ -82,7 +83,7 @@ def outcome(tmp_path_factory):
 
 
 @torch.no_grad()
-def check(job: stages.Job, modules) -> None:
+def check(job: jobs.Job, modules) -> None:
     """Logits in one pass, those token by token with a cache, and those of the original."""
     job.model.set_attn_implementation("eager")
     ids = torch.arange(3, 15).view(1, -1)

@@ -11,13 +11,13 @@ from killed import contents
 from observed import windows
 from test_pipeline import recipe
 
-from compressor.pipeline import run
-from compressor.training import repair, loop
-from compressor.resume.spill import Cache
 from compressor.errors import CheckpointError
-from compressor.training.heal import Original
+from compressor.pipeline import run
 from compressor.pipeline.train import training as computing
 from compressor.recipe.training import Repair
+from compressor.resume.spill import Cache
+from compressor.training import loop, repair
+from compressor.training.teacher import Original
 
 DOWN = "model.layers.0.mlp.down_proj"
 QUICK = [f"{stage}.{key}" for stage in ("repair", "heal") for key in ("enabled=true", "steps=8", "check=4", "learning_rate=0.01")]

@@ -6,7 +6,7 @@ from conftest import VOCABULARY, tiny_model
 from observed import ALL, FIELDS, GRAM, LENGTH, PIECES, assert_same, distance, everywhere, observed, windows
 
 from compressor.calibrate.collect import collect, waves
-from compressor.models.load import linears
+from compressor.models.linears import linears
 from compressor.recipe.sections import Gradients
 
 DEFINITION = 1e-5  # relative, against float64 sums over float32 activations

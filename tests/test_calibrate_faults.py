@@ -7,7 +7,7 @@ from observed import GRAM, assert_same, everywhere, windows
 
 from compressor.calibrate.collect import collect
 from compressor.errors import ConfigError, DataError, NumericalError
-from compressor.models.load import linears
+from compressor.models.linears import linears
 
 
 @pytest.mark.parametrize("fields", [GRAM, frozenset({"sum"})], ids=["gram", "sum"])

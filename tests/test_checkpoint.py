@@ -13,15 +13,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-from compressor.files import manifest
-from compressor.checkpoint.write import compare_reload, verify, write_model
+from compressor.checkpoint.verify import verify
+from compressor.checkpoint.weights import tied_names
+from compressor.checkpoint.write import compare_reload, write_model
 from compressor.errors import CheckpointError
+from compressor.files import manifest
 from compressor.files.model_folder import read, refuse_quantised
+from compressor.files.staging import Staging
 from compressor.linears import CompressedLinear, LowRank
 from compressor.linears.masks import pack_mask
-from compressor.models.load import dense_of, linears, load, replace
-from compressor.files.staging import Staging
-from compressor.checkpoint.weights import tied_names
+from compressor.models.install import replace
+from compressor.models.linears import dense_of, linears
+from compressor.models.load import load
 
 WHOLE = 10**9  # a shard size that takes everything
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from sameness import assert_same_output, assert_same_tensors
 
-from compressor.resume.codec import decode, encode
 from compressor.linalg import Metric
 from compressor.linears import Dictionary, LowRank
 from compressor.linears.masks import pack_mask
 from compressor.plan import Candidate
+from compressor.resume.codec import decode, encode
 from compressor.statistics import LinearStats
 
 

@@ -8,16 +8,16 @@ from cases import make
 from test_pipeline import recipe, tensors
 from test_sequential import built, exactly, job_of, received
 
-from compressor.methods.low_rank import compensate
 from compressor import linalg
-from compressor.pipeline import run
-from compressor.models import load as models
-from compressor.methods.low_rank.compensate import Offer, spend
-from compressor.recipe.load import load_recipe
+from compressor.allocation.residual_ranks import Offer, spend
 from compressor.errors import BudgetError, ConfigError
 from compressor.linears import Adapted, Dense, Dictionary, LowRank, Sparse, build_empty
 from compressor.linears.masks import pack_mask
 from compressor.methods import build
+from compressor.methods.low_rank import compensate
+from compressor.models import install
+from compressor.pipeline import run
+from compressor.recipe.load import load_recipe
 
 TAIL = 1e-10  # relative, float64
 WANDA = 'method=[{candidates: [{name: sparse, options: {solver: wanda, metric: gram, pattern: "2:4"}}]}]'
@@ -166,7 +166,7 @@ def test_sequential_residuals_are_fitted_on_the_compressed_prefix_behind_compens
     dense = job.model.get_submodule(name)
     for other, module in modules.items():
         if other != name:
-            models.replace(job.model, other, module)
+            install.replace(job.model, other, module)
     x = received(job.model, name, job.calibration.tokens)
     case = cases.Case(Dense(dense.weight.detach(), None, torch.float64), x, x, cases.sums(x, x))
     base = pruned(case, "2:4")

@@ -3,8 +3,9 @@ import sys
 
 import pytest
 
-from compressor.recipe.load import Recipe, dump_yaml, find_recipe, load_recipe, parse_size, presets, schema
 from compressor.errors import ConfigError
+from compressor.recipe.load import Recipe, dump_yaml, find_recipe, load_recipe, parse_size, schema
+from compressor.recipe.presets import presets
 
 PRESETS = [
     "afm",

@@ -13,7 +13,7 @@ from tokenizers import processors
 from compressor.calibrate import windows as data
 from compressor.calibrate.windows import Windows, bundled, load_windows, overlap, sample, split_heldout
 from compressor.errors import DataError, NumericalError
-from compressor.recipe.presets import resource_folder
+from compressor.files.bundled import bundled_folder
 
 EOS = 2
 CHAT = [{"role": "user", "content": "w5 w6"}, {"role": "assistant", "content": "w7"}]
@@ -261,19 +261,19 @@ def test_overlap_is_the_share_of_windows_with_a_known_run():
 
 
 def test_bundled_texts_match_their_manifest():
-    manifest = json.loads((resource_folder("calibration") / "manifest.json").read_text())
+    manifest = json.loads((bundled_folder("calibration") / "manifest.json").read_text())
     assert set(manifest["files"]) == {bundled("calibration").name, bundled("evaluation").name}
     for name, entry in manifest["files"].items():
-        content = (resource_folder("calibration") / name).read_bytes()
+        content = (bundled_folder("calibration") / name).read_bytes()
         assert (hashlib.sha256(content).hexdigest(), len(content)) == (entry["sha256"], entry["bytes"])
-    checkpoint = resource_folder("reference") / "model.safetensors"
+    checkpoint = bundled_folder("reference") / "model.safetensors"
     assert hashlib.sha256(checkpoint.read_bytes()).hexdigest() == manifest["checkpoint_sha256"]
 
 
 def test_bundled_texts_fill_the_default_windows_and_do_not_overlap(caplog):
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(resource_folder("reference"), local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(bundled_folder("reference"), local_files_only=True)
     calibration = load_windows(str(bundled("calibration")), tokenizer, 512, 128)
     evaluation = load_windows(str(bundled("evaluation")), tokenizer, 512)
     assert calibration.tokens.shape == (128, 512) and len(evaluation.tokens) >= 64

@@ -6,8 +6,8 @@ from conftest import tiny_model
 from handmade import disk_of_20_kb
 from test_staging import KB, fail, interrupt, output, produce, version_of
 
-from compressor.files import manifest
 from compressor.errors import CheckpointError
+from compressor.files import manifest
 from compressor.files.staging import Staging, amend
 
 

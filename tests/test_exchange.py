@@ -13,11 +13,12 @@ from test_pipeline import recipe
 from transformers import AutoModelForCausalLM
 
 from compressor.checkpoint.export import packed as exchange
-from compressor.pipeline import run
-from compressor.checkpoint.write import verify
+from compressor.checkpoint.verify import verify
 from compressor.errors import CheckpointError, ConfigError
 from compressor.linears import Adapted, Packed
-from compressor.models.load import linears, load
+from compressor.models.linears import linears
+from compressor.models.load import load
+from compressor.pipeline import run
 
 OPTIONS = "method.0.candidates.0.options"
 LOOSE = {"float32": 1e-5, "bfloat16": 0.03}  # of the largest logit: PEFT adds residuals in float32

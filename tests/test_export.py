@@ -9,9 +9,9 @@ from sameness import assert_same_output
 from test_checkpoint import compress, contents, logits, store, without_plugin
 from transformers import AutoModelForCausalLM
 
-from compressor.checkpoint.write import verify
-from compressor.errors import CheckpointError, ConfigError
 from compressor.checkpoint.export.dense import export_dense
+from compressor.checkpoint.verify import verify
+from compressor.errors import CheckpointError, ConfigError
 from compressor.linears import CompressedLinear
 from compressor.models.load import load
 

@@ -5,12 +5,13 @@ import pytest
 from test_pipeline import recipe
 from test_sequential import job_of
 
-from compressor.pipeline import residual_rival, run, contest as selection, job as stages
-from compressor.models import load
-from compressor.reporting import report
 from compressor.evaluation import perplexity
 from compressor.linears import Adapted, Packed
+from compressor.models import install, load
+from compressor.pipeline import contest as selection
+from compressor.pipeline import residual_rival, run, stages
 from compressor.plan import FINER_BASES, WITH_RESIDUALS
+from compressor.reporting import report
 
 OPTIONS = "method.0.candidates.0.options"
 EORA = [f"{OPTIONS}.bits=[2]", f"{OPTIONS}.residual=[2]", "output.dtype=bfloat16"]
@@ -45,7 +46,7 @@ def test_the_rival_is_the_finest_scheme_that_fits_and_its_divergence_that_of_the
     judged = residual_rival.judged(job, plan, (plan, modules), found, stats)
     original, _ = load.load(tiny_llama)
     for key, made in ((WITH_RESIDUALS, modules), (FINER_BASES, rivals)):
-        with job.computing(), load.installed(job.model, made):
+        with job.computing(), install.installed(job.model, made):
             expected = perplexity.compare(original, job.model, job.heldout.tokens).kl
         assert judged.contest[key] == pytest.approx(expected, rel=2e-3, abs=2e-7)  # in float32
 

@@ -12,8 +12,8 @@ import torch
 from conftest import read_json, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 
-from compressor.files import model_folder as folder_module
 from compressor.errors import CheckpointError, ConfigError
+from compressor.files import model_folder as folder_module
 from compressor.files.model_folder import check_finite, check_sizes, content_digest, non_finite, read, refuse_quantised, resolve
 
 WEIGHTS = "model.safetensors"
@@ -209,7 +209,7 @@ def test_f36_no_network(variables, tmp_path):
         "try: resolve('organisation/model')\nexcept CheckpointError as error: print(error)"
     )
     environment = {key: value for key, value in os.environ.items() if "PROXY" not in key.upper()}
-    environment |= {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "PYTHONPATH": str(Path(folder_module.__file__).parents[1])} | variables
+    environment |= {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "PYTHONPATH": str(Path(folder_module.__file__).parents[2])} | variables
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert len(result.stdout.splitlines()) == 1, result.stderr
     for word in ("organisation/model", "HF_HUB_OFFLINE", "HF_TOKEN", "HTTPS_PROXY"):

@@ -10,11 +10,11 @@ import pytest
 from conftest import read_json
 from typer.testing import CliRunner
 
-from compressor.cli import app
-from compressor.reporting import gate
+from compressor.cli.app import app
+from compressor.errors import CheckpointError, ConfigError
 from compressor.pipeline import run as pipeline
 from compressor.recipe.load import load_recipe
-from compressor.errors import CheckpointError, ConfigError
+from compressor.reporting import gate
 from compressor.reporting.gate import Limits
 
 REGRESSION = 1.03
@@ -45,7 +45,7 @@ def perplexity(value: float) -> dict:
 
 
 def run(*arguments):
-    return CliRunner().invoke(app.app, ["gate", *map(str, arguments)])
+    return CliRunner().invoke(app, ["gate", *map(str, arguments)])
 
 
 @pytest.fixture(scope="module")

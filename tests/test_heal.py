@@ -14,21 +14,25 @@ from test_repair import DOWN, MADE, low_rank_pair
 from torch.nn import functional
 
 import compressor
-from compressor.pipeline import run as pipeline, train as recovery, job as stages
-from compressor.evaluation import perplexity
-from compressor.training import loop as trainer
 from compressor.errors import ConfigError, NumericalError
-from compressor.training.heal import Divergence, Original
-from compressor.training.learners import Learners, learning, rebuilt
+from compressor.evaluation import perplexity
 from compressor.linears import Adapted, Packed
-from compressor.models.load import blocks, installed, linears
-from compressor.training.losses import Objective
-from compressor.runtime.progress import silent
+from compressor.models.install import installed
+from compressor.models.linears import blocks, linears
+from compressor.pipeline import job as jobs
+from compressor.pipeline import run as pipeline
+from compressor.pipeline import stages
+from compressor.pipeline import train as recovery
 from compressor.pipeline.train import training
 from compressor.recipe.training import Heal
 from compressor.resume.store import Store
+from compressor.runtime.progress import silent
 from compressor.runtime.stopwatch import Stopwatch
+from compressor.training import loop as trainer
+from compressor.training.learners import Learners, learning, rebuilt
 from compressor.training.loop import Task, fit
+from compressor.training.losses import Divergence, Objective
+from compressor.training.teacher import Original
 
 CLOSE = 1e-5
 NOISE = 2e-2  # relative, of divergences of some 1e-5 nats computed in float32
@@ -222,7 +226,7 @@ def test_errors_are_those_of_what_is_stored_and_norms_and_dense_weights_are_writ
 
 def test_the_job_is_left_as_it_was_and_measured_errors_follow(tiny_llama, text_file):
     made = recipe(tiny_llama, text_file, "allocation.keep=0.5", *QUICK)
-    job = stages.start(made, stages.open_source(str(tiny_llama), None))
+    job = jobs.start(made, jobs.open_source(str(tiny_llama), None))
     before = {name: tensor.clone() for name, tensor in job.model.state_dict().items()}
     plan, modules = pipeline.plan_and_build(job, stages.statistics(job), None, Stopwatch(), silent)
     assert all(torch.equal(tensor, before[name]) for name, tensor in job.model.state_dict().items())
@@ -240,7 +244,7 @@ def test_what_helps_on_too_few_tokens_only_is_not_kept(tiny_llama, text_file, st
     few = ["calibration.windows=10", "calibration.length=2", "calibration.heldout=9", "allocation.keep=0.9"]
     sets = [f"{stage}.{value}" for value in ("enabled=true", "steps=40", "check=40", "learning_rate=0.1")]
     made = recipe(tiny_llama, text_file, *few, *sets, "allocation.damage=two_sided", "allocation.keep=0.8")
-    job = stages.start(made, stages.open_source(str(tiny_llama), None))
+    job = jobs.start(made, jobs.open_source(str(tiny_llama), None))
     plan, modules = pipeline.plan_and_build(job, stages.statistics(job), None, Stopwatch(), silent)
     done = plan.trained[stage]
     assert not done["kept"] and all(name in plan.linears for name in modules)

@@ -9,10 +9,10 @@ from huggingface_hub import constants
 from test_page import checkpoint
 from typer.testing import CliRunner
 
-from compressor.cli import app
 from compressor.checkpoint import hub
-from compressor.pipeline import run as pipeline
+from compressor.cli.app import app
 from compressor.errors import CheckpointError, ConfigError
+from compressor.pipeline import run as pipeline
 
 
 class Url(str):
@@ -62,7 +62,7 @@ def compress(monkeypatch, tmp_path):
             return found | ({"failure": failure} if failure else {})
 
         monkeypatch.setattr(pipeline, "compress", made)
-        return CliRunner().invoke(app.app, ["compress", "reference", str(tmp_path / "out"), *arguments])
+        return CliRunner().invoke(app, ["compress", "reference", str(tmp_path / "out"), *arguments])
 
     return run
 
@@ -104,7 +104,7 @@ def test_what_cannot_succeed_is_refused_before_any_work(arguments, words, monkey
     api()
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     monkeypatch.setattr(pipeline, "compress", lambda *_, **__: pytest.fail("work was done"))
-    result = CliRunner().invoke(app.app, ["compress", "reference", str(tmp_path / "out"), *arguments])
+    result = CliRunner().invoke(app, ["compress", "reference", str(tmp_path / "out"), *arguments])
     assert (result.exit_code, result.stdout) == (2, "")
     assert words in result.stderr and result.stderr.count("\n") == 1
 

@@ -10,19 +10,20 @@ from test_heal import loss_of
 from test_pipeline import recipe
 from test_repair import DOWN, MADE, dictionary, low_rank_pair, sparse
 
-from compressor.pipeline import run as pipeline
-from compressor.training import loop as trainer
 from compressor.errors import ConfigError
-from compressor.training.heal import Original
-from compressor.training.supports import Latent, Latents, Pattern, parted
-from compressor.training.learners import rebuilt
 from compressor.linears import Adapted, Sparse
-from compressor.linears.support import grid
 from compressor.linears.masks import pack_mask
-from compressor.models.load import blocks, installed
+from compressor.linears.support import grid
+from compressor.models.install import installed
+from compressor.models.linears import blocks
+from compressor.pipeline import run as pipeline
 from compressor.pipeline.train import training
 from compressor.recipe.training import Heal
+from compressor.training import loop as trainer
+from compressor.training.learners import rebuilt
 from compressor.training.loop import Task, attached, fit
+from compressor.training.supports import Latent, Latents, Pattern, parted
+from compressor.training.teacher import Original
 
 CLOSE = 1e-5
 STORING = ["sparse", "dictionary", "adapted sparse"]

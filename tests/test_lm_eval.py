@@ -14,10 +14,10 @@ from conftest import VOCABULARY, tiny_model, tiny_tokenizer
 from handmade import save_compressed
 
 from compressor.errors import EvaluationError
-from compressor.linears import CompressedLinear
 from compressor.evaluation.lm_eval import rolling_windows, run_cli, scores
-from compressor.models.load import load
 from compressor.evaluation.perplexity import perplexity
+from compressor.linears import CompressedLinear
+from compressor.models.load import load
 
 SAME_SUM = 1e-5  # float32 log-likelihoods of the same windows; the promise to users is 1e-3
 WINDOW = 32

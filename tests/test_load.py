@@ -11,7 +11,9 @@ from sameness import assert_same_output
 from transformers.utils import logging as transformers_logging
 
 from compressor.errors import CheckpointError
-from compressor.models.load import dense_of, installed, linears, load, skeleton
+from compressor.models.install import installed
+from compressor.models.linears import dense_of, linears
+from compressor.models.load import load, skeleton
 
 
 def test_load_keeps_the_stored_dtype_and_finds_the_tokenizer(tiny_llama, tmp_path):

@@ -13,10 +13,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from compressor.runtime import logs
-from compressor.errors import CheckpointError, ConfigError
-from compressor.runtime.progress import Progress
 from compressor.cli.command import Outcome, verb
+from compressor.errors import CheckpointError, ConfigError
+from compressor.runtime import logs
+from compressor.runtime.progress import Progress
 
 
 def run(function, *arguments: object):

@@ -15,17 +15,19 @@ from test_pipeline import recipe
 from test_repair import DOWN, MADE
 from torch.nn import functional
 
-from compressor.pipeline import run as pipeline, job as stages
-from compressor.training import loop as trainer
 from compressor.errors import ConfigError
-from compressor.training.heal import Original
-from compressor.training.learners import rebuilt
 from compressor.linalg import Metric
 from compressor.linears import KINDS
-from compressor.training.lora import Lora, Loras, input_metrics
-from compressor.models.load import blocks, installed
+from compressor.models.install import installed
+from compressor.models.linears import blocks
+from compressor.pipeline import job as jobs
+from compressor.pipeline import run as pipeline
 from compressor.pipeline.train import recover, training
+from compressor.training import loop as trainer
+from compressor.training.learners import rebuilt
 from compressor.training.loop import Task, fit
+from compressor.training.lora import Lora, Loras, input_metrics
+from compressor.training.teacher import Original
 
 CLOSE = 1e-5
 RANK = 3
@@ -124,7 +126,7 @@ def test_integers_stay_as_they_are_and_nothing_but_integers_is_refused(tiny_llam
     model = tiny_model("llama")
     modules = {DOWN: made("packed")}
     assert DOWN not in Loras(model, modules, blocks(model)[1], 4, 0).copies
-    job = stages.start(recipe(tiny_llama, text_file, "heal.enabled=true", "heal.train=lora"), stages.open_source(str(tiny_llama), None))
+    job = jobs.start(recipe(tiny_llama, text_file, "heal.enabled=true", "heal.train=lora"), jobs.open_source(str(tiny_llama), None))
     weights = {name: module for name, module in job.model.named_modules() if isinstance(module, torch.nn.Linear) and "layers" in name}
     packed = {name: MADE["packed"](module.weight.detach(), None) for name, module in weights.items()}
     with pytest.raises(ConfigError, match=r"heal\.train: lora has nothing to merge into.*\(packed\); set heal\.train to compressed"):

@@ -6,9 +6,9 @@ from conftest import read_json
 from test_checkpoint import damaged, written
 from test_staging import output, produce, write
 
-from compressor.files import manifest
-from compressor.checkpoint.write import verify
+from compressor.checkpoint.verify import verify
 from compressor.errors import CheckpointError
+from compressor.files import manifest
 from compressor.files.model_folder import read
 from compressor.files.staging import Staging
 

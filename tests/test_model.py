@@ -9,7 +9,9 @@ from torch import nn
 
 from compressor.errors import ConfigError
 from compressor.linears import LowRank
-from compressor.models.load import blocks, covered_share, dense_of, fused, installed, linears, load, replace, skeleton
+from compressor.models.install import installed, replace
+from compressor.models.linears import blocks, covered_share, dense_of, fused, linears
+from compressor.models.load import load, skeleton
 
 CLOSE = 1e-4  # logits of a weight of exact rank r against its rank-r factors, float32
 LLAMA = [("self_attn", {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}, ["q", "k", "v"])]

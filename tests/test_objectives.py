@@ -8,15 +8,16 @@ from test_heal import NOISE, SECTION, loss_of, modules_of
 from test_pipeline import recipe
 from torch.nn import functional
 
-from compressor.pipeline import run
 from compressor.errors import ConfigError
-from compressor.training.heal import Divergence, Original
-from compressor.training.learners import Learners
-from compressor.models.load import blocks, installed
-from compressor.training.losses import coarse, distance
-from compressor.pipeline.train import training
 from compressor.evaluation.perplexity import kl_sum
+from compressor.models.install import installed
+from compressor.models.linears import blocks
+from compressor.pipeline import run
+from compressor.pipeline.train import training
+from compressor.training.learners import Learners
 from compressor.training.loop import Task, attached, fit
+from compressor.training.losses import Divergence, coarse, distance
+from compressor.training.teacher import Original
 
 CLOSE = 1e-5
 

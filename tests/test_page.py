@@ -13,12 +13,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from compressor.cli import app
-from compressor.reporting import figures, page, plots, report
 from compressor import load
-from compressor.evaluation import samples
+from compressor.cli.app import app
 from compressor.errors import CheckpointError, ConfigError
+from compressor.evaluation import samples
 from compressor.plan import Choice, Plan
+from compressor.reporting import figures, page, plots, report
 
 SIZES = report.Sizes(original_bytes=4 * 2**20, compressed_bytes=2**20, other_bits=16_000, other_parameters=1_000)
 EVALUATION = {"perplexity": 6.6, "perplexity_original": 5.5, "kl": 0.25, "tokens": 32768, "window": 512}
@@ -73,7 +73,7 @@ class Collected(HTMLParser):
 
 def test_html_holds_tables_figures_and_recipe_and_needs_nothing_else(two, tmp_path):
     output = tmp_path / "page.html"
-    result = CliRunner().invoke(app.app, ["report", *map(str, two), "-o", str(output)])
+    result = CliRunner().invoke(app, ["report", *map(str, two), "-o", str(output)])
     assert result.exit_code == 0, result.stderr
     text = output.read_text()
     collected = Collected(text)

@@ -18,16 +18,17 @@ from safetensors.torch import load_file
 from test_codec import Asked
 from typer.testing import CliRunner
 
-from compressor.training import team as parallel, loop as training
-from compressor.runtime import launched as processes
-from compressor.pipeline import distributed
 from compressor.cli.app import app
-from compressor.recipe.load import load_recipe
 from compressor.errors import CompressorError, ConfigError
-from compressor.training.team import ALONE, Team
+from compressor.pipeline import distributed
+from compressor.recipe.load import load_recipe
 from compressor.recipe.training import Heal
 from compressor.resume.store import Store
+from compressor.runtime import launched as processes
+from compressor.training import loop as training
+from compressor.training import team as parallel
 from compressor.training.loop import Course, Leg, Task, course, fit
+from compressor.training.team import ALONE, Team
 
 CLOSE = 1e-5
 SECTION = Heal(steps=9, check=3, learning_rate=0.05)

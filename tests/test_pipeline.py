@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from sameness import assert_same_output
 
 import compressor
-from compressor.pipeline import run as pipeline
-from compressor.recipe.load import load_recipe
 from compressor.errors import BudgetError, CheckpointError, ConfigError, DataError
 from compressor.files.model_folder import read_headers
+from compressor.pipeline import run as pipeline
+from compressor.recipe.load import load_recipe
 
 FILES = {
     "README.md",
@@ -89,10 +89,11 @@ def test_report_counts_what_is_on_disk(run, tiny_llama):
 
 def test_the_installed_error_is_the_error_of_the_stored_weights(run, tiny_llama, text_file):
     """`error` in the report, recomputed from both checkpoints and freshly collected inputs."""
-    from compressor.pipeline import job as stages
+    from compressor.pipeline import job as jobs
+    from compressor.pipeline import stages
 
     made, folder, found = run
-    job = stages.start(made, stages.open_source(str(tiny_llama), None))
+    job = jobs.start(made, jobs.open_source(str(tiny_llama), None))
     stats = stages.statistics(job)
     compressed, _ = compressor.load(folder)
     for linear in found["linears"]:
@@ -189,7 +190,7 @@ def test_f6_existing_output_is_refused_before_any_work_and_replaced_with_overwri
     made, folder, _ = run
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text("{}")
-    monkeypatch.setattr(pipeline.stages, "open_source", lambda *a: pytest.fail("work was done"))
+    monkeypatch.setattr(pipeline.jobs, "open_source", lambda *a: pytest.fail("work was done"))
     with pytest.raises(ConfigError, match="--overwrite"):
         pipeline.compress(made, tmp_path / "out")
     monkeypatch.undo()

@@ -5,12 +5,13 @@ import pytest
 import torch
 
 from compressor.allocation.decompose import Decomposition
-from compressor.linears import Dense
-from compressor.methods import build
-from compressor.models.load import linears, replace
-from compressor.plan import Candidate, Curve
 from compressor.allocation.probe import Prober, ProbeResult, damage, probe, probe_candidate
 from compressor.evaluation.perplexity import kl_sum
+from compressor.linears import Dense
+from compressor.methods import build
+from compressor.models.install import replace
+from compressor.models.linears import linears
+from compressor.plan import Candidate, Curve
 from compressor.statistics import LinearStats
 
 

@@ -15,14 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from compressor.recipe.load import dump_yaml, load_recipe, presets
 from compressor.errors import CheckpointError, CompressorError, ConfigError
+from compressor.files.documents import read_json
 from compressor.files.model_folder import check_sizes, check_type
+from compressor.files.safetensors import INDEX, read_tensors
+from compressor.files.yaml import dump, parse_yaml
 from compressor.plan import Plan
+from compressor.recipe.load import dump_yaml, load_recipe
+from compressor.recipe.presets import presets
 from compressor.recipe.sections import Recipe
 from compressor.recipe.training import Section
-from compressor.files.safetensors import INDEX, read_json, read_tensors
-from compressor.files.yaml import dump, parse_yaml
 
 pytestmark = pytest.mark.faults
 

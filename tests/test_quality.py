@@ -4,8 +4,9 @@ import pytest
 
 from compressor.calibrate import windows as data
 from compressor.evaluation import perplexity
-from compressor.pipeline import contest, job as stages
 from compressor.models import load as models
+from compressor.pipeline import contest, stages
+from compressor.pipeline import job as jobs
 from compressor.recipe.load import load_recipe
 
 KEEP = 0.5
@@ -18,14 +19,14 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def divergence():
     """KL(original‖compressed) in nats per token on bundled evaluation text, by preset; each is run once."""
-    source = stages.open_source("reference", None)
+    source = jobs.open_source("reference", None)
     original, tokenizer = models.load(source.path)
     windows = data.load_windows(str(data.bundled("evaluation")), tokenizer, 256, 24).tokens
     found: dict[str, float] = {}
 
     def measure(preset: str) -> float:
         if preset not in found:
-            job = stages.start(load_recipe(preset, SMALL, {"model.device": "cpu"}), source)
+            job = jobs.start(load_recipe(preset, SMALL, {"model.device": "cpu"}), source)
             stats = stages.statistics(job)
             parts = stages.decompositions(job, stats)
             plan, modules = contest.choose(job, parts, stages.probes(job, parts))

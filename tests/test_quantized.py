@@ -7,11 +7,11 @@ from safetensors import safe_open
 from test_pipeline import recipe
 
 import compressor
-from compressor.pipeline import run
-from compressor.checkpoint.write import verify
-from compressor.recipe.load import load_recipe
+from compressor.checkpoint.verify import verify
 from compressor.errors import ConfigError
 from compressor.linears import Adapted, Chained, CompressedLinear, Packed
+from compressor.pipeline import run
+from compressor.recipe.load import load_recipe
 
 OPTIONS = "method.0.candidates.0.options"
 

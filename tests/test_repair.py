@@ -8,14 +8,14 @@ from conftest import tiny_model
 from handmade import low_rank
 from observed import windows
 
-from compressor.training.learners import Learners
 from compressor.linears import KINDS, Adapted, Chained, Dictionary, Packed, Pruned, Sparse, Wrapped
 from compressor.linears.masks import pack_mask
-from compressor.models.load import linears
+from compressor.models.linears import linears
 from compressor.pipeline.train import training
-from compressor.training.repair import repair_blocks
 from compressor.recipe.training import Repair
+from compressor.training.learners import Learners
 from compressor.training.loop import drawn, rate
+from compressor.training.repair import repair_blocks
 
 DOWN = "model.layers.0.mlp.down_proj"  # 32 outputs, 48 inputs
 SECTION = Repair(enabled=True, train="compressed", steps=40, check=20, learning_rate=0.02)

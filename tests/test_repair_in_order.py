@@ -15,14 +15,17 @@ from test_repair import DOWN, SECTION, dictionary, repaired
 from test_sequential import received
 
 from compressor import linalg
-from compressor.pipeline import run as pipeline, sequential_solve, contest, job as stages
-from compressor.resume import store
-from compressor.models.load import installed, linears
-from compressor.runtime.progress import silent
-from compressor.pipeline.train import training
-from compressor.training.repair import repair_blocks
 from compressor.calibrate.streams import solve_block, solve_in_order
+from compressor.models.install import installed
+from compressor.models.linears import linears
+from compressor.pipeline import contest, sequential_solve, stages
+from compressor.pipeline import job as jobs
+from compressor.pipeline import run as pipeline
+from compressor.pipeline.train import training
+from compressor.resume import store
+from compressor.runtime.progress import silent
 from compressor.runtime.stopwatch import Stopwatch
+from compressor.training.repair import repair_blocks
 
 LATE = DOWN.replace("0", "1")
 QUICK = [f"repair.{key}" for key in ("enabled=true", "steps=12", "check=4", "learning_rate=0.01", "batch_size=2")]
@@ -104,7 +107,7 @@ def test_settings_and_sizes_are_those_of_the_plan(run, tiny_llama, text_file, tm
 def test_the_plan_has_the_dampings_of_the_solves_that_are_kept(tiny_llama, text_file, monkeypatch):
     calls, real = [], linalg.drift
     monkeypatch.setattr(linalg, "drift", lambda *args: (real(*args)[0], float(calls.append(None) or len(calls))))
-    job = stages.start(recipe(tiny_llama, text_file, *SETS), stages.open_source(str(tiny_llama), None))
+    job = jobs.start(recipe(tiny_llama, text_file, *SETS), jobs.open_source(str(tiny_llama), None))
     plan, _ = pipeline.plan_and_build(job, stages.statistics(job), None, Stopwatch(), silent)
     took = [choice.sequential["anchor_damping"] for choice in plan.linears.values() if choice.sequential]
     assert plan.trained["repair"]["kept"] and max(took) == len(calls) and min(took) > len(calls) / 2  # of the second of two rounds
@@ -132,7 +135,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(run, tmp_path, monkeypatch):
 def test_what_does_not_help_on_held_out_windows_leaves_the_solved_run(tiny_llama, text_file):
     few = ["calibration.windows=10", "calibration.length=2", "calibration.heldout=9", "allocation.keep=0.8", "allocation.damage=two_sided"]
     sets = ["calibration.sequential=true", "calibration.anchor=0", "repair.enabled=true", "repair.steps=40", "repair.learning_rate=0.2"]
-    job = stages.start(recipe(tiny_llama, text_file, *few, *sets, "repair.check=40"), stages.open_source(str(tiny_llama), None))
+    job = jobs.start(recipe(tiny_llama, text_file, *few, *sets, "repair.check=40"), jobs.open_source(str(tiny_llama), None))
     collected = stages.statistics(job)
     plan, modules = pipeline.plan_and_build(job, collected, None, Stopwatch(), silent)
     found = stages.decompositions(job, collected)
@@ -155,7 +158,7 @@ def test_what_does_not_help_on_held_out_windows_leaves_the_solved_run(tiny_llama
 def test_methods(tiny_llama, text_file, method):
     sets = [f"method={method}", "allocation.keep=0.6", "calibration.sequential=true", *QUICK]
     sets += [] if "geopair" in method else ["compensation.keep=0.05"]
-    job = stages.start(recipe(tiny_llama, text_file, *sets), stages.open_source(str(tiny_llama), None))
+    job = jobs.start(recipe(tiny_llama, text_file, *sets), jobs.open_source(str(tiny_llama), None))
     plan, modules = pipeline.plan_and_build(job, stages.statistics(job), None, Stopwatch(), silent)
     done = plan.trained["repair"]["blocks"]
     assert len(done) == 2 and all(block["after"] < block["before"] for block in done)

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from compressor.errors import CheckpointError, EvaluationError
 from compressor.plan import Choice, Plan
-from compressor.reporting.report import Sizes, before_after, build, dump_json, model_card, render, to_json
+from compressor.reporting.card import model_card
+from compressor.reporting.report import Sizes, before_after, build, dump_json, render, to_json
 
 EVALUATION = {"perplexity": 6.6, "perplexity_original": 5.5, "kl": 0.25, "tokens": 32768, "window": 512}
 SIZES = Sizes(original_bytes=20_000, compressed_bytes=15_000, other_bits=16_000, other_parameters=1_000)

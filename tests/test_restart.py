@@ -6,7 +6,9 @@ from conftest import VOCABULARY, tiny_model
 from handmade import logits, low_rank_like, tokens
 
 from compressor.errors import CompressorError
-from compressor.models.load import blocks, installed, linears, load
+from compressor.models.install import installed
+from compressor.models.linears import blocks, linears
+from compressor.models.load import load
 from compressor.models.partial_forward import Restart, block_outputs, forward_from, recomputing
 
 ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "mixtral", "gpt2", "opt", "gpt_neox"]

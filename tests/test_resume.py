@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from test_pipeline import recipe
 from typer.testing import CliRunner
 
-from compressor.cli import app
-from compressor.resume import journal, store
-from compressor.pipeline import run, job
-from compressor.files import staging
+from compressor.cli.app import app
 from compressor.errors import BudgetError, ConfigError
+from compressor.files import staging
+from compressor.pipeline import run, stages
+from compressor.resume import journal, store
 
 SEQUENTIAL = ["calibration.sequential=true", "compensation.keep=0.1"]
 
@@ -84,7 +84,7 @@ def calls_of(owner, name, function, monkeypatch) -> int:
 def stopped_at(monkeypatch, made, output, error=KeyboardInterrupt):
     """Run until the first layer has been probed, and stop there with an error."""
     with monkeypatch.context() as patch:
-        real = job.probe
+        real = stages.probe
         calls = []
 
         def probe(*args):
@@ -93,7 +93,7 @@ def stopped_at(monkeypatch, made, output, error=KeyboardInterrupt):
                 raise error
             return real(*args)
 
-        patch.setattr(job, "probe", probe)
+        patch.setattr(stages, "probe", probe)
         with pytest.raises(error):
             run.compress(made, output)
 
@@ -195,12 +195,12 @@ def test_clean_removes_what_was_left_and_nothing_else(unbroken, tmp_path, monkey
     (tmp_path / "out.partial-host-1-aa").mkdir()
     (tmp_path / "other.journal").mkdir()
     (tmp_path / "cache" / "compressor" / "evaluate-1.journal").mkdir(parents=True)
-    result = CliRunner().invoke(app.app, ["clean", str(tmp_path / "out"), "--json"])
+    result = CliRunner().invoke(app, ["clean", str(tmp_path / "out"), "--json"])
     assert result.exit_code == 0, result.stderr
     gone = [path.rpartition("/")[2] for path in json.loads(result.stdout)["removed"]]
     assert gone == ["out.journal", "out.partial-host-1-aa", "evaluate-1.journal"]
     assert sorted(os.listdir(tmp_path)) == ["cache", "other.journal"]
-    assert CliRunner().invoke(app.app, ["clean", str(tmp_path / "out")]).stdout == "nothing was left\n"
+    assert CliRunner().invoke(app, ["clean", str(tmp_path / "out")]).stdout == "nothing was left\n"
 
 
 def test_a_folder_set_aside_comes_back(unbroken, tmp_path):

@@ -9,18 +9,21 @@ import pytest
 from killed import interrupted
 from test_pipeline import recipe, tensors
 
-from compressor.pipeline import build, run as pipeline, train, sequential_solve, search, job as stages
-from compressor.runtime import deadline as clock
 from compressor.allocation import decompose
-from compressor.runtime.deadline import Clock, OutOfTime, paced, seconds_of
-from compressor.recipe.load import load_recipe
 from compressor.errors import BudgetError, ConfigError, NumericalError
-from compressor.training.step_budget import Pace
-from compressor.runtime.progress import silent
-from compressor.reporting.report import searched
+from compressor.pipeline import build, search, sequential_solve, stages, train
+from compressor.pipeline import job as jobs
+from compressor.pipeline import run as pipeline
+from compressor.recipe.load import load_recipe
+from compressor.recipe.quantities import seconds_of
 from compressor.recipe.training import Heal
+from compressor.reporting.report import searched
 from compressor.resume.store import NOWHERE
+from compressor.runtime import deadline as clock
+from compressor.runtime.deadline import Clock, OutOfTime, paced
+from compressor.runtime.progress import silent
 from compressor.runtime.stopwatch import Stopwatch
+from compressor.training.step_budget import Pace
 
 KINDS = "method=[{candidates: [{name: low_rank}, {name: sparse, options: {step: 0.05}}]}]"
 SETTINGS = "allocation.search=[{allocation.depth_bias: 3.0}, {method.0.candidates.0.options.shrink_gram: 0.5}]"
@@ -121,7 +124,7 @@ def test_without_time_a_search_ends_with_what_it_starts_from(run, monkeypatch):
 
 
 def test_solving_in_order_is_not_begun_where_its_passes_take_longer_than_it_may(run, monkeypatch):
-    monkeypatch.setattr(stages, "seconds_per_token", lambda job: 1.0)
+    monkeypatch.setattr(jobs, "seconds_per_token", lambda job: 1.0)
     monkeypatch.setattr(Clock, "left", 2.4 * 8 * 32 / 0.3)  # 2.5 comparisons of the calibration windows
     monkeypatch.setattr(sequential_solve, "finish", lambda *given: pytest.fail("begun"))
     _, _, plan = run("allocation.search=[]", "allocation.keep=0.5", "calibration.sequential=true", "budget=1h")
@@ -132,7 +135,7 @@ def test_solving_in_order_is_not_begun_where_its_passes_take_longer_than_it_may(
 def test_what_solving_takes_is_known_from_the_largest_linear(tiny_llama, text_file, monkeypatch, share, share_of_gate):
     method = f"method=[{{dense: false, candidates: [{{name: cospadi, share: [{share}], options: {{solver: fast}}}}]}}]"
     made = recipe(tiny_llama, text_file, method, "allocation={kind: uniform, keep: 0.6}")
-    job = stages.start(made, stages.open_source(str(tiny_llama), None))
+    job = jobs.start(made, jobs.open_source(str(tiny_llama), None))
     stats = stages.statistics(job)
     start = search.allocate(job, stats, Stopwatch())
     monkeypatch.setattr(sequential_solve.time, "monotonic", itertools.count().__next__)
@@ -277,7 +280,7 @@ def test_training_takes_the_steps_that_the_budget_has_room_for(run, monkeypatch)
 
 
 def test_time_for_writing_and_evaluation_is_kept_back_and_training_that_could_not_begin_is_left_out(run, monkeypatch):
-    monkeypatch.setattr(stages, "seconds_per_token", lambda job: 1.0)
+    monkeypatch.setattr(jobs, "seconds_per_token", lambda job: 1.0)
     held = []
     monkeypatch.setattr(Clock, "hold", lambda clock, seconds: held.append(seconds))
     monkeypatch.setattr(Clock, "left", 1.5 * 12 * 32)
@@ -290,7 +293,7 @@ def test_time_for_writing_and_evaluation_is_kept_back_and_training_that_could_no
 def test_a_clock_counts_down_to_what_is_kept_back(monkeypatch):
     now = itertools.count()
     monkeypatch.setattr(clock.time, "monotonic", lambda: float(next(now)))
-    limited = Clock("10s")
+    limited = Clock(10)
     assert limited.limited and limited.left == 9
     limited.hold(5)
     assert limited.left == 3 and [limited.left for _ in range(4)][-1] == 0

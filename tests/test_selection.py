@@ -6,10 +6,10 @@ import conftest
 import pytest
 
 import compressor
-from compressor.pipeline import run as pipeline
-from compressor.recipe.load import load_recipe
 from compressor.errors import BudgetError, ConfigError
 from compressor.linears import Dictionary
+from compressor.pipeline import run as pipeline
+from compressor.recipe.load import load_recipe
 
 SMALL = ["calibration.windows=12", "calibration.length=32", "calibration.heldout=4", "calibration.batch_size=4", "evaluation.windows=6"]
 SEVERAL = "method=[{candidates: [{name: low_rank}, {name: sparse, options: {step: 0.05}}]}]"

@@ -14,12 +14,13 @@ from sameness import is_same_output
 from test_pipeline import recipe
 
 from compressor import linalg
-from compressor.pipeline import run, sequential_solve, contest, job as stages
+from compressor.calibrate.streams import solve_in_order
 from compressor.errors import ConfigError, NumericalError
-from compressor.models.load import blocks, linears
+from compressor.models.linears import blocks, linears
+from compressor.pipeline import contest, run, sequential_solve, stages
+from compressor.pipeline import job as jobs
 from compressor.plan import DENSE
 from compressor.runtime.progress import silent
-from compressor.calibrate.streams import solve_in_order
 from compressor.runtime.stopwatch import Stopwatch
 
 BY_HAND = 1e-7  # relative, in float64
@@ -29,7 +30,7 @@ SEQUENTIAL = [*KEPT, "calibration.sequential=true", "output.dtype=float32"]
 
 def job_of(model, text_file, *sets, config="svd_llm"):
     made = recipe(model, text_file, *sets, config=config)
-    return stages.start(made, stages.open_source(str(model), None))
+    return jobs.start(made, jobs.open_source(str(model), None))
 
 
 def exactly(job):

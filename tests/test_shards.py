@@ -11,8 +11,8 @@ from conftest import read_json
 from safetensors.torch import load_file
 from test_folder import INDEX, WEIGHTS, edit_json, edit_tensors, llama, sharded
 
-from compressor.files import safetensors
 from compressor.errors import CheckpointError
+from compressor.files import safetensors
 from compressor.files.model_folder import read
 
 

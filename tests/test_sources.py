@@ -7,8 +7,8 @@ import socket
 import pytest
 
 from compressor.calibrate import sources
-from compressor.errors import DataError
 from compressor.calibrate.sources import read_documents
+from compressor.errors import DataError
 
 TEXT = "one two three\nfour five\n"
 CHAT = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "well"}]

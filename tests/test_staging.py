@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from compressor.files import manifest, staging
 from compressor.errors import CheckpointError, ConfigError
+from compressor.files import manifest, staging
 from compressor.files.staging import Staging, amend, leftovers, preflight
 
 KB = 1024
@@ -228,7 +228,7 @@ with Staging(Path(sys.argv[1]), overwrite=True) as stage:
 )
 def test_f2_f7_killed(output, caplog, point, found, aside):
     produce(output, "old")
-    environment = os.environ | {"PYTHONPATH": str(Path(staging.__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(Path(staging.__file__).parents[2])}
     result = subprocess.run([sys.executable, "-c", KILLED, output, point], env=environment, capture_output=True, timeout=60)
     assert result.returncode == -signal.SIGKILL
     assert version_of(output) == found

@@ -6,9 +6,10 @@ import pytest
 import torch
 from test_codec import Asked
 
-from compressor.resume import store
 from compressor.errors import CheckpointError
-from compressor.resume.store import NOWHERE, Store, differences
+from compressor.files.documents import differences
+from compressor.resume import store
+from compressor.resume.store import NOWHERE, Store
 
 
 def counting(made):

@@ -9,11 +9,12 @@ import pytest
 from killed import dying, forked, wait
 from typer.testing import CliRunner
 
-from compressor.cli import app
+from compressor.calibrate import statistics_folder
+from compressor.calibrate.collect import _Pass
+from compressor.cli.app import app
+from compressor.errors import ConfigError
 from compressor.pipeline import run as pipeline
 from compressor.pipeline.sweep import run as sweep
-from compressor.calibrate.collect import _Pass
-from compressor.errors import ConfigError
 from compressor.pipeline.sweep.points import read_points
 from compressor.runtime.progress import silent
 
@@ -54,10 +55,10 @@ def counted(monkeypatch, owner, name) -> list[None]:
 
 def test_five_sizes_calibrate_decompose_and_probe_once_and_score_as_alone(points, tmp_path, monkeypatch):
     from compressor.allocation import decompose
-    from compressor.pipeline import job
+    from compressor.pipeline import stages
 
     passes, decomposed, probed = (
-        counted(monkeypatch, owner, name) for owner, name in ((_Pass, "over"), (decompose, "_prepare"), (job, "probe"))
+        counted(monkeypatch, owner, name) for owner, name in ((_Pass, "over"), (decompose, "_prepare"), (stages, "probe"))
     )
     found = points("grid: {config: [default], allocation.keep: [0.9, 0.8, 0.7, 0.6, 0.5]}")
     result = sweep.run(found, tmp_path / "out")
@@ -82,7 +83,7 @@ def test_statistics_of_a_sweep_that_searches_more_are_collected_again(points, tm
     for search in ("[]", "[]", more):
         task = sweep.Sweep(points(f"runs: {{a: {{allocation.search: {search}}}}}"), tmp_path / "out")
         (place,) = sweep._calibrated(task, {sweep.family(task.points[0])}, silent).values()
-    assert len(asked) == 2 and pipeline.artifacts.load_statistics(place).popitem()[1].grad_gram is not None
+    assert len(asked) == 2 and statistics_folder.load_statistics(place).popitem()[1].grad_gram is not None
 
 
 def test_a_point_that_fails_is_named_and_run_again_alone(points, tmp_path, monkeypatch):
@@ -177,7 +178,7 @@ def test_places_that_are_not_a_sweeps_are_refused(points, tmp_path):
 
 def test_a_dry_run_prints_points_and_runs_nothing(points, tmp_path):
     points("grid: {config: [svd_llm, default], allocation.keep: [0.8, 0.6]}")
-    result = CliRunner().invoke(app.app, ["sweep", str(tmp_path / "sweep.yaml"), str(tmp_path / "out"), "--dry-run", "--json"])
+    result = CliRunner().invoke(app, ["sweep", str(tmp_path / "sweep.yaml"), str(tmp_path / "out"), "--dry-run", "--json"])
     assert result.exit_code == 0, result.stderr
     rows = json.loads(result.stdout)["points"]
     assert [row["name"] for row in rows] == ["svd_llm,keep=0.8", "svd_llm,keep=0.6", "default,keep=0.8", "default,keep=0.6"]

@@ -7,16 +7,18 @@ import pytest
 import torch
 from test_pipeline import recipe
 
-from compressor.training import step_budget
-from compressor.pipeline import run as pipeline, train, job as stages
 from compressor.errors import ConfigError
-from compressor.training.optimizers import INSTALL
-from compressor.runtime.progress import silent
 from compressor.models.partial_forward import recomputing
+from compressor.pipeline import job as jobs
+from compressor.pipeline import run as pipeline
+from compressor.pipeline import stages, train
 from compressor.recipe.training import Heal
 from compressor.resume.store import Store
+from compressor.runtime.progress import silent
 from compressor.runtime.stopwatch import Stopwatch
+from compressor.training import step_budget
 from compressor.training.loop import State, Task, fit, overshot
+from compressor.training.optimizers import INSTALL
 
 SECTION = Heal(steps=12, check=4, learning_rate=0.05)
 BYTES = {"adamw": 8.0, "adamw_8bit": 2.05}  # of moments for each number of a large tensor
@@ -122,7 +124,7 @@ def test_healing_with_blocks_that_run_again_is_the_same(tiny_llama, text_file, m
     for value in ("false", "true"):
         sets = ["heal.enabled=true", "heal.steps=4", "heal.check=2", f"heal.checkpointing={value}"]
         made = recipe(tiny_llama, text_file, "allocation.keep=0.5", "allocation.damage=two_sided", *sets)
-        job = stages.start(made, stages.open_source(str(tiny_llama), None))
+        job = jobs.start(made, jobs.open_source(str(tiny_llama), None))
         plan, modules = pipeline.plan_and_build(job, stages.statistics(job), None, Stopwatch(), silent)
         found.append((plan.trained, [tensor for module in modules.values() for tensor in module.state_dict().values()]))
     assert found[0][0] == found[1][0] and all(map(torch.equal, found[0][1], found[1][1])) and len(calls) == 1
@@ -134,4 +136,6 @@ def test_steps_are_timed_to_their_end_on_an_accelerator(monkeypatch):
     waited = []
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda: waited.append(next(now)))
     monkeypatch.setattr(step_budget.time, "monotonic", lambda: float(next(now)))
-    assert step_budget.timed(lambda index: torch.ones(1, requires_grad=True).sum(), lambda: 0.0) == step_budget.Pace(2.0, 2.0) and len(waited) == 6
+    pace = step_budget.timed(lambda index: torch.ones(1, requires_grad=True).sum(), lambda: 0.0)
+    assert pace == step_budget.Pace(2.0, 2.0)
+    assert len(waited) == 6

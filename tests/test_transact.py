@@ -8,9 +8,9 @@ from conftest import tiny_model
 from test_sequential import built, exactly, job_of, received
 
 from compressor.allocation import decompose
-from compressor.models import load as models
 from compressor.methods.base import Part
-from compressor.models.load import linears
+from compressor.models import install
+from compressor.models.linears import dense_of, linears
 from compressor.statistics import LinearStats
 
 HEADS = """method=[{targets: "role:attention", candidates: [{name: heads, options: {score: transact}}]},
@@ -24,7 +24,7 @@ def place(group, assignments):
 
 def part_of(dense, model, name, tokens, anchor):
     """A linear with its Gram behind what is compressed, its weight moved by what its inputs lack."""
-    linear, x = models.dense_of(linears(dense)[name], torch.float64), received(model, name, tokens)
+    linear, x = dense_of(linears(dense)[name], torch.float64), received(model, name, tokens)
     if anchor:
         gram, cross = x.T @ x, received(dense, name, tokens).T @ x
         damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(len(gram))
@@ -51,6 +51,6 @@ def test_every_module_is_scored_behind_what_was_compressed_before_it(sets, tiny_
         for name, module in expected.items():
             torch.testing.assert_close(modules[name].to_dense(), module.to_dense(), rtol=1e-5, atol=1e-7)
             assert plan.linears[name].measured == pytest.approx(error, rel=1e-5)
-            models.replace(model, name, module)
+            install.replace(model, name, module)
     assert choice.sequential == ({"anchor_damping": 0.01} if job.recipe.calibration.anchor else {})
     assert choice.measured != choice.predicted

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from compressor.allocation.assign import Group
+from compressor.allocation.options import Option, cost_of, damage_of, hull, joint, tied
 from compressor.errors import ConfigError
 from compressor.plan import Candidate
-from compressor.allocation.options import Option, cost_of, damage_of, hull, joint, tied
 
 
 def options(unit: str, seed: int, count: int = 6) -> list[Option]:

@@ -11,8 +11,8 @@ import typer
 from rich.table import Table
 from typer.testing import CliRunner
 
-from compressor.errors import BudgetError, CompressorError, ConfigError, DataError
 from compressor.cli.command import Outcome, verb
+from compressor.errors import BudgetError, CompressorError, ConfigError, DataError
 
 
 def run(function, *arguments: str):
@@ -161,8 +161,8 @@ def test_verbosity_selects_what_the_package_logs(flags, seen):
 def test_what_compiled_code_prints_goes_to_stderr():
     """HiGHS writes to file descriptor 1 behind Python's back."""
     script = (
-        "import os\nfrom compressor import cli, pipeline\n"
-        "pipeline.verify = lambda checkpoint, progress: os.write(1, b'chatter\\n') and []\ncli.app(['verify', 'x', '--json'])\n"
+        "import os\nfrom compressor.cli.app import app\nfrom compressor.pipeline import run\n"
+        "run.verify = lambda checkpoint, progress: os.write(1, b'chatter\\n') and []\napp(['verify', 'x', '--json'])\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -6,11 +6,11 @@ from test_checkpoint import WHOLE, compress, contents, store
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from compressor.checkpoint.weights import stored_tensors, write_weights
 from compressor.errors import CheckpointError
 from compressor.files.model_folder import read
-from compressor.models.load import load
 from compressor.files.safetensors import read_header
-from compressor.checkpoint.weights import stored_tensors, write_weights
+from compressor.models.load import load
 
 
 def test_shards_stay_within_their_size_and_hold_what_the_index_says(tiny_llama, tmp_path):

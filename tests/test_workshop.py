@@ -5,10 +5,10 @@ import math
 import pytest
 
 from compressor.allocation.decompose import Decomposition
-from compressor.plan import Candidate, Curve
-from compressor.allocation.probe import ProbeResult
 from compressor.allocation.options import Option
+from compressor.allocation.probe import ProbeResult
 from compressor.pipeline.builder import Workshop
+from compressor.plan import Candidate, Curve
 
 
 class Counting:

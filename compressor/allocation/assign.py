@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 import torch
 
-from compressor.methods.low_rank import compensate
 from compressor.errors import ConfigError
 from compressor.methods import build
 from compressor.methods.base import Engine, Method, ModuleMethod
-from compressor.models.load import LinearInfo, linears, selects
-from compressor.recipe.sections import Recipe
+from compressor.methods.low_rank import compensate
+from compressor.models.linears import LinearInfo, linears, selects
 from compressor.models.roles import GROUPS
+from compressor.recipe.sections import Recipe
 
 PAIR = "pair"  # the one kind of group whose linears lie in several blocks; all of them have the same role
 ALWAYS = frozenset({"gram"})  # what the reported error of every linear is measured with

@@ -14,10 +14,10 @@ from compressor.allocation.assign import Assignment, Group, keys_of
 from compressor.errors import ConfigError
 from compressor.linears import CompressedLinear, Dense
 from compressor.methods.base import Engine, ModuleMethod, Part
-from compressor.models.load import dense_of
+from compressor.models.linears import dense_of
 from compressor.plan import Candidate, Choice, Curve
-from compressor.statistics import LinearStats
 from compressor.resume.store import NOWHERE, Store, digest
+from compressor.statistics import LinearStats
 
 
 @dataclass(frozen=True)

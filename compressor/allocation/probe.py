@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from compressor.allocation.decompose import Decomposition
 from compressor.errors import NumericalError
-from compressor.models.load import installed
-from compressor.plan import Candidate, Curve
+from compressor.models.install import installed
 from compressor.models.partial_forward import Restart
+from compressor.plan import Candidate, Curve
 
 
 @dataclass(frozen=True)

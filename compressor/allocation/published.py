@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from compressor.errors import BudgetError, ConfigError
 from compressor.allocation.knapsack import Row, check_budget
+from compressor.errors import BudgetError, ConfigError
 
 BISECTIONS = 100
 

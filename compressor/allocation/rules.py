@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from compressor.allocation import published
 from compressor.allocation.assign import Assignment
 from compressor.allocation.decompose import Decomposition
-from compressor.errors import ConfigError
 from compressor.allocation.knapsack import Row, check_budget
-from compressor.recipe.sections import Recipe
 from compressor.allocation.options import Option
+from compressor.errors import ConfigError
+from compressor.recipe.sections import Recipe
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from compressor.errors import ConfigError, DataError, NumericalError
-from compressor.models.load import LinearInfo, blocks
-from compressor.runtime.progress import Progress, silent
+from compressor.models.linears import LinearInfo, blocks
 from compressor.recipe.sections import Gradients
-from compressor.statistics import LinearStats
 from compressor.resume.store import NOWHERE, Store
+from compressor.runtime.progress import Progress, silent
+from compressor.statistics import LinearStats
 
 INPUT_FIELDS = frozenset({"gram", "sum", "abs_sum"})
 GRADIENT_FIELDS = frozenset({"fisher", "grad_gram"})

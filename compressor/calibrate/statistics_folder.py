@@ -14,12 +14,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from compressor.files import manifest
 from compressor.errors import DataError
-from compressor.files.safetensors import read_json
-from compressor.files.staging import Staging, naming
+from compressor.files import manifest
+from compressor.files.documents import differences, naming, read_json
+from compressor.files.staging import Staging
 from compressor.statistics import LinearStats
-from compressor.resume.store import differences
 
 TENSORS, DESCRIPTION = "statistics.safetensors", "statistics.json"
 FORMAT, VERSION = "compressor statistics", 1

@@ -21,13 +21,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from compressor.resume.spill import Batches, Cache
 from compressor.calibrate.collect import INPUT_FIELDS, Stop, Sums, stop, wide
 from compressor.errors import ConfigError, DataError
 from compressor.linears import CompressedLinear
-from compressor.models.load import LinearInfo, blocks, fitted, installed
-from compressor.runtime.progress import Progress, silent
+from compressor.models.install import fitted, installed
+from compressor.models.linears import LinearInfo, blocks
 from compressor.models.partial_forward import block_outputs, forward_from, passing, require_restartable
+from compressor.resume.spill import Batches, Cache
+from compressor.runtime.progress import Progress, silent
 from compressor.statistics import LinearStats
 
 Solve = Callable[[Sequence[str], LinearStats | None], dict[str, CompressedLinear]]

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor.errors import DataError, NumericalError, did_you_mean
-from compressor.runtime.progress import Progress, silent
-from compressor.recipe.presets import resource_folder
 from compressor.calibrate.sources import Document, read_documents
+from compressor.errors import DataError, NumericalError, did_you_mean
+from compressor.files.bundled import bundled_folder
+from compressor.runtime.progress import Progress, silent
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def bundled(kind: str) -> Path:
     """Return the text shipped with the package: `calibration` or `evaluation`. Raises DataError for another kind."""
     if kind not in ("calibration", "evaluation"):
         raise DataError(f"there is no bundled text '{kind}'; {did_you_mean(kind, ['calibration', 'evaluation'])}")
-    return resource_folder("calibration") / f"{kind}.txt"
+    return bundled_folder("calibration") / f"{kind}.txt"
 
 
 def heldout_count(total: int, heldout: int | None) -> int:

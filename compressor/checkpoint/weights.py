@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from transformers.integrations.accelerate import load_offloaded_parameter
 
 from compressor.errors import CheckpointError
-from compressor.runtime.progress import Progress, silent
+from compressor.files.documents import naming
 from compressor.files.safetensors import INDEX, SINGLE
-from compressor.files.staging import naming
+from compressor.runtime.progress import Progress, silent
 
 DTYPES = {
     torch.float64: "F64",

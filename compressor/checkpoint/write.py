@@ -9,16 +9,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compressor.files import manifest
+from compressor.checkpoint.weights import fetch, stored_dtype, stored_tensors, tied_names, write_weights
 from compressor.errors import CheckpointError
-from compressor.files.model_folder import ModelFolder, non_finite, read_headers
-from compressor.hf import FORMAT_VERSION, QUANT_METHOD, CompressorConfig, CompressorQuantizer
+from compressor.files.documents import naming, some
+from compressor.files.safetensors import inside
+from compressor.hf import FORMAT_VERSION, QUANT_METHOD
 from compressor.linears import CompressedLinear
-from compressor.models.load import load, skeleton
+from compressor.models.load import load
 from compressor.runtime.progress import Progress, silent
-from compressor.files.safetensors import inside, some
-from compressor.files.staging import naming
-from compressor.checkpoint.weights import DTYPES, fetch, stored_dtype, stored_tensors, tied_names, write_weights
 
 # Files that go with a model and are copied as they are: rewriting a tokenizer or generation settings can change or refuse them.
 GENERATION = ("generation_config.json",)
@@ -118,52 +116,3 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
-
-
-def verify(path: Path, progress: Progress = silent) -> list[str]:
-    """List what is wrong with a checkpoint: files against the manifest, headers, tensors against specs and architecture, NaN.
-
-    An empty list means that the folder is what was written. Nothing is changed, and no weights are loaded.
-    """
-    found = manifest_problems(path, progress)
-    try:
-        folder = read_headers(path)
-        found += tensor_problems(folder)
-    except CheckpointError as error:
-        return [*found, str(error)]
-    return found + [f"{path}: {name} holds NaN or infinity" for name in non_finite(folder, progress)]
-
-
-def manifest_problems(path: Path, progress: Progress = silent) -> list[str]:
-    """Files that are missing, changed or not listed."""
-    try:
-        entries = manifest.read(path)
-    except CheckpointError as error:
-        return [str(error)]
-    if entries is None:
-        return [f"{path / manifest.NAME}: missing, so the files cannot be compared with what was written"]
-    extra = set(manifest.listed(path)) - entries.keys()
-    return manifest.problems(path, entries, progress) + [f"{path / name}: not listed in {manifest.NAME}" for name in sorted(extra)]
-
-
-def tensor_problems(folder: ModelFolder) -> list[str]:
-    """Tensors of a compressed checkpoint that are missing, extra, or not of the dtype and shape that architecture and specs give them.
-
-    Raises CheckpointError if config.json describes no model.
-    """
-    if folder.quantization.get("quant_method") != QUANT_METHOD:
-        return []  # dense folders may use older names, which only transformers' loader knows
-    model = skeleton(folder.path)
-    CompressorQuantizer(CompressorConfig(**folder.quantization)).preprocess_model(model)
-    expected = {name: (DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in stored_tensors(model).items()}
-    stored = {name: (info.dtype, info.shape) for name, info in folder.tensors.items()}
-    found = [f"{folder.path}: {name} is missing" for name in sorted(expected.keys() - stored.keys())]
-    found += [f"{folder.path}: {name} belongs to nothing in the model" for name in sorted(stored.keys() - expected.keys())]
-    for name in sorted(expected.keys() & stored.keys()):
-        if stored[name] != expected[name]:
-            found.append(f"{folder.path}: {name} is {_typed(*stored[name])}, expected {_typed(*expected[name])}")
-    return found
-
-
-def _typed(dtype: str, shape: tuple[int, ...]) -> str:
-    return f"{dtype} {list(shape)}"

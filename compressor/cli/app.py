@@ -11,10 +11,23 @@ import typer
 from typer import Argument, Option
 
 from compressor import __version__
-from compressor.cli.commands import adapter, listings
-from compressor.cli.options import CHECKPOINT, DANGER, DEVICE, LIMITS, MAX_HELP, MIN_HELP, MODEL, OVERWRITE, PUBLIC, PUSH_TO, RESTART, TOLERANCE_HELP
-from compressor.runtime.progress import Progress
 from compressor.cli.command import Outcome, errors_in_one_line, verb
+from compressor.cli.commands import adapter, listings
+from compressor.cli.options import (
+    CHECKPOINT,
+    DANGER,
+    DEVICE,
+    LIMITS,
+    MAX_HELP,
+    MIN_HELP,
+    MODEL,
+    OVERWRITE,
+    PUBLIC,
+    PUSH_TO,
+    RESTART,
+    TOLERANCE_HELP,
+)
+from compressor.runtime.progress import Progress
 
 if TYPE_CHECKING:
     from compressor.recipe.sections import Recipe
@@ -53,14 +66,13 @@ def compress(
 ) -> Outcome:
     """Compress a model into a new checkpoint, evaluate it and print the before/after table."""
     from compressor.checkpoint import hub
-    from compressor.pipeline import run
-    from compressor.runtime import launched
+    from compressor.pipeline import distributed, run
     from compressor.reporting import report
+    from compressor.runtime import launched
 
     hub.check(push_to, public)
-    if launched.count() > 1:
-        from compressor.pipeline import distributed as pipeline
-    found = run.compress(recipe, output, plan=plan, stats=stats, progress=progress, restart=restart)
+    story = distributed if launched.count() > 1 else run
+    found = story.compress(recipe, output, plan=plan, stats=stats, progress=progress, restart=restart)
     if found is None:  # not the main process
         return Outcome({})
     found |= hub.deliver(output, push_to, public, found.get("failure"), progress)
@@ -155,7 +167,8 @@ def sweep(
     progress: Progress,
 ) -> Outcome:
     """Run every point of a sweep that is not finished yet, sharing statistics and decompositions; table, results.jsonl and report."""
-    from compressor.pipeline.sweep import points, run as sweep
+    from compressor.pipeline.sweep import points
+    from compressor.pipeline.sweep import run as sweep
     from compressor.reporting import tables
 
     found = points.read_points(file)

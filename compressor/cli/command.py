@@ -15,10 +15,10 @@ from typing import Any
 
 import typer
 
-from compressor.errors import CompressorError
-from compressor.runtime.logs import recorded
 from compressor.cli.options import FLAGS, RECIPE_OPTIONS, read_recipe
+from compressor.errors import CompressorError
 from compressor.runtime.launched import count, rank
+from compressor.runtime.logs import recorded
 from compressor.runtime.progress import shown
 
 BROKEN = 3  # exit code of a quality gate that did not hold

@@ -4,12 +4,12 @@ import json
 import sys
 from pathlib import Path
 
+from compressor.cli.command import errors_in_one_line
+from compressor.errors import CompressorError
 from compressor.pipeline import run
 from compressor.recipe.load import parse_yaml
-from compressor.errors import CompressorError
 from compressor.recipe.sections import Recipe
 from compressor.resume.store import Store
-from compressor.cli.command import errors_in_one_line
 
 
 def main() -> None:

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import CompressorError, EvaluationError
-from compressor.runtime.progress import Progress, counted, silent
 from compressor.evaluation.perplexity import in_float32
+from compressor.runtime.progress import Progress, counted, silent
 
 BOOTSTRAP = 1000  # resamples for the standard error of metrics without a closed form
 HINTS = {

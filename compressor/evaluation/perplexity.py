@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from compressor.errors import EvaluationError
-from compressor.runtime.progress import Progress, silent
 from compressor.resume.store import NOWHERE, Store
+from compressor.runtime.progress import Progress, silent
 
 CHUNK = 1 << 23  # logits widened to float64 at a time: 64 MiB a copy
 

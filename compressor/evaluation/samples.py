@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
+from compressor.errors import CheckpointError, ConfigError
 from compressor.files import model_folder
 from compressor.models import load as models
 from compressor.recipe.load import load_recipe
-from compressor.errors import CheckpointError, ConfigError
 from compressor.runtime.progress import Progress, silent
 
 Sample = tuple[str, str, str]  # prompt, continuation by the original, continuation by the compressed model

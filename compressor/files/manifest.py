@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from compressor.errors import CheckpointError
+from compressor.files.documents import read_json
+from compressor.files.safetensors import inside
 from compressor.runtime.progress import Progress, silent
-from compressor.files.safetensors import inside, read_json
 
 NAME = "manifest.json"
 FORMAT = "compressor manifest"

@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy
 
-from compressor.files import manifest
 from compressor.errors import CheckpointError, ConfigError
+from compressor.files import manifest
+from compressor.files.bundled import bundled_folder
+from compressor.files.documents import read_json, some
+from compressor.files.safetensors import TensorInfo, inside, read_tensors
 from compressor.runtime.progress import Progress, silent
-from compressor.files.safetensors import TensorInfo, inside, read_json, read_tensors, some
 
 REFERENCE = "reference"
 DOWNLOADED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]  # never pickles, never code
@@ -69,7 +71,7 @@ def resolve(name: str | Path, revision: str | None = None) -> Path:
     A local folder never opens a socket. Raises ConfigError if there is no such model, CheckpointError if the hub cannot be reached.
     """
     if str(name) == REFERENCE:
-        return Path(__file__).parent / "reference"
+        return bundled_folder(REFERENCE)
     path = Path(name).expanduser()
     if path.is_dir():
         if revision is not None:

@@ -6,21 +6,19 @@ is the cache of huggingface_hub, whose snapshots are links to the blobs beside t
 
 import json
 import struct
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from compressor.errors import CheckpointError
+from compressor.files.documents import read_json, some
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 DISTRIBUTED = "shard-[0-9]*-model-[0-9]*.safetensors"  # transformers would read these instead of the model files
-SHOWN = 10  # names listed in one message
 
 
 @dataclass(frozen=True)
@@ -32,12 +30,6 @@ class TensorInfo:
     file: str  # file name inside the folder
     start: int  # first byte in the file
     bytes: int
-
-
-def some(names: Iterable[str]) -> str:
-    """List up to SHOWN names, and count the rest."""
-    names = sorted(names)
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -52,28 +44,6 @@ def inside(folder: Path, name: str) -> Path:
     if not target.is_file():
         raise CheckpointError(f"{path}: expected a regular file")
     return path
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises CheckpointError with file and position if it is cut short, or with a key given twice."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        counts = Counter(key for key, _ in pairs)
-        if len(counts) != len(pairs):
-            raise CheckpointError(f"{path}: given twice: {some(key for key in counts if counts[key] > 1)}; keep one")
-        return dict(pairs)
-
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path}:{error.lineno}:{error.colno}: {error.msg}; the file is damaged or cut short") from None
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path}: byte {error.start} is not UTF-8; the file is damaged") from None
-    except RecursionError:
-        raise CheckpointError(f"{path}: nested too deeply to be a model's file") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(data).__name__}")
-    return data
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:

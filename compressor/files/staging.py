@@ -11,16 +11,16 @@ import secrets
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from filelock import FileLock, Timeout
 
-from compressor.files import manifest
 from compressor.errors import CheckpointError, ConfigError
+from compressor.files import manifest
+from compressor.files.documents import flush, naming, replace_texts
 
 OURS = ("config.json", "statistics.json", "adapter_config.json")  # a model, statistics or an adapter: may be overwritten
 
@@ -104,48 +104,6 @@ def lock_of(output: Path) -> FileLock:
 def _unlock(lock: FileLock) -> None:
     Path(lock.lock_file).unlink(missing_ok=True)  # while still held: whoever comes next makes a new one
     lock.release()
-
-
-def flush(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's entries, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Turn a failure of the operating system (disk full, file too large, no permission) into a CheckpointError that names the file."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(f"{path}: could not be written ({error.strerror or error}); nothing was replaced") from error
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old or the new content. Raises CheckpointError for links and special files."""
-    replace_texts({path: text})
-
-
-def replace_texts(documents: dict[Path, str]) -> None:
-    """Write text files of one folder; none is replaced before all are on disk, so that a full disk leaves those that belong together."""
-    parts = {path: path.with_name(f"{path.name}.partial-{secrets.token_hex(4)}") for path in documents}
-    try:
-        for path, part in parts.items():
-            if path.is_symlink() or (path.exists() and not path.is_file()):
-                raise CheckpointError(f"{path}: is not a regular file")
-            with naming(path):
-                part.write_text(documents[path], encoding="utf-8")
-                flush(part)
-        for path, part in parts.items():
-            with naming(path):
-                os.replace(part, path)
-                flush(path.parent)
-    finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
 
 
 def amend(folder: Path, documents: dict[str, str]) -> None:

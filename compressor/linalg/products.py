@@ -9,14 +9,12 @@ Glossary
     up B (out, r)   down A (r, in)   scale s   error = tr(D M Dᵀ) with D = ΔW − ΔW'; σ² = what one component adds to it when left out
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from compressor.errors import BudgetError, NumericalError
-from compressor.allocation.knapsack import Row, knapsack
+from compressor.errors import NumericalError
 from compressor.linalg import Metric, eigh_descending, require_finite
 
 
@@ -91,25 +89,3 @@ def difference(product: Product, other: Product) -> Product:
     """ΔW − ΔW' as a product, of the sum of the ranks."""
     up = torch.cat([product.scale * product.up.double(), -other.scale * other.up.double()], dim=1)
     return Product(up, torch.cat([product.down.double(), other.down.double()]))
-
-
-def allocate(parts: Sequence[Components], prices: Sequence[int], whole: int, keep: float) -> list[int]:
-    """Ranks that lose least in total with at most keep · `whole` parameters: the largest σ² for each parameter first, over all modules.
-
-    The knapsack finishes that order exactly: what is left of the budget goes where it is worth most. A module may get rank 0.
-    prices: parameters of one rank of each module. Raises BudgetError if no single rank fits, or if nothing is worth keeping.
-    """
-    budget = int(keep * whole + 1e-9)
-    if budget < min(prices):
-        least = -(-min(prices) * 10_000 // whole) / 10_000
-        raise BudgetError(
-            f"--keep {keep:g} is {budget:,} parameters, the smallest module takes {min(prices):,} for one rank; keep {least:g}"
-        )
-    rows = []
-    for part, price in zip(parts, prices, strict=True):
-        ranks = range(len(part.energies) + 1)
-        rows.append(Row(tuple(price * rank for rank in ranks), tuple(map(part.tail, ranks)), price * (len(ranks) - 1)))
-    chosen = list(knapsack(rows, budget).choice)
-    if not any(chosen):
-        raise BudgetError("every product of the adapter is zero, so no rank is worth keeping; use --rank")
-    return chosen

@@ -80,3 +80,6 @@ class CompressedLinear(nn.Linear, ABC):
     def stored_parameters(self) -> int:
         """Stored real numbers, bias included; indices, masks and pivots do not count."""
         return sum(tensor.numel() for tensor in self.state_dict().values() if tensor.is_floating_point())
+
+
+Modules = dict[str, CompressedLinear]  # module name → what is installed there

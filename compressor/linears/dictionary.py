@@ -28,8 +28,8 @@ from torch.nn import functional
 
 from compressor.errors import CheckpointError
 from compressor.linears.base import CompressedLinear
-from compressor.linears.rebuilt import kept
 from compressor.linears.masks import pack_mask, unpack_mask
+from compressor.linears.rebuilt import kept
 
 
 class Dictionary(CompressedLinear):

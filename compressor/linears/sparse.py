@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from compressor.linears.base import CompressedLinear
-from compressor.linears.rebuilt import kept
 from compressor.linears.masks import unpack_mask
+from compressor.linears.rebuilt import kept
 
 
 class Sparse(CompressedLinear):

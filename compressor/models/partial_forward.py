@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from compressor.errors import CompressorError
-from compressor.models.load import blocks
+from compressor.models.linears import blocks
 
 RESTART_TOLERANCE = 1e-2  # ‖logits − restarted logits‖ / ‖logits‖; equal on CPUs, while some GPU kernels add in varying order
 

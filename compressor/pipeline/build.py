@@ -5,29 +5,27 @@ windows falls, as repair and healing are in every run, and what comes out last i
 """
 
 import logging
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from torch import nn
-
 from compressor.allocation import curves
-from compressor.pipeline import residual_rival, train, sequential_solve, search, contest, job as stages
-from compressor.runtime.deadline import OutOfTime, paced
 from compressor.errors import NumericalError
-from compressor.plan import Plan
-from compressor.runtime.progress import Progress
-from compressor.pipeline.search import Allocated
+from compressor.linears.base import Modules
+from compressor.pipeline import contest, residual_rival, search, sequential_solve, stages, train
+from compressor.pipeline import job as jobs
 from compressor.pipeline.job import Job
-from compressor.statistics import LinearStats
+from compressor.pipeline.search import Allocated
+from compressor.plan import Plan
 from compressor.resume.store import NOWHERE
+from compressor.runtime.deadline import OutOfTime, paced
+from compressor.runtime.progress import Progress
 from compressor.runtime.stopwatch import Stopwatch
+from compressor.statistics import LinearStats
 
 IN_ORDER = 0.3  # of the time that is left once the search has ended, at most, for solving in order
 PASSES = 2.5  # comparisons of two models on the calibration windows, which the passes of solving in order cost as much as
 
-Modules = Mapping[str, nn.Module]
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +35,7 @@ def plan_and_build(
 ) -> tuple[Plan, Modules]:
     """The plan with its measured errors, and the modules as they will be stored."""
     if job.clock.limited:
-        job.clock.hold(stages.reserve(job))
+        job.clock.hold(jobs.reserve(job))
     start = allocated(job, stats, edited, watch, progress)
     job, found, made, modules = start.job, start.found, start.plan, start.modules
     searched = edited is None and job.recipe.allocation.search is not None
@@ -104,7 +102,7 @@ def expected(start: Allocated, stats: dict[str, LinearStats]) -> float:
     """Seconds that solving in order takes, about; its first block, which has the dense model's inputs, does not show them."""
     job = start.job
     solving = sequential_solve.in_order(job, start.plan, start.modules, start.found, stats, None, NOWHERE).seconds()
-    return solving + PASSES * job.calibration.tokens.numel() * stages.seconds_per_token(job)
+    return solving + PASSES * job.calibration.tokens.numel() * jobs.seconds_per_token(job)
 
 
 def better(start: Allocated, plan: Plan, modules: Modules) -> tuple[Plan, Modules]:

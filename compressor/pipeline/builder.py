@@ -8,11 +8,11 @@ from functools import partial
 
 import numpy as np
 
-from compressor.linears import CompressedLinear
-from compressor.allocation.solve import Found, ResultOf, Solution
-from compressor.runtime.progress import Progress, silent
-from compressor.resume.store import NOWHERE, Store
 from compressor.allocation.options import Option
+from compressor.allocation.solve import Found, ResultOf, Solution
+from compressor.linears import CompressedLinear
+from compressor.resume.store import NOWHERE, Store
+from compressor.runtime.progress import Progress, silent
 
 
 class Workshop:

@@ -5,19 +5,20 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
-from compressor.models import load as models
 from compressor.allocation.decompose import offering
+from compressor.allocation.options import Option, without
+from compressor.allocation.probe import Prober
+from compressor.allocation.solve import Found, Problem, Solution, damages_of, options_of, solve, to_plan
+from compressor.checkpoint.weights import stored_tensors
 from compressor.errors import BudgetError, ConfigError
 from compressor.linears import CompressedLinear
 from compressor.methods.base import Engine, ModuleMethod
-from compressor.plan import DENSE, Candidate, Plan
-from compressor.allocation.solve import Found, Problem, Solution, damages_of, options_of, solve, to_plan
-from compressor.allocation.probe import Prober
-from compressor.runtime.progress import Progress, silent
-from compressor.pipeline.job import Job, Probes, other_bytes, output_dtype
-from compressor.allocation.options import Option, without
-from compressor.checkpoint.weights import stored_tensors
+from compressor.models import linears
 from compressor.pipeline.builder import Workshop
+from compressor.pipeline.job import Job
+from compressor.pipeline.stages import Probes, other_bytes, output_dtype
+from compressor.plan import DENSE, Candidate, Plan
+from compressor.runtime.progress import Progress, silent
 
 REMEASURE = 0.05  # a chosen candidate whose stored error departs by more than this from what was expected is entered anew
 ROUNDS = 3  # solutions at most
@@ -43,7 +44,7 @@ def choose(
     is taken, so it is never worse there than without one of the kinds. Probes look at one linear at a time, this looks at all.
     measured: whether to measure that divergence for one method too.
     """
-    damages = damages_of(job.recipe, job.block_of, found, probed.results, len(models.blocks(job.model)[1]))
+    damages = damages_of(job.recipe, job.block_of, found, probed.results, len(linears.blocks(job.model)[1]))
     others = other_bytes(stored_tensors(job.model), job.assignments, output_dtype(job.recipe))
     problem = Problem(job.recipe, job.assignments, job.groups, found, others, job.calibration.tokens.numel())
     options, workshop = options_of(problem, damages), Workshop(found, probed.results, job.store)

@@ -10,17 +10,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from compressor.pipeline import run, job as stages
-from compressor.runtime import launched
-from compressor.pipeline.build import plan_and_build
-from compressor.runtime.deadline import Clock
 from compressor.errors import CompressorError, ConfigError
-from compressor.resume.journal import Journal
-from compressor.training.team import Dismissed, Team
-from compressor.runtime.progress import Progress, silent
+from compressor.pipeline import job as jobs
+from compressor.pipeline import run
+from compressor.pipeline.build import plan_and_build
 from compressor.recipe.sections import Recipe
+from compressor.resume.journal import Journal
 from compressor.resume.store import Store
+from compressor.runtime import launched
+from compressor.runtime.deadline import Clock
+from compressor.runtime.progress import Progress, silent
 from compressor.runtime.stopwatch import Stopwatch
+from compressor.training.team import Dismissed, Team
 
 
 def compress(
@@ -41,7 +42,7 @@ def compress(
         return None
     if recipe.model.device_map is not None:
         raise ConfigError("model.device_map spreads the model over devices that other processes use; leave it out, or launch one process")
-    team = Team(count, rank, stages.choose_device(recipe.model.device).partition(":")[0])
+    team = Team(count, rank, jobs.choose_device(recipe.model.device).partition(":")[0])
     if rank == 0:
         return run.compress(recipe, output, **given, team=team)
     if team.called():
@@ -57,8 +58,8 @@ def assist(recipe: Recipe, output: Path, plan: Path | None, stats: Path | None, 
             f"process {team.rank} does not see {pieces.folder}, where the main one keeps what its clock has decided; leave budget out, "
             "or give an output on a disk that all processes share"
         )
-    job = stages.start(recipe, stages.open_source(recipe.model.name, recipe.model.revision))
-    job = replace(stages.keeping(job, pieces), clock=Clock(recipe.budget), team=team)
+    job = jobs.start(recipe, jobs.open_source(recipe.model.name, recipe.model.revision))
+    job = replace(jobs.keeping(job, pieces), clock=Clock(recipe.budget_seconds), team=team)
     try:
         plan_and_build(job, run.statistics(job, stats), None if plan is None else run.read_plan(plan), Stopwatch(), silent)
     except Dismissed:

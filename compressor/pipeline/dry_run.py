@@ -2,28 +2,26 @@
 
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from compressor.allocation.assign import Assignment, Group, assign, groups, keys_of
+from compressor.allocation.budgets import budgets, reserved
+from compressor.allocation.decompose import stacked
+from compressor.allocation.knapsack import Row, check_budget
 from compressor.calibrate.collect import GRADIENT_FIELDS
 from compressor.calibrate.windows import heldout_count
-from compressor.allocation.decompose import stacked
-from compressor.errors import CheckpointError, ConfigError
-from compressor.files.model_folder import ModelFolder
-from compressor.allocation.knapsack import Row, check_budget
-from compressor.linears import Dense, build_empty
-from compressor.methods.base import Engine, ModuleMethod
-from compressor.models.load import blocks, covered_share, fused, skeleton
-from compressor.plan import Candidate
-from compressor.allocation.solve import budgets, reserved
-from compressor.recipe.sections import Recipe
-from compressor.files.safetensors import read_json
-from compressor.recipe.quantities import size_in_bytes
-from compressor.pipeline.job import other_bytes, output_dtype
 from compressor.checkpoint.weights import DTYPES
+from compressor.files.model_folder import ModelFolder
+from compressor.linears import Dense
+from compressor.methods.base import Engine, ModuleMethod
+from compressor.models.linears import blocks, covered_share, fused
+from compressor.models.load import skeleton
+from compressor.pipeline.stages import other_bytes, output_dtype
+from compressor.plan import Candidate
+from compressor.recipe.quantities import size_in_bytes
+from compressor.recipe.sections import Recipe
 
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 WRITES = "weights (*.safetensors), config.json, tokenizer, recipe.yaml, plan.json, report.json, README.md, manifest.json, timings.json"
@@ -201,48 +199,3 @@ def _best(call: Callable[[], Any]) -> float:
         call()
         spent.append(time.perf_counter() - start)
     return min(spent)
-
-
-def inspection(source: ModelFolder, plot: Path | None = None) -> dict[str, Any]:
-    """What a checkpoint stores for each compressed linear; with `plot`, a figure of its errors is written there."""
-    specs = source.quantization.get("linears", {})
-    choices = read_json(source.path / "plan.json")["linears"] if (source.path / "plan.json").is_file() else {}
-    rows = []
-    for name, spec in specs.items():
-        dtypes = [TORCH_DTYPES[info.dtype] for tensor, info in source.tensors.items() if tensor.rpartition(".")[0] == name]
-        module = build_empty(spec, next(dtype for dtype in dtypes if dtype.is_floating_point))
-        choice = choices.get(name, {})
-        shape = f"{spec['out_features']} × {spec['in_features']}"
-        sizes = {"bits": module.bits(), "dense_bits": choice.get("dense_bits"), "error": choice.get("error")}
-        rows.append({"name": name, "kind": spec["kind"], "shape": shape, "rank": spec.get("rank"), **sizes})
-    found = {
-        "checkpoint": str(source.path),
-        "model_type": source.config.get("model_type"),
-        "weight_bytes": source.weight_bytes,
-        "tensors": len(source.tensors),
-        "files": list(source.files),
-        "compressed_linears": len(rows),
-        "linears": rows,
-    }
-    if plot is not None:
-        if not choices:
-            raise CheckpointError(f"{source.path}: has no plan.json, so there are no errors to draw")
-        draw(choices, plot)
-        found["plot"] = str(plot)
-    return found
-
-
-def draw(choices: dict[str, dict[str, Any]], path: Path) -> None:
-    """Draw fraction kept and relative error of every targeted linear, in the order of the model. Needs the extra `report`."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError("--plot needs matplotlib; install it with `pip install compressor[report]`") from None
-    names, figure = list(choices), Figure(figsize=(max(6.0, 0.18 * len(choices)), 6), layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True)
-    upper.bar(names, [choices[name]["bits"] / choices[name]["dense_bits"] for name in names], color="tab:blue")
-    upper.set(ylabel="kept (stored bits)", ylim=(0, 1.02))
-    lower.bar(names, [choices[name]["error"] or 0.0 for name in names], color="tab:red")
-    lower.set(ylabel="relative output error")
-    lower.tick_params(axis="x", labelrotation=90, labelsize=6)
-    figure.savefig(path)

@@ -7,20 +7,19 @@ Both are solved on the inputs of the dense model, whatever the run does later.
 
 from dataclasses import replace
 
-from compressor.pipeline import sequential_solve
 from compressor.allocation.decompose import built, dense_weight, offering
-from compressor.linears import CompressedLinear
-from compressor.methods.integers.quantize import QuantizeMethod
-from compressor.plan import FINER_BASES, WITH_RESIDUALS, Candidate, Choice, Plan
-from compressor.allocation.solve import Found
 from compressor.allocation.probe import Prober
-from compressor.recipe.sections import Recipe
+from compressor.allocation.solve import Found
+from compressor.linears import CompressedLinear
+from compressor.linears.base import Modules
+from compressor.methods.integers.quantize import QuantizeMethod
+from compressor.pipeline import sequential_solve
 from compressor.pipeline.job import Job
+from compressor.plan import FINER_BASES, WITH_RESIDUALS, Candidate, Choice, Plan
+from compressor.recipe.sections import Recipe
 from compressor.statistics import LinearStats
 
 GROUPS = ("auto:16", "auto:32", "auto:64", "auto:128", "channel")
-
-Modules = dict[str, CompressedLinear]
 
 
 def wanted(recipe: Recipe) -> bool:

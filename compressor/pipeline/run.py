@@ -12,35 +12,39 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from compressor.allocation import curves
+from compressor.allocation.decompose import beside
 from compressor.calibrate import statistics_folder
 from compressor.checkpoint import write as checkpoint
-from compressor.allocation import curves
-from compressor.pipeline import dry_run, score as evaluation, train, search, job as stages
-from compressor.checkpoint.export import packed
-from compressor.files import model_folder, manifest
-from compressor.reporting import report
 from compressor.checkpoint.export import dense as exporting
-from compressor.models import load as models
-from compressor.pipeline.build import plan_and_build
-from compressor.runtime.deadline import Clock
-from compressor.recipe.load import dump_yaml
-from compressor.allocation.decompose import beside
+from compressor.checkpoint.export import packed
+from compressor.checkpoint.verify import verify as verify_checkpoint
+from compressor.checkpoint.weights import stored_tensors
 from compressor.errors import CheckpointError, CompressorError, ConfigError, did_you_mean
+from compressor.files import manifest, model_folder
+from compressor.files.documents import read_json, replace_text
+from compressor.files.staging import Staging, amend, preflight
+from compressor.models import load as models
+from compressor.pipeline import dry_run, search, stages, train
+from compressor.pipeline import job as jobs
+from compressor.pipeline import score as evaluation
+from compressor.pipeline.build import plan_and_build
+from compressor.pipeline.inspect import inspection
+from compressor.pipeline.job import Job
 from compressor.pipeline.score import evaluate
-from compressor.resume.journal import Journal
-from compressor.training.team import ALONE, Team
 from compressor.plan import Plan
-from compressor.runtime.progress import Progress, silent
+from compressor.recipe.load import dump_yaml
+from compressor.recipe.quantities import size_in_bytes
 from compressor.recipe.sections import Recipe
 from compressor.recipe.training import Heal, Repair
-from compressor.files.safetensors import read_json
-from compressor.recipe.quantities import size_in_bytes
-from compressor.pipeline.job import Job
-from compressor.files.staging import Staging, amend, preflight, replace_text
-from compressor.statistics import LinearStats
+from compressor.reporting import card, report
+from compressor.resume.journal import Journal
 from compressor.resume.store import Store, digest
+from compressor.runtime.deadline import Clock
+from compressor.runtime.progress import Progress, silent
 from compressor.runtime.stopwatch import Stopwatch
-from compressor.checkpoint.weights import stored_tensors
+from compressor.statistics import LinearStats
+from compressor.training.team import ALONE, Team
 
 __all__ = ["calibrate", "compress", "evaluate", "export", "inspect", "load", "plan", "verify"]
 
@@ -70,17 +74,17 @@ def compress(
     its journal, or from nothing with `restart`; `shared` is a store that this run has in common with others; `team` shares healing with
     this process, its main one. Raises CompressorError before anything is written or changed at `output`.
     """
-    output, watch, clock = Path(output), Stopwatch(), Clock(recipe.budget)
+    output, watch, clock = Path(output), Stopwatch(), Clock(recipe.budget_seconds)
     train.require_optimizers(recipe)
     source_path = model_folder.resolve(recipe.model.name, recipe.model.revision)
     with Journal(output, restart) as journal:
         overwrite = recipe.output.overwrite or journal.committed
         preflight(output, source_path, overwrite, 0)
         edited = None if plan is None else read_plan(plan)
-        source = stages.open_source(recipe.model.name, recipe.model.revision, progress)
+        source = jobs.open_source(recipe.model.name, recipe.model.revision, progress)
         preflight(output, source.path, overwrite, source.weight_bytes + ROOM)
-        job = replace(stages.checked(stages.start(recipe, source, progress)), clock=clock, team=team)
-        job = stages.keeping(job, journal.begin(described(job, edited, stats), shared), journal.scratch)
+        job = replace(jobs.checked(jobs.start(recipe, source, progress)), clock=clock, team=team)
+        job = jobs.keeping(job, journal.begin(described(job, edited, stats), shared), journal.scratch)
         with watch("calibrate"):
             collected = statistics(job, stats, progress)
         made, modules = plan_and_build(job, collected, edited, watch, progress)
@@ -100,8 +104,8 @@ def statistics(job: Job, stats: Path | None, progress: Progress = silent) -> dic
 
     Raises ConfigError for settings of a search that do not fit, before anything is computed.
     """
-    whole = stages.needing(job, search.recipes(job.recipe))
-    found = stages.statistics(whole, progress) if stats is None else statistics_folder.load_statistics(stats, stages.fingerprint(job))
+    whole = jobs.needing(job, search.recipes(job.recipe))
+    found = stages.statistics(whole, progress) if stats is None else statistics_folder.load_statistics(stats, jobs.fingerprint(job))
     return beside(whole.assignments, found)
 
 
@@ -109,7 +113,7 @@ def described(job: Job, edited: Plan | None, stats: Path | None) -> dict[str, An
     """What a run depends on, JSON: a run that was stopped goes on only where all of it is the same."""
     recipe = job.recipe.model_dump(mode="json", exclude={"output": {"overwrite"}})
     given = {"plan": edited and digest(edited.to_json()), "statistics": stats and manifest.digest(stats / manifest.NAME)["sha256"]}
-    return {"fingerprint": stages.fingerprint(job), "digest of the held-out windows": job.heldout.digest, "recipe": recipe} | given
+    return {"fingerprint": jobs.fingerprint(job), "digest of the held-out windows": job.heldout.digest, "recipe": recipe} | given
 
 
 def write(job: Job, made: Plan, output: Path, watch: Stopwatch, journal: Journal, progress: Progress) -> dict[str, Any]:
@@ -138,7 +142,7 @@ def described_report(job: Job, made: Plan, weights: Path) -> dict[str, Any]:
         sizes_of(job, made, original_bytes, written),
         unit=job.recipe.allocation.count,
         reason=PENDING if job.recipe.evaluation.enabled else "evaluation is switched off",
-        fingerprints=stages.fingerprint(job) | {"recipe": digest(job.recipe.model_dump(mode="json"))},
+        fingerprints=jobs.fingerprint(job) | {"recipe": digest(job.recipe.model_dump(mode="json"))},
     )
 
 
@@ -150,7 +154,7 @@ def documents(recipe: Recipe, made: Plan, found: dict[str, Any]) -> dict[str, st
         "plan.json": report.to_json(made.to_json()),
         "curves.json": curves.to_json(made.curves),
         "report.json": report.to_json(found),
-        "README.md": report.model_card(found, yaml, recipe.model.name),
+        "README.md": card.model_card(found, yaml, recipe.model.name),
     }
 
 
@@ -185,18 +189,18 @@ def read_plan(path: Path) -> Plan:
 def plan(recipe: Recipe, stats: Path | None = None, progress: Progress = silent) -> dict[str, Any]:
     """What `compress` would do; writes nothing but temporary files. Reads headers only, unless `stats` is given: then it decomposes and
     allocates too, with a search within the budget. Errors are those before solving in order, repair and healing, which change no size."""
-    clock = Clock(recipe.budget)
+    clock = Clock(recipe.budget_seconds)
     source = model_folder.read_headers(model_folder.resolve(recipe.model.name, recipe.model.revision))
     model_folder.refuse_quantised(source)
     found = dry_run.outline(recipe, source)
     if stats is None:
         return found
-    job = stages.checked(stages.start(recipe, stages.open_source(recipe.model.name, recipe.model.revision, progress), progress))
+    job = jobs.checked(jobs.start(recipe, jobs.open_source(recipe.model.name, recipe.model.revision, progress), progress))
     sizing = search.not_in_order(recipe).model_copy(update={"repair": Repair(), "heal": Heal()})
     job = replace(job, recipe=sizing, clock=clock)
     collected = statistics(job, stats, progress)
     with TemporaryDirectory(prefix="plan-") as pieces:  # which the trials of a search share
-        job = stages.keeping(job, Store(None if recipe.allocation.search is None else Path(pieces)))
+        job = jobs.keeping(job, Store(None if recipe.allocation.search is None else Path(pieces)))
         made, _ = plan_and_build(job, collected, None, Stopwatch(), progress)
     chosen = {name: {"method": c.method, "setting": c.setting, "bits": c.bits, "error": c.error} for name, c in made.linears.items()}
     return found | {"price": made.price, "linears": [linear | chosen[linear["name"]] for linear in found["linears"]]}
@@ -216,13 +220,13 @@ def calibrate(
     """
     output = Path(output)
     with Journal(output, restart) as journal:
-        source = stages.open_source(recipe.model.name, recipe.model.revision, progress)
+        source = jobs.open_source(recipe.model.name, recipe.model.revision, progress)
         preflight(output, source.path, overwrite, 0)
-        job = stages.start(recipe, source, progress)
-        job = stages.needing(job, [every for one in (recipe, *others) for every in (one, *search.recipes(one))])
-        job = stages.keeping(job, journal.begin(described(job, None, None)))
+        job = jobs.start(recipe, source, progress)
+        job = jobs.needing(job, [every for one in (recipe, *others) for every in (one, *search.recipes(one))])
+        job = jobs.keeping(job, journal.begin(described(job, None, None)))
         collected = stages.statistics(job, progress)
-        mark = stages.fingerprint(job)
+        mark = jobs.fingerprint(job)
         statistics_folder.save_statistics(output, collected, mark, overwrite)
     written = sum(path.stat().st_size for path in output.iterdir())
     return {
@@ -236,12 +240,12 @@ def calibrate(
 
 def inspect(path: str | Path, plot: Path | None = None) -> dict[str, Any]:
     """What a checkpoint stores for each linear, from headers and its own plan and report."""
-    return dry_run.inspection(model_folder.read_headers(model_folder.resolve(path)), plot)
+    return inspection(model_folder.read_headers(model_folder.resolve(path)), plot)
 
 
 def verify(path: str | Path, progress: Progress = silent) -> list[str]:
     """Problems of a checkpoint folder, one line each; none means that it is what was written."""
-    return checkpoint.verify(model_folder.resolve(path), progress)
+    return verify_checkpoint(model_folder.resolve(path), progress)
 
 
 def export(

@@ -7,17 +7,17 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compressor.calibrate import windows as data
-from compressor.files import model_folder
 from compressor.evaluation import lm_eval, perplexity
-from compressor.reporting import report
-from compressor.pipeline import job as stages
-from compressor.models import load as models
-from compressor.resume.journal import Journal, cache
-from compressor.runtime.progress import Progress, silent
-from compressor.recipe.sections import Recipe
 from compressor.evaluation.speed import speed as measure_speed
+from compressor.files import model_folder
+from compressor.models import load as models
+from compressor.pipeline import job as jobs
 from compressor.pipeline.job import Job
+from compressor.recipe.sections import Recipe
+from compressor.reporting import report
+from compressor.resume.journal import Journal, cache
 from compressor.resume.store import Store, digest
+from compressor.runtime.progress import Progress, silent
 
 WINDOW = 512  # tokens of an evaluation window where nothing says otherwise and the model has as many positions
 
@@ -27,7 +27,7 @@ def measure(job: Job, found: dict[str, Any], store: Store, progress: Progress) -
     recipe, model = job.recipe, job.model
     section = recipe.evaluation
     original, tokenizer = models.load(job.source.path, device=job.device)
-    windows = stages.evaluation_windows(job, progress)
+    windows = jobs.evaluation_windows(job, progress)
     store = store.within(windows.digest)
     result = perplexity.compare(original, model, windows.tokens, section.batch_size, progress, store)
     other = {"heldout": job.heldout.tokens} | ({"calibration": job.calibration.tokens} if recipe.trains else {})
@@ -73,7 +73,7 @@ def evaluate(
 
     An evaluation that was stopped goes on where it was, or from nothing with `restart`; its journal is in the user's cache.
     """
-    device = stages.choose_device(device)
+    device = jobs.choose_device(device)
     paths = {"compressed": model_folder.resolve(name)} | ({} if against is None else {"original": model_folder.resolve(against)})
     model, tokenizer = models.load(paths["compressed"], device=device)
     window = window or min(WINDOW, getattr(model.config.get_text_config(), "max_position_embeddings", WINDOW))

@@ -19,20 +19,20 @@ from typing import Any
 
 from torch import nn
 
-from compressor.pipeline import contest, job as stages
 from compressor.allocation.assign import assign, groups
-from compressor.runtime.deadline import OutOfTime, paced
-from compressor.recipe.load import changed
-from compressor.errors import BudgetError, NumericalError
-from compressor.plan import Plan
-from compressor.allocation.solve import Found
 from compressor.allocation.probe import Prober
-from compressor.runtime.progress import Progress, silent
+from compressor.allocation.solve import Found
+from compressor.errors import BudgetError, NumericalError
+from compressor.pipeline import contest, stages
+from compressor.pipeline.job import Job
+from compressor.plan import Plan
+from compressor.recipe.load import changed
 from compressor.recipe.sections import Recipe
 from compressor.recipe.training import Heal, Repair
-from compressor.pipeline.job import Job
-from compressor.statistics import LinearStats
+from compressor.runtime.deadline import OutOfTime, paced
+from compressor.runtime.progress import Progress, silent
 from compressor.runtime.stopwatch import Stopwatch
+from compressor.statistics import LinearStats
 
 KINDS, SETTINGS = 2 / 3, 1 / 2  # of the time left behind the start, when each must end: a kind may gain more than training, a setting less
 WHERE = "allocation.search"

@@ -4,29 +4,29 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from compressor.methods.low_rank import compensate
 from compressor import linalg
 from compressor.allocation.assign import PAIR
 from compressor.allocation.decompose import Decomposition, built, dense_weight, offering, setting_of, stacked, stacked_stats
-from compressor.errors import ConfigError
-from compressor.linears import CompressedLinear, Dense, Pruned
-from compressor.methods.base import ModuleMethod, Part
-from compressor.plan import Choice, Plan
 from compressor.allocation.solve import Found
-from compressor.runtime.progress import Progress, silent
-from compressor.recipe.sections import Recipe
 from compressor.calibrate.streams import Streams, solve_block, solve_in_order
+from compressor.errors import ConfigError
+from compressor.linears import CompressedLinear, Dense
+from compressor.linears.base import Modules
+from compressor.methods.base import ModuleMethod, Part
+from compressor.methods.low_rank import compensate
 from compressor.pipeline.job import Job
-from compressor.statistics import LinearStats
+from compressor.pipeline.residuals import ranks_of
+from compressor.plan import Choice, Plan
+from compressor.recipe.sections import Recipe
 from compressor.resume.store import Store
+from compressor.runtime.progress import Progress, silent
+from compressor.statistics import LinearStats
 
-Modules = dict[str, CompressedLinear]
 READERS = ("o", "down", "fc2")  # linears that read what the others of their module write
 
 
@@ -74,47 +74,6 @@ def in_order(
     else:
         ranks = {name: choice.residual or 0 for name, choice in edited.linears.items()}
     return Run(job, plan, modules, found, stats, ranks, store)
-
-
-def ranks_of(job: Job, plan: Plan, modules: Modules, stats: dict[str, LinearStats]) -> dict[str, int]:
-    """Rank of every residual: the recipe's, or what its budget buys by marginal gain in the damage that the allocation counts with."""
-    section, ranks = job.recipe.compensation, {}
-    if not section.enabled:
-        return ranks
-    modules = {name: module for name, module in modules.items() if not isinstance(module, Pruned)}  # what is gone is not to come back
-    limits = {name: compensate.largest_rank(module, dense_weight(job.assignments[name])) for name, module in modules.items()}
-    if section.rank is not None:
-        for name, limit in limits.items():
-            if section.rank > limit:
-                raise ConfigError(
-                    f"{name}: a residual of rank {section.rank} beside what '{plan.linears[name].method}' stores is not smaller than "
-                    f"dense, which takes {limit} at most; lower compensation.rank, or give compensation.keep"
-                )
-        return dict.fromkeys(modules, section.rank)
-    offers = {
-        name: offer(job, name, plan.linears[name], module, stats[name], limits[name]) for name, module in modules.items() if limits[name]
-    }
-    bits = job.recipe.allocation.count == "bits"
-    whole = sum(assignment.bits if bits else assignment.parameters for assignment in job.assignments.values())
-    return dict.fromkeys(modules, 0) | compensate.spend(offers, int(section.keep * whole + 1e-6))
-
-
-def offer(job: Job, name: str, choice: Choice, module: CompressedLinear, stats: LinearStats, limit: int) -> compensate.Offer:
-    """What each rank of a residual gains: its part of the linear's predicted divergence, else of its loss or relative output error."""
-    assignment, metric = job.assignments[name], job.recipe.compensation.metric
-    dense = dense_weight(assignment)
-    fit = compensate.fit(name, dense, module, stats, metric)
-    lost = fit.residual.tail[0].item()
-    if choice.kl is not None:
-        scale = choice.kl / lost if lost > 0 else 0.0
-    elif metric == "two_sided":
-        scale = 0.5
-    else:
-        energy = fit.metric.energy(dense.weight)
-        scale = 1 / energy if energy > 0 else 0.0
-    count = 0 if job.recipe.allocation.count == "bits" else 1
-    sizes = [compensate.size(module, rank, assignment.dtype.itemsize)[count] for rank in range(limit + 1)]
-    return compensate.Offer((scale * fit.gains[:limit]).tolist(), [after - before for before, after in pairwise(sizes)])
 
 
 @dataclass(frozen=True)

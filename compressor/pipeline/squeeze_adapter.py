@@ -17,16 +17,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from compressor.allocation import adapter_ranks
 from compressor.calibrate import statistics_folder
-from compressor.files import model_folder
-from compressor.linalg import products as squeeze
+from compressor.checkpoint.weights import write_shard
 from compressor.checkpoint.write import LICENCE, TOKENIZER, copy_files, same_bits
 from compressor.errors import CheckpointError, ConfigError, DataError
+from compressor.files import model_folder
+from compressor.files.documents import naming, read_json, some
+from compressor.files.safetensors import inside, read_header
+from compressor.files.staging import Staging, preflight
 from compressor.linalg import Metric
-from compressor.files.safetensors import inside, read_header, read_json, some
+from compressor.linalg import products as squeeze
 from compressor.linalg.products import Components, Product
-from compressor.files.staging import Staging, naming, preflight
-from compressor.checkpoint.weights import write_shard
 
 CONFIG, WEIGHTS, NAME = "adapter_config.json", "adapter_model.safetensors", "default"
 TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
@@ -81,7 +83,7 @@ def squeezed(
         ranks = {name: min(rank, len(part.energies)) for name, part in parts.items()}
     else:
         prices = [product.price for product in adapter.products.values()]
-        ranks = dict(zip(parts, squeeze.allocate(list(parts.values()), prices, adapter.parameters, keep), strict=True))
+        ranks = dict(zip(parts, adapter_ranks.allocate(list(parts.values()), prices, adapter.parameters, keep), strict=True))
     with Staging(output, overwrite) as staging:
         written = write(staging.folder, adapter, parts, ranks)
         found = compare(staging.folder, adapter, written, parts, metrics)

@@ -11,34 +11,36 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from compressor.pipeline import job as stages
 from compressor.allocation.decompose import offering
+from compressor.allocation.solve import Found
 from compressor.errors import NumericalError
-from compressor.training.heal import Original
-from compressor.training.supports import Latents, has_support, parted
-from compressor.training.learners import Learners, leaves, rebind, rebuilt
+from compressor.evaluation.perplexity import in_float32
 from compressor.linears import CompressedLinear
-from compressor.training.lora import Loras, input_metrics, mergeable
+from compressor.linears.base import Modules
 from compressor.methods.base import ModuleMethod
-from compressor.models.load import blocks, installed
+from compressor.models.install import installed
+from compressor.models.linears import blocks
+from compressor.models.partial_forward import recomputing
+from compressor.pipeline import job as jobs
+from compressor.pipeline.job import Job
+from compressor.pipeline.sequential_solve import Run, Stack
+from compressor.pipeline.stages import output_dtype
+from compressor.plan import Choice, Plan
+from compressor.recipe.sections import Recipe
+from compressor.recipe.training import Heal, Training
+from compressor.resume.store import Store
+from compressor.runtime.progress import Progress, silent
+from compressor.training.learners import Learners, leaves, rebind, rebuilt
+from compressor.training.loop import State, Task, attached, fit
+from compressor.training.lora import Loras, input_metrics, mergeable
 from compressor.training.losses import Objective
 from compressor.training.optimizers import require
-from compressor.training.step_budget import Pace, timed
-from compressor.training.team import Dismissed
-from compressor.plan import Choice, Plan
-from compressor.allocation.solve import Found
-from compressor.runtime.progress import Progress, silent
-from compressor.recipe.sections import Recipe
-from compressor.pipeline.sequential_solve import Run, Stack
 from compressor.training.repair import repair_blocks
-from compressor.models.partial_forward import recomputing
-from compressor.evaluation.perplexity import in_float32
-from compressor.recipe.training import Heal, Training
-from compressor.pipeline.job import Job, output_dtype
-from compressor.resume.store import Store
-from compressor.training.loop import State, Task, attached, fit
+from compressor.training.step_budget import Pace, timed
+from compressor.training.supports import Latents, has_support, parted
+from compressor.training.teacher import Original
+from compressor.training.team import Dismissed
 
-Modules = dict[str, nn.Module]
 Again = Callable[[Store], Run]
 
 BEGIN = 1.5  # comparisons on all windows, which the work before the first step is like
@@ -104,7 +106,7 @@ def begins(job: Job) -> bool:
     if not job.clock.limited:
         return True
     tokens = job.calibration.tokens.numel() + job.heldout.tokens.numel()
-    return BEGIN * tokens * stages.seconds_per_token(job) < job.clock.left
+    return BEGIN * tokens * jobs.seconds_per_token(job) < job.clock.left
 
 
 class _Recovery:

@@ -10,29 +10,19 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from compressor.errors import ConfigError, did_you_mean
-from compressor.recipe.sections import Recipe
-from compressor.recipe.presets import resource_folder
-from compressor.recipe.training import Section
-from compressor.recipe.quantities import size_in_bytes
 from compressor.files.yaml import Keys, dump, parse_document, parse_yaml, read_text
+from compressor.recipe.presets import presets
+from compressor.recipe.quantities import size_in_bytes
+from compressor.recipe.sections import Recipe
+from compressor.recipe.training import Section
 
-__all__ = ["Recipe", "dump_yaml", "find_recipe", "load_recipe", "parse_size", "parse_yaml", "preset_titles", "presets", "schema"]
+__all__ = ["Recipe", "dump_yaml", "find_recipe", "load_recipe", "parse_size", "parse_yaml", "schema"]
 
 _RIVALS: dict[Keys, Keys] = {
     ("allocation", "keep"): ("allocation", "target_size"),
     ("allocation", "target_size"): ("allocation", "keep"),
 }
 Entry = tuple[Keys, Any, str]  # path, value, origin
-
-
-def presets() -> dict[str, Path]:
-    """Recipes that can be used by name."""
-    return {path.stem: path for path in sorted(resource_folder("configs").glob("*.yaml"))}
-
-
-def preset_titles() -> dict[str, str]:
-    """First line of the header of each preset."""
-    return {name: read_text(path).partition("\n")[0].removeprefix("# ") for name, path in presets().items()}
 
 
 def schema() -> dict[str, Any]:

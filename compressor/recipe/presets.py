@@ -1,10 +1,16 @@
-"""Folders of data that travel with the package: `configs`, `calibration`, `reference`."""
+"""Recipes that can be used by name."""
 
 from pathlib import Path
 
+from compressor.files.bundled import bundled_folder
+from compressor.files.yaml import read_text
 
-def resource_folder(name: str) -> Path:
-    """Return a bundled folder. An installed package holds all of them; in a source tree some stand beside the package."""
-    package = Path(__file__).parent
-    inside = package / name
-    return inside if inside.is_dir() else package.parent / name
+
+def presets() -> dict[str, Path]:
+    """Recipes that can be used by name."""
+    return {path.stem: path for path in sorted(bundled_folder("configs").glob("*.yaml"))}
+
+
+def preset_titles() -> dict[str, str]:
+    """First line of the header of each preset."""
+    return {name: read_text(path).partition("\n")[0].removeprefix("# ") for name, path in presets().items()}

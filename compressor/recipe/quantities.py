@@ -1,4 +1,4 @@
-"""Sizes as people write them."""
+"""Sizes and durations as people write them."""
 
 import re
 from typing import Annotated, Any
@@ -25,3 +25,22 @@ def _size(value: Any) -> Any:
 
 
 Size = Annotated[str | int, BeforeValidator(_size)]
+
+
+_SECONDS = {"s": 1, "m": 60, "h": 3600}
+
+
+def seconds_of(duration: str) -> float:
+    """Turn `90s`, `10m` or `1.5h` into seconds. Raises ValueError."""
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*([smh])", str(duration).strip())
+    if match is None or not (seconds := float(match[1]) * _SECONDS[match[2]]):
+        raise ValueError(f"must be a time with its unit (s, m, h) such as 10m, not {duration!r}")
+    return seconds
+
+
+def _duration(value: str) -> str:
+    seconds_of(value)
+    return value
+
+
+Duration = Annotated[str, BeforeValidator(_duration)]

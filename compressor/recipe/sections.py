@@ -5,9 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, Strict, model_validator
 
-from compressor.runtime.deadline import Duration
+from compressor.recipe.quantities import Duration, Size, seconds_of
 from compressor.recipe.training import Count, Heal, Many, NonNegative, Repair, Section
-from compressor.recipe.quantities import Size
 
 DEFAULT_KEEP = 0.8
 SEARCHED = ("method.", "allocation.depth_bias", "allocation.cap", "allocation.tie", "allocation.probe.rank")
@@ -272,6 +271,10 @@ class Recipe(Section):
     @property
     def trains(self) -> bool:
         return self.repair.enabled or self.heal.enabled
+
+    @property
+    def budget_seconds(self) -> float | None:
+        return None if self.budget is None else seconds_of(self.budget)
 
     @property
     def evaluation_window(self) -> int:

@@ -19,11 +19,10 @@ from pydantic import BeforeValidator, ValidationError
 from rich.console import RenderableType
 
 from compressor.errors import CheckpointError, ConfigError, did_you_mean
-from compressor.recipe.training import Section
-from compressor.files.safetensors import read_json
-from compressor.files.staging import replace_text
-from compressor.reporting.tables import columns, number
+from compressor.files.documents import read_json, replace_text
 from compressor.files.yaml import parse_document, read_text
+from compressor.recipe.training import Section
+from compressor.reporting.tables import columns, number
 
 REPORT = "report.json"
 KEPT_IN_BASELINE = ("bytes", "perplexity", "kl", "tokens", "window", "lm_eval", "fingerprints")
@@ -249,7 +248,7 @@ def write_junit(path: Path, found: Mapping[str, Any]) -> None:
     counts = {"tests": str(len(found["checks"])), "failures": str(len(found["broken"]))}
     suite = ElementTree.Element("testsuite", {"name": "compressor gate", **counts})
     for check in found["checks"]:
-        case = ElementTree.SubElement(suite, "testcase", {"classname": "compressor.reporting.gate", "name": f"{check['score']} {check['limit']}"})
+        case = ElementTree.SubElement(suite, "testcase", {"classname": "compressor.gate", "name": f"{check['score']} {check['limit']}"})
         if not check["passed"]:
             ElementTree.SubElement(case, "failure", {"message": check["message"]})
     ElementTree.indent(suite)

@@ -12,13 +12,12 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
-from compressor.reporting import figures, plots, report
 from compressor.errors import CheckpointError, ConfigError
-from compressor.plan import DENSE
-from compressor.files.safetensors import read_json
-from compressor.files.staging import replace_text
-from compressor.reporting.tables import ABSENT, number, percent, size
+from compressor.files.documents import read_json, replace_text
 from compressor.files.yaml import parse_yaml
+from compressor.plan import DENSE
+from compressor.reporting import figures, plots, report
+from compressor.reporting.tables import ABSENT, number, percent, size
 
 TEMPLATES = Path(__file__).parent / "templates"
 FORMATS = (".html", ".md")

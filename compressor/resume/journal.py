@@ -16,11 +16,11 @@ from typing import Any, Self
 
 from filelock import FileLock, Timeout
 
-from compressor.files import manifest
 from compressor.errors import CheckpointError, ConfigError
-from compressor.files.safetensors import read_json
-from compressor.files.staging import leftovers, located, recover, remove, replace_text
-from compressor.resume.store import VERSIONS, Store, differences
+from compressor.files import manifest
+from compressor.files.documents import differences, read_json, replace_text
+from compressor.files.staging import leftovers, located, recover, remove
+from compressor.resume.store import VERSIONS, Store
 
 SUFFIX, RUN, OWNER, WRITTEN = ".journal", "run.json", "owner", "written"
 

@@ -18,8 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from compressor.files.documents import naming
 from compressor.resume.codec import decode, encode, tensors_in
-from compressor.files.staging import naming
 
 
 class Cache:

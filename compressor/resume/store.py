@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -19,8 +19,8 @@ from filelock import FileLock
 from safetensors.torch import load, save
 
 from compressor import __version__
+from compressor.files.documents import naming
 from compressor.resume.codec import decode, encode
-from compressor.files.staging import naming
 
 T = TypeVar("T")
 DIGEST_BYTES = 32
@@ -32,25 +32,6 @@ log = logging.getLogger(__name__)
 def digest(data: Any) -> str:
     """sha256 of JSON data."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
-
-
-def differences(stored: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-    """Every part in which two JSON values differ, with both: `recipe.seed is 1 there and 0 here`."""
-    before, now = dict(_flatten(stored)), dict(_flatten(expected))
-    return [
-        f"{key} is {before.get(key, 'absent')} there and {now.get(key, 'absent')} here"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key, "absent") != now.get(key, "absent")
-    ]
-
-
-def _flatten(data: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves of nested dictionaries and lists, with dotted keys."""
-    if not isinstance(data, (dict, list)):
-        yield prefix, data
-        return
-    for key, value in data.items() if isinstance(data, dict) else enumerate(data):
-        yield from _flatten(value, f"{prefix}.{key}" if prefix else str(key))
 
 
 class Store:

@@ -1,33 +1,13 @@
 """The time that a run may take, and work that is dropped where it would take more."""
 
-import re
 import time
 from collections.abc import Iterable, Iterator, Sized
-from typing import Annotated, TypeVar
-
-from pydantic import BeforeValidator
+from typing import TypeVar
 
 from compressor.runtime.progress import Progress
 
 T = TypeVar("T")
-_UNITS = {"s": 1, "m": 60, "h": 3600}
 EIGHTH = 8  # of its items, after which a stage shows how long it will take
-
-
-def seconds_of(duration: str) -> float:
-    """Turn `90s`, `10m` or `1.5h` into seconds. Raises ValueError."""
-    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*([smh])", str(duration).strip())
-    if match is None or not (seconds := float(match[1]) * _UNITS[match[2]]):
-        raise ValueError(f"must be a time with its unit (s, m, h) such as 10m, not {duration!r}")
-    return seconds
-
-
-def _duration(value: str) -> str:
-    seconds_of(value)
-    return value
-
-
-Duration = Annotated[str, BeforeValidator(_duration)]
 
 
 class OutOfTime(Exception):
@@ -37,8 +17,8 @@ class OutOfTime(Exception):
 class Clock:
     """Seconds that are left of a budget, from construction on, less what is kept back; without a budget they never end."""
 
-    def __init__(self, budget: str | None = None):
-        self._end = float("inf") if budget is None else time.monotonic() + seconds_of(budget)
+    def __init__(self, seconds: float | None = None):
+        self._end = float("inf") if seconds is None else time.monotonic() + seconds
 
     def hold(self, seconds: float) -> None:
         """Keep time back for what is sure to come last."""

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from compressor.resume.codec import borrower
 from compressor.linears import Adapted, Chained, CompressedLinear, LowRank
-from compressor.models.load import fitted
+from compressor.models.install import fitted
+from compressor.resume.codec import borrower
 
 Values = dict[str, dict[str, Tensor]]  # module → name within it → tensor
 

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import CompressorError, NumericalError
-from compressor.training.optimizers import Moments, moments_of, optimizer_of
-from compressor.training.team import ALONE, Team
-from compressor.runtime.progress import Progress, silent
 from compressor.recipe.training import Training
 from compressor.resume.store import NOWHERE, Store
+from compressor.runtime.progress import Progress, silent
+from compressor.training.optimizers import Moments, moments_of, optimizer_of
+from compressor.training.team import ALONE, Team
 
 ZERO = 1e-2  # what the learning rate of a tensor is relative to whose median is zero, such as a bias
 OVERSHOT = 1.1  # times the best score: a rate that leads there is too high; less is noise, which the cosine takes away

@@ -35,12 +35,12 @@ from transformers.pytorch_utils import Conv1D
 
 from compressor.errors import ConfigError
 from compressor.hf import out_in
-from compressor.training.learners import Values, leaves, masters
 from compressor.linalg import Metric
+from compressor.linalg.products import Product, decompose
 from compressor.linears import Adapted, Chained, CompressedLinear, LowRank, Packed
 from compressor.linears.support import grid
 from compressor.methods.low_rank.low_rank import store
-from compressor.linalg.products import Product, decompose
+from compressor.training.learners import Values, leaves, masters
 from compressor.training.loop import ZERO
 
 

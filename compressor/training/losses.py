@@ -18,15 +18,17 @@ Memory: `cached`, those bytes for each position, in place of the hidden size × 
 the time.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from compressor.training.heal import Divergence, Original
-from compressor.models.load import blocks
-from compressor.training.repair import hidden
+from compressor.models.linears import blocks
 from compressor.models.partial_forward import watching
 from compressor.recipe.training import Heal
+from compressor.training.repair import hidden
+from compressor.training.teacher import Original
 
 
 class Objective:
@@ -76,3 +78,22 @@ def distance(found: Tensor, expected: Tensor) -> Tensor:
     """Mean over positions of ‖h − ĥ‖² / ‖h‖²; outputs (batch, length, hidden)."""
     energy = expected.square().sum(-1).clamp(min=torch.finfo(expected.dtype).tiny)
     return ((found - expected).square().sum(-1) / energy).mean()
+
+
+class Divergence(torch.autograd.Function):
+    """KL(p‖q) summed over positions, of logits (…, vocabulary) of q and of p, with gradients for q.
+
+    The gradient q − p is exactly zero where the logits agree. That of a composed loss is rounding noise there, which AdamW, whose steps do
+    not shrink with the gradient, would make large.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, expected: Tensor) -> Tensor:
+        log_q, log_p = functional.log_softmax(logits, -1), functional.log_softmax(expected, -1)
+        ctx.save_for_backward(log_q, log_p)
+        return torch.where(log_p.isneginf(), 0.0, log_p.exp() * (log_p - log_q)).sum()
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None]:
+        log_q, log_p = ctx.saved_tensors
+        return scale * (log_q.exp() - log_p.exp()), None

@@ -21,18 +21,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from compressor.resume.spill import Cache
-from compressor.resume.codec import borrower
-from compressor.training.learners import Learners, Values, rebind, rebuilt
-from compressor.linears import CompressedLinear
-from compressor.models.load import blocks, installed
-from compressor.runtime.progress import Progress, silent
-from compressor.recipe.training import Repair
 from compressor.calibrate.streams import Streams
+from compressor.linears import CompressedLinear
+from compressor.linears.base import Modules
+from compressor.models.install import installed
+from compressor.models.linears import blocks
+from compressor.recipe.training import Repair
+from compressor.resume.codec import borrower
+from compressor.resume.spill import Cache
 from compressor.resume.store import NOWHERE, Store
+from compressor.runtime.progress import Progress, silent
+from compressor.training.learners import Learners, Values, rebind, rebuilt
 from compressor.training.loop import Task, fit
-
-Modules = dict[str, nn.Module]
 
 
 @dataclass(frozen=True)

@@ -31,11 +31,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from compressor.training.learners import Learners, rebind, rebuilt
 from compressor.linears import Dictionary, Sparse
-from compressor.linears.support import grid
 from compressor.linears.masks import pack_mask
+from compressor.linears.support import grid
 from compressor.recipe.training import Heal
+from compressor.training.learners import Learners, rebind, rebuilt
 from compressor.training.loop import ZERO
 
 FREE = 0.8  # of the steps, in which supports learn

@@ -15,8 +15,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast, broadcast_object_list, reduce
 from torch import Tensor, nn
 
-from compressor.resume.codec import decode, encode
 from compressor.errors import CompressorError
+from compressor.resume.codec import decode, encode
 
 WAIT = timedelta(days=14)  # for the main process to need the others; a process that ends is noticed at once
 BUCKET = 2**22  # numbers that are averaged in one message: many small messages are slow, large ones need memory

@@ -9,7 +9,7 @@ from click.testing import Result
 from killed import dying, forked, wait
 from typer.testing import CliRunner
 
-from compressor.cli import app
+from compressor.cli.app import app
 
 SMALL = {
     "calibration.windows": 12,
@@ -24,7 +24,7 @@ SMALL = {
 
 def run(*arguments: object) -> Result:
     """One command in this process. Anything but an exit code that escapes is a failed test."""
-    result = CliRunner().invoke(app.app, list(map(str, arguments)))
+    result = CliRunner().invoke(app, list(map(str, arguments)))
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert "Traceback" not in result.stderr

@@ -12,10 +12,10 @@ from faults.shell import compress, refused, run
 from safetensors.torch import save_file
 from test_folder import WEIGHTS, edit_tensors
 
+from compressor.calibrate.statistics_folder import load_statistics, save_statistics
+from compressor.files.documents import read_json as read_description
 from compressor.models import load as models
 from compressor.reporting import report
-from compressor.calibrate.statistics_folder import load_statistics, save_statistics
-from compressor.files.safetensors import read_json as read_description
 
 pytestmark = pytest.mark.faults
 

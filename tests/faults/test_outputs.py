@@ -12,7 +12,8 @@ from faults.shell import bytes_of, compress, killed, refused, run
 from handmade import disk_of_20_kb, full_disk
 from killed import forked, wait
 
-from compressor.pipeline import run as pipeline, job
+from compressor.pipeline import job
+from compressor.pipeline import run as pipeline
 
 pytestmark = pytest.mark.faults
 

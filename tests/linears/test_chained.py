@@ -10,8 +10,8 @@ from handmade import compress_in_place, loaded
 from sameness import assert_same_output, assert_same_tensors
 
 import compressor.hf  # noqa: F401 - registers the format with transformers
-from compressor.linears import Adapted, Chained, Packed, build_empty
 from compressor.evaluation.perplexity import in_float32
+from compressor.linears import Adapted, Chained, Packed, build_empty
 
 
 def made(shape, group: int, bits: int, symmetric: bool, bias: bool = False, dtype=torch.float32) -> Packed:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 import compressor.hf  # noqa: F401 - registers the format with transformers
 from compressor.errors import ConfigError
+from compressor.evaluation.perplexity import in_float32
 from compressor.linears import KINDS, Adapted, Packed, build_empty
 from compressor.linears.packed import library, pack, unpack, words
-from compressor.evaluation.perplexity import in_float32
 
 SHAPES = [((24, 16), 8), ((16, 24), 24), ((5, 31), 31), ((6, 86), 43), ((8, 8), 1)]  # (out, in), group
 BITS = range(2, 9)

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 import compressor.hf  # noqa: F401 - registers the format with transformers
 from compressor.errors import CheckpointError
+from compressor.evaluation.perplexity import in_float32
 from compressor.linears import KINDS, Adapted, Sparse, build_empty
 from compressor.linears.masks import pack_mask, unpack_mask
-from compressor.evaluation.perplexity import in_float32
 
 SHAPES = [(24, 16), (16, 24), (17, 13), (8, 8), (5, 31)]  # (out, in): tall, wide, odd, square
 DOUBLE = 1e-12  # relative, float64 rounding of a few dozen sums

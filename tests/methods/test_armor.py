@@ -9,14 +9,14 @@ from conftest import VOCABULARY
 from safetensors.torch import save_file
 
 import compressor
-from compressor.pipeline import run
-from compressor.recipe.load import load_recipe
 from compressor.errors import ConfigError
 from compressor.linears import Dense, Wrapped
 from compressor.methods import build
-from compressor.methods.sparse.armor import divisor, first, identity
 from compressor.methods.sparse.admm import Problem, projection
+from compressor.methods.sparse.armor import divisor, first, identity
 from compressor.methods.sparse.block_diagonal import Factors, bounds, descend, masks, values, wrappers
+from compressor.pipeline import run
+from compressor.recipe.load import load_recipe
 from compressor.statistics import LinearStats
 
 SLACK = 1 + 1e-9  # float64 rounding of an error that may not grow

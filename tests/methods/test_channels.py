@@ -182,9 +182,9 @@ def test_what_is_no_feed_forward_block_is_refused(block):
 def test_a_pruned_model_is_the_model_with_its_channels_masked(kind, tmp_path):
     """Through a whole run: logits equal those of the dense model with zeros, also token by token with a cache."""
     import compressor
+    from compressor.models.linears import dense_of, linears
     from compressor.pipeline import run
     from compressor.recipe.load import load_recipe
-    from compressor.models.load import dense_of, linears
 
     source, model = save_tiny(tmp_path / kind, kind), tiny_model(kind)
     save_file(

@@ -6,7 +6,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from compressor.methods.dictionary.sparse_coding import admm_codes, column_errors, htp_codes, keep_better, masked_cg, project_columns, project_global, project_nm, top_mask, unit_atoms
+from compressor.methods.dictionary.sparse_coding import (
+    admm_codes,
+    column_errors,
+    htp_codes,
+    keep_better,
+    masked_cg,
+    project_columns,
+    project_global,
+    project_nm,
+    top_mask,
+    unit_atoms,
+)
 
 EXACT = 1e-9
 

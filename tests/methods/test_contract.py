@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from compressor.resume.codec import decode, encode
 from compressor.linears import build_empty
 from compressor.methods import METHODS, build
 from compressor.methods.base import Method
 from compressor.methods.low_rank.low_rank import NEEDS
+from compressor.resume.codec import decode, encode
 
 STORED = 2e-5  # relative error of float32 factors against the float64 closed form, in units of the energy
 OUTPUT = 1e-4  # float32 forward against float64 products

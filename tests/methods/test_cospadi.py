@@ -13,9 +13,9 @@ from compressor.errors import ConfigError
 from compressor.files.model_folder import resolve
 from compressor.linears import Dense
 from compressor.methods import build
-from compressor.methods.dictionary.sparse_coding import project_columns
-from compressor.methods.dictionary.cospadi import alternate, leading_codes, revived
 from compressor.methods.dictionary.base import basis_of, fitted_error, start_errors
+from compressor.methods.dictionary.cospadi import alternate, leading_codes, revived
+from compressor.methods.dictionary.sparse_coding import project_columns
 from compressor.models.load import load
 from compressor.statistics import LinearStats
 

@@ -12,8 +12,19 @@ from compressor.errors import ConfigError, DataError
 from compressor.linears import Dense
 from compressor.linears.masks import unpack_mask
 from compressor.methods import build
+from compressor.methods.dictionary.base import (
+    DAMPING,
+    Basis,
+    basis_of,
+    best_dictionary,
+    fitted_error,
+    require_atoms,
+    start_errors,
+    store,
+    stored_size,
+    unwhitened,
+)
 from compressor.methods.dictionary.sparse_coding import project_columns
-from compressor.methods.dictionary.base import DAMPING, Basis, basis_of, best_dictionary, fitted_error, require_atoms, start_errors, store, stored_size, unwhitened
 from compressor.plan import Candidate
 from compressor.statistics import LinearStats
 

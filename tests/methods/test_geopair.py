@@ -7,14 +7,14 @@ from sameness import assert_same_output
 from torch import Tensor
 
 import compressor
-from compressor.pipeline import run
-from compressor.recipe.load import load_recipe
 from compressor.errors import ConfigError, NumericalError
 from compressor.linears import Dense, Dictionary
 from compressor.methods import build
-from compressor.methods.dictionary import geopair
 from compressor.methods.base import Part
+from compressor.methods.dictionary import geopair
 from compressor.methods.dictionary.base import basis_of
+from compressor.pipeline import run
+from compressor.recipe.load import load_recipe
 from compressor.statistics import LinearStats
 
 FINE = {"atom_step": 1, "ratios": [1.5, 2.0]}

@@ -6,12 +6,12 @@ from conftest import VOCABULARY, save_tiny
 from safetensors.torch import save_file
 
 import compressor
-from compressor.pipeline import run
-from compressor.recipe.load import load_recipe
 from compressor.errors import ConfigError
 from compressor.linears import Dense
 from compressor.methods import build
 from compressor.methods.base import Part
+from compressor.pipeline import run
+from compressor.recipe.load import load_recipe
 from compressor.statistics import LinearStats
 
 DIM, KV, GROUP, WIDTH = 4, 2, 2, 10  # two key–value heads for two query heads each

@@ -15,9 +15,9 @@ from compressor.linalg import Metric
 from compressor.linears import Adapted, Dense, Packed
 from compressor.methods import build
 from compressor.methods.integers.coordinate_descent import descend
+from compressor.methods.integers.error_feedback import Entries, Grid, fit_grid, nearest, round_columns, round_entries
 from compressor.methods.integers.quantize import group_size
 from compressor.methods.low_rank.residual import decompose
-from compressor.methods.integers.error_feedback import Entries, Grid, fit_grid, nearest, round_columns, round_entries
 from compressor.methods.sparse.sparse import obs_factor
 from compressor.statistics import LinearStats
 

@@ -8,15 +8,17 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
+from compressor.checkpoint.weights import stored_dtype, stored_tensors, write_weights
 from compressor.checkpoint.write import compare_reload, write_companions, write_config
 from compressor.errors import CheckpointError
+from compressor.files.documents import naming
 from compressor.files.model_folder import read
+from compressor.files.staging import Staging, preflight
 from compressor.hf import QUANT_METHOD
 from compressor.linears import CompressedLinear, Pruned
-from compressor.models.load import blocks, load, skeleton
+from compressor.models.linears import blocks
+from compressor.models.load import load, skeleton
 from compressor.runtime.progress import Progress, silent
-from compressor.files.staging import Staging, naming, preflight
-from compressor.checkpoint.weights import stored_dtype, stored_tensors, write_weights
 
 SHARD_SIZE = 5_000_000_000
 WIDTHS = ("intermediate_size", "ffn_dim", "n_inner")  # what configs call the width of feed-forward blocks

@@ -23,15 +23,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
+from compressor.checkpoint.export.dense import SHARD_SIZE, compressed_skeleton, dense_module
+from compressor.checkpoint.weights import stored_dtype, stored_tensors, write_shard, write_weights
 from compressor.checkpoint.write import same_bits, write_companions, write_config
 from compressor.errors import CheckpointError, ConfigError
-from compressor.checkpoint.export.dense import SHARD_SIZE, compressed_skeleton, dense_module
+from compressor.files.documents import naming, some
+from compressor.files.staging import Staging, preflight
 from compressor.linears import Adapted, CompressedLinear, Packed
 from compressor.linears.packed import library
 from compressor.models.load import from_pretrained, load
-from compressor.files.safetensors import some
-from compressor.files.staging import Staging, naming, preflight
-from compressor.checkpoint.weights import stored_dtype, stored_tensors, write_shard, write_weights
 
 FORMATS = {"compressed-tensors": False, "peft": True}  # whether residuals are written, as an adapter
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}  # of logits over the largest, where adapters are added

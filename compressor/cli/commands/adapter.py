@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from compressor.cli.options import OVERWRITE
 from compressor.cli.command import Outcome, verb
+from compressor.cli.options import OVERWRITE
 
 app = typer.Typer(help="Tools for LoRA adapters of PEFT.", no_args_is_help=True)
 

@@ -29,7 +29,8 @@ def presets(
     name: Annotated[str | None, Argument(metavar="NAME", help="Print this recipe with all its defaults.", show_default=False)] = None,
 ) -> Outcome:
     """List the published recipes that `--config` knows by name."""
-    from compressor.recipe.load import dump_yaml, load_recipe, preset_titles
+    from compressor.recipe.load import dump_yaml, load_recipe
+    from compressor.recipe.presets import preset_titles
 
     if name is None:
         return Outcome({"presets": [{"name": name, "title": title} for name, title in preset_titles().items()]})

@@ -22,8 +22,18 @@ from torch import Tensor
 
 from compressor.linears import Dictionary
 from compressor.methods import register
+from compressor.methods.dictionary.base import (
+    Basis,
+    DictionaryMethod,
+    best_dictionary,
+    curve_of,
+    fitted_error,
+    profiled,
+    require_atoms,
+    store,
+    unwhitened,
+)
 from compressor.methods.dictionary.sparse_coding import project_columns
-from compressor.methods.dictionary.base import Basis, DictionaryMethod, best_dictionary, curve_of, fitted_error, profiled, require_atoms, store, unwhitened
 from compressor.plan import Curve
 
 FLAT = 1e-4  # end when a round lowers the error by less than this, relative

@@ -28,9 +28,19 @@ from torch import Tensor
 
 from compressor.linears import Dictionary
 from compressor.methods import register
-from compressor.methods.dictionary.sparse_coding import admm_codes, column_errors, project_columns, unit_atoms
-from compressor.methods.dictionary.base import Basis, DictionaryMethod, best_dictionary, curve_of, fitted_error, profiled, require_atoms, store, unwhitened
+from compressor.methods.dictionary.base import (
+    Basis,
+    DictionaryMethod,
+    best_dictionary,
+    curve_of,
+    fitted_error,
+    profiled,
+    require_atoms,
+    store,
+    unwhitened,
+)
 from compressor.methods.dictionary.ksvd import ksvd
+from compressor.methods.dictionary.sparse_coding import admm_codes, column_errors, project_columns, unit_atoms
 from compressor.plan import Curve
 
 SPAN, FLAT = 5, 1e-3  # end when the best of so many rounds is not lower than the best of as many before by this, relative

@@ -29,8 +29,20 @@ from compressor.linalg import Metric
 from compressor.linears import Dense, Dictionary
 from compressor.methods import register
 from compressor.methods.base import Method
+from compressor.methods.dictionary.base import (
+    RATIOS,
+    Fraction,
+    Ratio,
+    best_dictionary,
+    fitted_error,
+    grid,
+    needs_of,
+    output_roots,
+    profiled,
+    require_atoms,
+    store,
+)
 from compressor.methods.dictionary.sparse_coding import project_columns
-from compressor.methods.dictionary.base import RATIOS, Fraction, Ratio, best_dictionary, fitted_error, grid, needs_of, output_roots, profiled, require_atoms, store
 from compressor.plan import Candidate, Curve
 from compressor.statistics import LinearStats
 

@@ -32,9 +32,9 @@ from compressor.linalg import Metric
 from compressor.linears import CompressedLinear, Dense
 from compressor.methods import register
 from compressor.methods.base import ModuleMethod, Part
-from compressor.methods.dictionary.sparse_coding import column_errors, htp_codes, project_columns, unit_atoms
-from compressor.methods.dictionary.cospadi import FLAT, SPAN, expected_level
 from compressor.methods.dictionary.base import RATIOS, Fraction, Ratio, grid, profiled, require_atoms, store
+from compressor.methods.dictionary.cospadi import FLAT, SPAN, expected_level
+from compressor.methods.dictionary.sparse_coding import column_errors, htp_codes, project_columns, unit_atoms
 from compressor.methods.dictionary.sylvester import gram_basis, shared_dictionary
 from compressor.plan import Candidate, Curve
 

@@ -26,8 +26,18 @@ from compressor import linalg
 from compressor.linalg import Metric
 from compressor.linears import Dictionary
 from compressor.methods import register
+from compressor.methods.dictionary.base import (
+    Basis,
+    DictionaryMethod,
+    Ratio,
+    best_dictionary,
+    curve_of,
+    fitted_error,
+    profiled,
+    require_atoms,
+    store,
+)
 from compressor.methods.dictionary.sparse_coding import top_mask
-from compressor.methods.dictionary.base import Basis, DictionaryMethod, Ratio, best_dictionary, curve_of, fitted_error, profiled, require_atoms, store
 from compressor.plan import Curve
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # Adam's, as in the authors' code

@@ -32,8 +32,8 @@ from compressor.linears import Chained, Dense, Packed
 from compressor.linears.packed import packed_size
 from compressor.methods import register
 from compressor.methods.base import Method
-from compressor.methods.low_rank.low_rank import Factors, LowRankMethod
 from compressor.methods.integers.quantize import Bits, Group, Prepared, QuantizeMethod, Scheme, group_size
+from compressor.methods.low_rank.low_rank import Factors, LowRankMethod
 from compressor.methods.sparse.base import NEEDS, Fraction, MetricName, Weighed
 from compressor.plan import Candidate, Curve
 from compressor.statistics import LinearStats

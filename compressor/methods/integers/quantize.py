@@ -36,11 +36,11 @@ from compressor.linears.packed import packed_size
 from compressor.methods import register
 from compressor.methods.base import Method
 from compressor.methods.integers.coordinate_descent import descend
-from compressor.methods.low_rank.residual import Residual, decompose
-from compressor.methods.integers.residual_integers import Codec, IntegerResidual, errors, round_residuals
 from compressor.methods.integers.error_feedback import Entries, Grid, fit_grid, nearest, round_columns, round_entries
-from compressor.methods.sparse.sparse import obs_factor
+from compressor.methods.integers.residual_integers import Codec, IntegerResidual, errors, round_residuals
+from compressor.methods.low_rank.residual import Residual, decompose
 from compressor.methods.sparse.base import NEEDS, Fraction, MetricName, Weighed, weigh
+from compressor.methods.sparse.sparse import obs_factor
 from compressor.plan import Candidate, Curve
 from compressor.statistics import LinearStats
 

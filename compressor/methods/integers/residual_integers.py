@@ -23,8 +23,8 @@ from torch import Tensor
 
 from compressor.linalg import Metric
 from compressor.linears.packed import Packed
-from compressor.methods.low_rank.residual import Residual
 from compressor.methods.integers.error_feedback import Entries, Grid, feed_back, fit_grid, nearest, round_columns
+from compressor.methods.low_rank.residual import Residual
 from compressor.methods.sparse.sparse import obs_factor
 
 

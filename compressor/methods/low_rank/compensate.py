@@ -14,8 +14,6 @@ Differs from the papers: nothing is inverted (card 6: the projection U Uᵀ E is
 the Gram is singular), the Gram is a plain sum over tokens, and ranks follow from a budget unless one is given.
 """
 
-import heapq
-from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -97,31 +95,3 @@ def largest_rank(module: CompressedLinear, dense: Dense) -> int:
         if bits < dense.bits and parameters < dense.parameters:
             return rank
     return 0
-
-
-@dataclass(frozen=True)
-class Offer:
-    """What the ranks of one residual gain and cost, one after the other."""
-
-    gains: Sequence[float]  # damage that each next rank takes away, not ascending
-    costs: Sequence[int]  # of each next rank, in the unit of the budget
-
-
-def spend(offers: Mapping[str, Offer], budget: int) -> dict[str, int]:
-    """Rank of every residual: the next one always where it gains most for its cost, as long as it fits.
-
-    With constant costs this is the optimum of the additive damage up to the last rank that does not fit (card 9).
-    """
-    ranks = dict.fromkeys(offers, 0)
-    queue = [(-offer.gains[0] / offer.costs[0], name) for name, offer in offers.items() if offer.gains]
-    heapq.heapify(queue)
-    while queue:
-        _, name = heapq.heappop(queue)
-        offer, rank = offers[name], ranks[name]
-        if offer.costs[rank] > budget or offer.gains[rank] <= 0:
-            continue  # later ranks of it neither cost less, by more than rounding, nor gain more
-        budget -= offer.costs[rank]
-        ranks[name] = rank = rank + 1
-        if rank < len(offer.gains):
-            heapq.heappush(queue, (-offer.gains[rank] / offer.costs[rank], name))
-    return ranks

@@ -29,7 +29,20 @@ from compressor.linears import Dense, Sparse
 from compressor.methods import register
 from compressor.methods.base import Method
 from compressor.methods.sparse.admm import admm, n_of_m, projection, refit
-from compressor.methods.sparse.base import NEEDS, Fraction, MetricName, Pattern, Weighed, pattern_count, payloads, require_divisible, saving, screened, store, weigh
+from compressor.methods.sparse.base import (
+    NEEDS,
+    Fraction,
+    MetricName,
+    Pattern,
+    Weighed,
+    pattern_count,
+    payloads,
+    require_divisible,
+    saving,
+    screened,
+    store,
+    weigh,
+)
 from compressor.plan import Candidate, Curve
 from compressor.statistics import LinearStats
 

@@ -29,7 +29,20 @@ from compressor.linears import Adapted, Dense
 from compressor.methods import register
 from compressor.methods.base import Method
 from compressor.methods.sparse.admm import admm, projection, refit
-from compressor.methods.sparse.base import NEEDS, Fraction, MetricName, Pattern, Weighed, pattern_count, payloads, require_divisible, saving, screened, store, weigh
+from compressor.methods.sparse.base import (
+    NEEDS,
+    Fraction,
+    MetricName,
+    Pattern,
+    Weighed,
+    pattern_count,
+    payloads,
+    require_divisible,
+    saving,
+    screened,
+    store,
+    weigh,
+)
 from compressor.plan import Candidate, Curve
 from compressor.statistics import LinearStats
 

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compressor.recipe.load import Entry, assemble, keys_of
 from compressor.errors import ConfigError, did_you_mean
-from compressor.recipe.sections import Recipe
 from compressor.files.yaml import Document, parse_document, read_text
+from compressor.recipe.load import Entry, assemble, keys_of
+from compressor.recipe.sections import Recipe
 
 SECTIONS = ("base", "grid", "zip", "runs")
 CONFIG = "config"

@@ -24,17 +24,18 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from compressor.pipeline import dry_run, run as pipeline, job
-from compressor.files import model_folder
-from compressor.reporting import page
-from compressor.recipe.load import dump_yaml, parse_yaml
 from compressor.errors import CompressorError, ConfigError
-from compressor.resume.journal import SUFFIX, Journal
+from compressor.files import model_folder
+from compressor.files.documents import differences, read_json, replace_text
+from compressor.files.staging import located, remove
+from compressor.pipeline import dry_run, job
+from compressor.pipeline import run as pipeline
 from compressor.pipeline.sweep.points import Point
+from compressor.recipe.load import dump_yaml, parse_yaml
+from compressor.reporting import page
+from compressor.resume.journal import SUFFIX, Journal
+from compressor.resume.store import Store, digest
 from compressor.runtime.progress import Progress, silent
-from compressor.files.safetensors import read_json
-from compressor.files.staging import located, remove, replace_text
-from compressor.resume.store import Store, differences, digest
 
 POINTS, WORK, RESULTS, REPORT = "points", "work", "results.jsonl", "report.html"
 

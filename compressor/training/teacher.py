@@ -15,33 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import PreTrainedModel
 
+from compressor.evaluation.perplexity import kl_sum
+from compressor.models.install import installed
+from compressor.models.linears import blocks
+from compressor.models.partial_forward import block_outputs, forward_from, require_restartable
 from compressor.resume.spill import Cache
 from compressor.training.learners import leaves
-from compressor.models.load import blocks, installed
-from compressor.models.partial_forward import block_outputs, forward_from, require_restartable
-from compressor.evaluation.perplexity import kl_sum
-
-
-class Divergence(torch.autograd.Function):
-    """KL(p‖q) summed over positions, of logits (…, vocabulary) of q and of p, with gradients for q.
-
-    The gradient q − p is exactly zero where the logits agree. That of a composed loss is rounding noise there, which AdamW, whose steps do
-    not shrink with the gradient, would make large.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, expected: Tensor) -> Tensor:
-        log_q, log_p = functional.log_softmax(logits, -1), functional.log_softmax(expected, -1)
-        ctx.save_for_backward(log_q, log_p)
-        return torch.where(log_p.isneginf(), 0.0, log_p.exp() * (log_p - log_q)).sum()
-
-    @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None]:
-        log_q, log_p = ctx.saved_tensors
-        return scale * (log_q.exp() - log_p.exp()), None
 
 
 class Original:
