@@ -39,6 +39,7 @@ faults: install
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 gate: install
 	$(BIN)/compressor compress reference out/ci -c ci --overwrite --quiet
