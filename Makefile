@@ -40,6 +40,7 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/codespell
 
 gate: install
 	$(BIN)/compressor compress reference out/ci -c ci --overwrite --quiet
