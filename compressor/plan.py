@@ -54,6 +54,7 @@ class Choice:
     residual: int | None = None  # rank of the low-rank residual, counted in bits and parameters; None without compensation
     options: dict[str, Any] | None = None  # those that tell the candidate from others of its method; None where it has none beside it
     sequential: dict[str, float] | None = None  # of a linear that was solved again in order: the dampings that took, by name
+    reason: str | None = None  # why it stays dense whatever the budget: the calibration text says nothing about it; None otherwise
 
 
 @dataclass(frozen=True)

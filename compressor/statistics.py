@@ -5,7 +5,9 @@ from dataclasses import dataclass, fields
 
 from torch import Tensor
 
+from compressor import linalg
 from compressor.errors import DataError
+from compressor.files.documents import some
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,44 @@ class LinearStats:
                 f"{linear}: the statistics lack {', '.join(missing)}; collect them with `compressor calibrate MODEL STATS --config RECIPE`"
             )
 
+    @property
+    def silence(self) -> str | None:
+        """Why the text says nothing about this linear: a clause for people; None where it says something.
+
+        Without tokens, with inputs that are zero, or without a gradient, every metric of its weight is identically zero: each
+        approximation is as good as any other, and no damping makes it less so. Such a linear stays dense, see `stages.left_dense`.
+        """
+        if self.tokens == 0:
+            return "no token reaches it"
+        if self.gram is not None and not self.gram.diagonal().any():
+            return "its inputs are all zero"
+        gradients = self.fisher if self.grad_gram is None else self.grad_gram.diagonal()
+        return "no gradient reaches it" if gradients is not None and not gradients.any() else None
+
+    def gradient_moment(self, linear: str, shrink: float) -> Tensor:
+        """H (out, out), float64: the mean g gᵀ, shrunk towards its mean diagonal by a fraction `shrink`.
+
+        Raises DataError naming the linear where the gradients were not collected, or are all zero and would weigh every error by nothing.
+        """
+        self.require(linear, frozenset({"grad_gram"}))
+        if not self.grad_gram.diagonal().any():
+            raise DataError(f"{linear}: no gradient reaches it, so metric 'two_sided' does not see it; leave it dense or take 'gram'")
+        return linalg.shrink(self.grad_gram.double() / self.grad_tokens, shrink)
+
+    def gradient_root(self, linear: str, shrink: float, option: str = "shrink_grad_gram") -> Tensor:
+        """Lower L (out, out) with L Lᵀ = H of `gradient_moment`, float64.
+
+        Raises as that does, and NumericalError that names the damping `option` to raise where H is singular.
+        """
+        return linalg.cholesky(self.gradient_moment(linear, shrink), f"{linear}: the output-gradient moment", option)
+
 
 def blind_spots(stats: Mapping[str, LinearStats]) -> list[str]:
-    """Lines about linears of whose inputs the text shows too little: what their weights do there counts for nothing.
+    """Lines about linears of whose inputs the text shows too little: what their weights do there counts for nothing. Silent ones apart.
 
     Directions without energy are left out of every metric by themselves; these are the ones that can be told without a decomposition.
     """
-    grams = {name: one for name, one in stats.items() if one.gram is not None}
+    grams = {name: one for name, one in stats.items() if one.gram is not None and one.silence is None}
     dead = {name: (one.gram.diagonal() <= 0).sum().item() for name, one in grams.items()}
     few = {name: len(one.gram) - one.tokens for name, one in grams.items() if one.tokens < len(one.gram)}
     lines = []
@@ -62,3 +95,11 @@ def blind_spots(stats: Mapping[str, LinearStats]) -> list[str]:
         count = f"{grams[worst].tokens} for {len(grams[worst].gram)}"
         lines.append(f"{len(few)} linears have more inputs than the text has tokens ({worst}: {count}); give more text")
     return lines
+
+
+def dense_lines(reasons: Mapping[str, str]) -> list[str]:
+    """A line for each reason why linears stay dense. reasons: name of a linear → a clause."""
+    named: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        named.setdefault(reason, []).append(name)
+    return [f"{len(names)} linears stay dense, each because {reason}: {some(names)}" for reason, names in named.items()]

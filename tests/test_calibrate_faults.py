@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import VOCABULARY, tiny_model
-from observed import GRAM, assert_same, everywhere, windows
+from observed import FIELDS, GRAM, assert_same, everywhere, windows
 
 from compressor.calibrate.collect import collect
 from compressor.errors import ConfigError, DataError, NumericalError
@@ -73,12 +73,20 @@ def test_routed_tokens_count_as_many_as_they_are_and_refuse_gradients():
         collect(model, found, windows(), everywhere(found))
 
 
-def test_a_linear_without_a_token_is_named():
+def test_linears_without_a_token_or_without_a_gradient_have_sums_of_zero_and_say_why():
     model = tiny_model("llama")
     found = linears(model)
     model.model.layers[1].mlp.forward = lambda x: x
-    with pytest.raises(DataError, match=r"model\.layers\.1\.mlp\.gate_proj: no calibration token"):
-        collect(model, found, windows(), everywhere(found, GRAM))
+    model.model.layers[0].self_attn.o_proj.weight.data.zero_()
+    stats = collect(model, found, windows(), everywhere(found))
+    never = stats["model.layers.1.mlp.gate_proj"]
+    assert never.silence == "no token reaches it" and never.gram.shape == (32, 32) and never.grad_gram.shape == (48, 48)
+    assert (never.tokens, never.grad_tokens) == (0, 0) and not any(getattr(never, field).any() for field in FIELDS)
+    cut = stats["model.layers.0.self_attn.v_proj"]
+    assert cut.silence == "no gradient reaches it" and cut.tokens == windows().numel() and cut.gram.any()
+    assert cut.grad_gram.shape == (16, 16) and not cut.grad_gram.any()
+    silent = {name for name, one in stats.items() if one.silence}
+    assert silent == {name for name in found if "layers.1.mlp" in name} | {f"model.layers.0.self_attn.{key}_proj" for key in "qkv"}
 
 
 def test_windows_too_short_for_gradients():

@@ -127,15 +127,25 @@ def solve(problem: Problem, options: Mapping[str, list[Option]]) -> Solution:
             prices.append(price)
         else:
             table = rows_of(problem, options, names, sharing=None)
+            settled = [row[0] for row in table if not is_open(problem, row)]
+            table = [row for row in table if is_open(problem, row)]
             rows = [row_of(problem, row) for row in table]
+            if recipe.allocation.target_size is None:  # rules keep a fraction of each linear: what stays dense anyway costs others nothing
+                left = int(keep * sum(row.whole for row in rows) + 1e-6)
+            else:
+                left = budget - sum(map(cost_of, settled))
             units = [row[0][0].unit for row in table]
-            picks = RULES[recipe.allocation.kind](
-                Rule(recipe, units, assignments, problem.found, options, rows, keep, budget, problem.tokens)
-            )
-            bundles = [row[pick] for row, pick in zip(table, picks, strict=True)]
+            rule = Rule(recipe, units, assignments, problem.found, options, rows, keep, left, problem.tokens)
+            picks = RULES[recipe.allocation.kind](rule) if rows else []
+            bundles = settled + [row[pick] for row, pick in zip(table, picks, strict=True)]
         chosen += bundles
     in_nats = recipe.allocation.kind == "knapsack" and recipe.allocation.damage in ("kl_probe", "two_sided")
     return Solution({option.unit: option for bundle in chosen for option in bundle}, max(prices) if prices and in_nats else None, in_nats)
+
+
+def is_open(problem: Problem, row: Sequence[Bundle]) -> bool:
+    """Whether anything in a row was decomposed; a linear that stays dense whatever the budget was not."""
+    return any(problem.found[option.unit] for bundle in row for option in bundle)
 
 
 def spend(problem: Problem, options: Mapping[str, list[Option]], names: Sequence[str], budget: int) -> tuple[list[Bundle], float]:

@@ -47,7 +47,7 @@ def collect(
     `sampled`. A model spread or offloaded by accelerate serves input fields; gradient fields need its weights in memory.
 
     Raises NumericalError naming linear and windows on NaN or infinity, ConfigError for gradients of an offloaded model or of a linear
-    that sees routed tokens, DataError for windows too short for gradients or a linear that no token reaches.
+    that sees routed tokens, DataError for windows too short for gradients. The sums of a linear that no token reaches are zero.
     """
     gradients = gradients or Gradients()
     uniform = _uniform(tokens, gradients, generator)  # drawn once: passes and batch sizes must not change the labels
@@ -232,18 +232,23 @@ class _Pass:
         return dropped, counted
 
     def result(self, keep_device: bool) -> dict[str, LinearStats]:
-        """Hand over the sums; each linear gets the fields it needs. Raises DataError for a linear that saw no token."""
+        """Hand over the sums; each linear gets the fields it needs, zero where no token or no gradient came."""
         if not keep_device:
             for sums in (*self.inputs.values(), *self.outputs.values()):
                 sums.fields = {field: value.cpu() for field, value in sums.fields.items()}
         stats = {}
         for name, info in self.wave.items():
             inputs, outputs = self.inputs[info.feeds], self.outputs[name]
-            if inputs.tokens == 0 or (self.needs[name] & GRADIENT_FIELDS and outputs.tokens == 0):
-                raise DataError(f"{name}: no calibration token reaches it; give more text or leave it out of the targets")
-            fields = {field: value for field, value in inputs.fields.items() if field in self.needs[name]}
-            stats[name] = LinearStats(tokens=inputs.tokens, grad_tokens=outputs.tokens, **fields, **outputs.fields)
+            sums = inputs.fields | outputs.fields
+            fields = {field: sums[field] if field in sums else nothing(field, info) for field in self.needs[name]}
+            stats[name] = LinearStats(tokens=inputs.tokens, grad_tokens=outputs.tokens, **fields)
         return stats
+
+
+def nothing(field: str, info: LinearInfo) -> Tensor:
+    """The sum of a field over no token, float64."""
+    size = info.out_features if field == "grad_gram" else info.in_features
+    return torch.zeros((size, size) if field in ("gram", "grad_gram") else (size,), dtype=torch.float64)
 
 
 def clip_scale(norms: Tensor, counted: int, low: float, high: float) -> Tensor:

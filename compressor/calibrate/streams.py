@@ -12,6 +12,7 @@ replaced, and without anchoring), on the device of the model, of which no more t
 costs one pass through the part of its block that runs before it, two with anchoring, and each block one pass more for each stream.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compressor.calibrate.collect import INPUT_FIELDS, Stop, Sums, stop, wide
-from compressor.errors import ConfigError, DataError
+from compressor.errors import ConfigError
 from compressor.linears import CompressedLinear
 from compressor.models.install import fitted, installed
 from compressor.models.linears import LinearInfo, blocks
@@ -30,6 +31,8 @@ from compressor.models.partial_forward import block_outputs, forward_from, passi
 from compressor.resume.spill import Batches, Cache
 from compressor.runtime.progress import Progress, silent
 from compressor.statistics import LinearStats
+
+log = logging.getLogger(__name__)
 
 Solve = Callable[[Sequence[str], LinearStats | None], dict[str, CompressedLinear]]
 Keep = Callable[[Sequence[str], Callable[[], dict[str, CompressedLinear]]], dict[str, CompressedLinear]]
@@ -97,7 +100,7 @@ class Streams:
     def gather(self, infos: Sequence[LinearInfo], fields: frozenset[str], modules: dict[str, nn.Module], crossed: bool) -> LinearStats:
         """Input sums of linears that share an input, with `modules` of this block replaced; `cross_gram` too if `crossed`.
 
-        Raises NumericalError on NaN or infinity, DataError if no token arrives, ConfigError for anchoring where tokens are routed.
+        Raises NumericalError on NaN or infinity, ConfigError for anchoring where tokens are routed.
         """
         first = infos[0]
         sums = Sums(f"{first.name}: input activations behind the compressed linears are")
@@ -112,8 +115,6 @@ class Streams:
                 if len(x) != batch.numel():
                     raise ConfigError(f"{first.name} sees routed tokens, which cannot be anchored; set calibration.anchor to 0")
                 sums.add("cross_gram", self.inputs(first.module, index, self.dense).T @ x, where)
-        if sums.tokens == 0:
-            raise DataError(f"{first.name}: no calibration token reaches it; give more text or leave it out of the targets")
         return LinearStats(tokens=sums.tokens, **sums.fields)
 
     def lead(self) -> None:
@@ -181,8 +182,9 @@ def solve_in_order(
     """Call `solve` for each group of `linears`, in order, and let the groups behind see what it returns.
 
     linears: those to be replaced, name → linear; needs: fields of their statistics; solve(names, stats) → modules: `stats` are the input
-    sums of the group, None as long as they are those of the dense model. keep(names, make) → modules of all `names` of a block: what
-    `make` returns, or what it returned in a run that was stopped. The model is left as it was. Raises as `Streams`.
+    sums of the group, None as long as they are those of the dense model, or where they say nothing.
+    keep(names, make) → modules of all `names` of a block: what `make` returns, or what it returned in a run that was stopped.
+    The model is left as it was. Raises as `Streams`.
     """
     if not linears:
         return
@@ -205,5 +207,8 @@ def solve_block(
         fields = frozenset({"gram"}).union(*(needs[name] for name in names)) & INPUT_FIELDS
         placed = {name: fitted(streams.model, name, module) for name, module in found.items()}
         stats = streams.gather(infos, fields, placed, anchored) if streams.parted or placed else None
+        if stats is not None and (reason := stats.silence):
+            log.warning("%s: behind the compressed linears %s, so it is not solved again", names[0], reason)
+            stats = None
         found |= solve(names, stats)
     return found

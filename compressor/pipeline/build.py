@@ -38,6 +38,7 @@ def plan_and_build(
         job.clock.hold(jobs.reserve(job))
     start = allocated(job, stats, edited, watch, progress)
     job, found, made, modules = start.job, start.found, start.plan, start.modules
+    reasons = stages.left_dense(job, stats)
     searched = edited is None and job.recipe.allocation.search is not None
     if not (sequential_solve.wanted(job.recipe, edited) or residual_rival.wanted(job.recipe)):
         stats = {name: LinearStats(tokens=one.tokens, gram=one.gram) for name, one in stats.items()}
@@ -56,7 +57,8 @@ def plan_and_build(
             made, modules = train.recover(job, made, modules, found, progress, again)
     if searched:
         made, modules = better(start, made, modules)
-    return replace(stages.with_gram_errors(made, job, modules, stats), curves=tuple(curves.summary(found))), modules
+    made = stages.with_reasons(stages.with_gram_errors(made, job, modules, stats), reasons)
+    return replace(made, curves=tuple(curves.summary(found))), modules
 
 
 def allocated(job: Job, stats: dict[str, LinearStats], edited: Plan | None, watch: Stopwatch, progress: Progress) -> Allocated:

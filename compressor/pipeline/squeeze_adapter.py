@@ -202,6 +202,8 @@ def metrics_of(adapter: Adapter, stats: Path | None) -> dict[str, Metric]:
         if name not in collected:
             raise DataError(f"{stats}: no statistics of {name}, which {adapter.path} adapts; they are of another model or other targets")
         collected[name].require(name, frozenset({"gram"}))
+        if collected[name].tokens == 0:
+            raise DataError(f"{stats}: no token of the text reaches {name}, which {adapter.path} adapts; collect them on more text")
         gram = collected[name].gram
         if len(gram) != product.down.shape[1]:
             raise DataError(f"{stats}: {name} has {len(gram)} inputs there and {product.down.shape[1]} in {adapter.path}; of another model")

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from compressor.allocation.decompose import decompose_group, decompose_one, gram_error
+from compressor.allocation.decompose import Decomposition, decompose_group, decompose_one, gram_error
 from compressor.allocation.probe import Prober, ProbeResult, probe
 from compressor.allocation.solve import Found
 from compressor.calibrate.collect import collect
@@ -19,7 +19,7 @@ from compressor.plan import Plan
 from compressor.recipe.quantities import size_in_bytes
 from compressor.recipe.sections import Recipe
 from compressor.runtime.progress import Progress, silent
-from compressor.statistics import LinearStats, blind_spots
+from compressor.statistics import LinearStats, blind_spots, dense_lines
 
 HEADER_BYTES = 160  # of a stored tensor in a safetensors header, its name apart; for target sizes
 
@@ -42,17 +42,32 @@ def statistics(job: Job, progress: Progress = silent) -> dict[str, LinearStats]:
         )
 
 
+def left_dense(job: Job, stats: Mapping[str, LinearStats]) -> dict[str, str]:
+    """Why targets stay dense, by name: the text says nothing about them, or about one that they can only be compressed together with."""
+    found = {name: reason for name in job.assignments if (reason := stats[name].silence)}
+    silenced = set(found)
+    for group in job.groups.values():
+        if cause := next((name for name in group.members if name in silenced), None):
+            bound = [name for name in group.members if group.tied or not job.assignments[name].methods]
+            found |= {name: f"{cause}, which it is compressed with, stays dense" for name in bound if name not in silenced}
+    return found
+
+
 def decompositions(job: Job, stats: dict[str, LinearStats], progress: Progress = silent) -> Found:
-    """One decomposition for each method and each linear or group that it decomposes; it serves every size."""
-    for line in blind_spots(stats):
+    """One decomposition for each method and each linear or group that it decomposes; it serves every size. None of what stays dense."""
+    dense = left_dense(job, stats)
+    for line in dense_lines(dense) + blind_spots(stats):
         log.warning(line)
-    units = progress([*job.assignments, *job.groups], "decompose")
-    return {
-        name: decompose_group(job.groups[name], job.assignments, stats, job.store)
-        if name in job.groups
-        else decompose_one(name, job.assignments[name], stats[name], job.store)
-        for name in units
-    }
+
+    def of(unit: str) -> list[Decomposition]:
+        group = job.groups.get(unit)
+        if not dense.keys().isdisjoint([unit] if group is None else group.members):
+            return []
+        if group is not None:
+            return decompose_group(group, job.assignments, stats, job.store)
+        return decompose_one(unit, job.assignments[unit], stats[unit], job.store)
+
+    return {unit: of(unit) for unit in progress([*job.assignments, *job.groups], "decompose")}
 
 
 @dataclass(frozen=True)
@@ -112,6 +127,11 @@ def with_gram_errors(plan: Plan, job: Job, modules: Mapping[str, nn.Module], sta
         if name in plan.linears
     }
     return replace(plan, linears={n: replace(choice, error=errors.get(n, 0.0)) for n, choice in plan.linears.items()})
+
+
+def with_reasons(plan: Plan, reasons: Mapping[str, str]) -> Plan:
+    """Add why linears stay dense. reasons: as `left_dense` gives them."""
+    return replace(plan, linears={name: replace(choice, reason=reasons.get(name)) for name, choice in plan.linears.items()})
 
 
 def install(job: Job, modules: Mapping[str, nn.Module]) -> None:

@@ -17,6 +17,7 @@ from compressor.files.documents import replace_text
 from compressor.plan import DENSE, FINER_BASES, WITH_RESIDUALS, Plan
 from compressor.reporting import tables
 from compressor.reporting.tables import ABSENT, kept_removed, number, percent, size
+from compressor.statistics import dense_lines
 
 MIX = ("method", "linears", "before", "after", "kept", "least kept", "largest error")
 HEADINGS = ("", "original", "compressed", "kept / change")
@@ -69,7 +70,7 @@ def build(
         "search": plan.search,
         "trained": plan.trained,
         "linears": [{"name": name} | asdict(choice) for name, choice in plan.linears.items()],
-        "warnings": list(warnings),
+        "warnings": dense_lines({name: choice.reason for name, choice in plan.linears.items() if choice.reason}) + list(warnings),
         "fingerprints": dict(fingerprints or {}),
     }
 

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compressor import linalg
 from compressor.linalg import Metric
 from compressor.linears import Adapted, CompressedLinear, Dense, LowRank
 from compressor.methods.low_rank.low_rank import NEEDS, LowRankMethod, pair_size, store
@@ -58,8 +57,7 @@ def fit(linear: str, target: Dense, module: CompressedLinear, stats: LinearStats
     stats.require(linear, method.needs)
     lost, inputs = target.weight.double() - module.to_dense().double(), method.input_metric(stats)
     if metric == "two_sided":
-        moment = linalg.shrink(stats.grad_gram.double() / stats.grad_tokens, method.shrink_grad_gram)
-        root = linalg.cholesky(moment, f"{linear}: the output-gradient moment", "calibration.windows")
+        root = stats.gradient_root(linear, method.shrink_grad_gram, "calibration.windows")
     return Fit(lost, root, inputs, target.dtype, decompose(lost, inputs, root, min(lost.shape), f"{linear}: residual"))
 
 

@@ -155,8 +155,7 @@ class LowRankMethod(Method[Factors]):
         stats.require(linear, self.needs)
         metric, weight, root = self.input_metric(stats), dense.weight.double(), None
         if self.metric == "two_sided":
-            moment = linalg.shrink(stats.grad_gram.double() / stats.grad_tokens, self.shrink_grad_gram)
-            root = linalg.cholesky(moment, f"{linear}: the output-gradient moment", "shrink_grad_gram")
+            root = stats.gradient_root(linear, self.shrink_grad_gram)
             weight = root.T @ weight
         return Factors(linear, dense, metric, root, *linalg.principal_outputs(weight, metric, linear))
 

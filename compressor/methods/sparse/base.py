@@ -61,8 +61,7 @@ def weigh(
     inputs, grad_gram, root = Metric(stats.gram, 1 / stats.tokens), None, None
     if metric == "two_sided":
         inputs = inputs.shrunk(shrink_gram)
-        grad_gram = linalg.shrink(stats.grad_gram.double() / stats.grad_tokens, shrink_grad_gram)
-        root = linalg.cholesky(grad_gram, f"{linear}: the output-gradient moment", "shrink_grad_gram")
+        grad_gram, root = stats.gradient_moment(linear, shrink_grad_gram), stats.gradient_root(linear, shrink_grad_gram)
     problem = None
     if posed:
         moment = linalg.shrink(stats.gram.double() / stats.tokens, shrink_gram if metric == "two_sided" else 0.0)

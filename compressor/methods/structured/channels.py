@@ -123,8 +123,7 @@ class Channels(ModuleMethod[Block]):
         mean = stats.sum.double() / stats.tokens if self.refit == "affine" else None
         metric = Metric(stats.gram, 1 / stats.tokens, mean, ridge)
         if self.metric == "two_sided":
-            grads = linalg.shrink(stats.grad_gram.double() / stats.grad_tokens, self.shrink_grad_gram)
-            root = linalg.cholesky(grads, f"{parts[consumer].linear}: the output-gradient moment", "shrink_grad_gram")
+            root = stats.gradient_root(parts[consumer].linear, self.shrink_grad_gram)
             weight = root.T @ weight
         squares = moment.diagonal().clone()
         if mean is not None:

@@ -140,8 +140,7 @@ class _Values(ModuleMethod[Mixed]):
         linalg.require_finite(moment, what)
         weighed = output
         if self.metric == "two_sided":
-            grads = linalg.shrink(stats.grad_gram.double() / stats.grad_tokens, self.shrink_grad_gram)
-            root = linalg.cholesky(grads, f"{parts['o'].linear}: the output-gradient moment", "shrink_grad_gram")
+            root = stats.gradient_root(parts["o"].linear, self.shrink_grad_gram)
             weighed = root.T @ output
         energy = Metric(moment).energy(weighed)
         basis = self.basis(shape, weighed, moment) if self.score == "obs" else unchanged(shape, output)
