@@ -14,8 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import VOCABULARY, save_tiny
 from safetensors.torch import save_file
+from support.models import VOCABULARY, save_tiny
 
 from compressor.errors import ConfigError
 from compressor.pipeline import job as jobs

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import read_json, tiny_model
-from handmade import TARGETS, compress_in_place, compressed, loaded, logits, low_rank_like, save_compressed, tokens
 from safetensors.torch import load_file
-from sameness import assert_same_output, assert_same_tensors
+from support.models import read_json, tiny_model
+from support.modules import TARGETS, compress_in_place, compressed, loaded, logits, low_rank_like, save_compressed, tokens
+from support.sameness import assert_same_output, assert_same_tensors
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.quantizers.auto import AutoHfQuantizer
 

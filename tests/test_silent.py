@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model, tiny_tokenizer
-from handmade import low_rank
-from sameness import assert_same_tensors
-from test_pipeline import SMALL, recipe
+from support.models import tiny_model, tiny_tokenizer
+from support.modules import low_rank
+from support.recipes import SMALL, recipe
+from support.sameness import assert_same_tensors
 
 from compressor.calibrate.streams import solve_in_order
 from compressor.checkpoint.verify import verify

@@ -4,8 +4,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import tiny_model
-from faults.shell import compress, run
+from support.models import tiny_model
+from support.shell import compress, run
 
 
 @pytest.fixture(scope="session")

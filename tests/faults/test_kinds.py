@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from faults.shell import bytes_of, compress, killed, run
+from support.shell import bytes_of, compress, killed, run
 
 pytestmark = pytest.mark.faults
 

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCABULARY, save_tiny
-from faults.shell import bytes_of, compress, refused, run
 from safetensors.torch import save_file
-from test_folder import INDEX, WEIGHTS, edit_json, edit_tensors
-from test_shards import Bomb, repoint
+from support.folders import INDEX, WEIGHTS, Bomb, edit_json, edit_tensors, repoint
+from support.models import VOCABULARY, save_tiny
+from support.shell import bytes_of, compress, refused, run
 
 import compressor
 from compressor.files import safetensors

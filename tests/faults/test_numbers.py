@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import scipy.linalg
 import torch
-from conftest import read_json, save_tiny
-from faults.shell import compress, refused, run
 from safetensors.torch import save_file
-from test_folder import WEIGHTS, edit_tensors
+from support.folders import WEIGHTS, edit_tensors
+from support.models import read_json, save_tiny
+from support.shell import compress, refused, run
 
 from compressor.calibrate.statistics_folder import load_statistics, save_statistics
 from compressor.files.documents import read_json as read_description

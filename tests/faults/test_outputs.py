@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
-from faults.shell import bytes_of, compress, killed, refused, run
-from handmade import disk_of_20_kb, full_disk
-from killed import forked, wait
+from support.modules import disk_of_20_kb, full_disk
+from support.processes import forked, wait
+from support.shell import bytes_of, compress, killed, refused, run
 
 from compressor.pipeline import job
 from compressor.pipeline import run as pipeline

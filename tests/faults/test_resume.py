@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from faults.shell import bytes_of, compress, killed, refused, run
-from killed import forked, killed_after, wait
+from support.processes import forked, killed_after, wait
+from support.shell import bytes_of, compress, killed, refused, run
 
 pytestmark = pytest.mark.faults
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from faults.shell import killed, refused, run
+from support.shell import killed, refused, run
 
 from compressor.pipeline import run as pipeline
 from compressor.pipeline.sweep import run as sweep

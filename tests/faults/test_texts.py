@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import read_json
-from faults.shell import compress, refused, run
-from test_folder import WEIGHTS, edit_tensors
+from support.folders import WEIGHTS, edit_tensors
+from support.models import read_json
+from support.shell import compress, refused, run
 
 import compressor
 from compressor.calibrate import sources

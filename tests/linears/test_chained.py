@@ -5,9 +5,9 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_model
-from handmade import compress_in_place, loaded
-from sameness import assert_same_output, assert_same_tensors
+from support.models import tiny_model
+from support.modules import compress_in_place, loaded
+from support.sameness import assert_same_output, assert_same_tensors
 
 import compressor.hf  # noqa: F401 - registers the format with transformers
 from compressor.evaluation.perplexity import in_float32

@@ -5,9 +5,9 @@ import json
 
 import pytest
 import torch
-from conftest import VOCABULARY, tiny_model
-from handmade import compress_in_place
-from sameness import assert_same_output
+from support.models import VOCABULARY, tiny_model
+from support.modules import compress_in_place
+from support.sameness import assert_same_output
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM

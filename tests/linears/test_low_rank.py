@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from handmade import low_rank
-from sameness import assert_same_output
+from support.modules import low_rank
+from support.sameness import assert_same_output
 
 from compressor.linears import KINDS, LowRank, build_empty
 from compressor.linears.masks import pack_mask, unpack_mask

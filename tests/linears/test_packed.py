@@ -6,9 +6,9 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_model
-from handmade import compress_in_place, loaded, logits
-from sameness import assert_same_output, assert_same_tensors, is_same_output
+from support.models import tiny_model
+from support.modules import compress_in_place, loaded, logits
+from support.sameness import assert_same_output, assert_same_tensors, is_same_output
 from torch import Tensor
 
 import compressor.hf  # noqa: F401 - registers the format with transformers

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from sameness import assert_same_output
+from support.sameness import assert_same_output
 
 from compressor.linears import Pruned, build_empty
 

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from conftest import tiny_model
-from sameness import assert_same_output
+from support.models import tiny_model
+from support.sameness import assert_same_output
 from torch import nn
 
 import compressor.hf

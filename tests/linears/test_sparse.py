@@ -6,9 +6,9 @@ import json
 import pytest
 import torch
 from accelerate import cpu_offload
-from conftest import VOCABULARY, tiny_model
-from handmade import compress_in_place
-from sameness import assert_same_output, assert_same_tensors
+from support.models import VOCABULARY, tiny_model
+from support.modules import compress_in_place
+from support.sameness import assert_same_output, assert_same_tensors
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM

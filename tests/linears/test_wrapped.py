@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_model
-from handmade import compress_in_place, loaded, logits
-from sameness import assert_same_output
+from support.models import tiny_model
+from support.modules import compress_in_place, loaded, logits
+from support.sameness import assert_same_output
 
 import compressor.hf  # noqa: F401  registers the format
 from compressor.linears import Adapted, Wrapped, build_empty

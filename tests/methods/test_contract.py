@@ -4,10 +4,10 @@ import itertools
 import json
 import math
 
-import cases
 import pytest
 import torch
 from safetensors.torch import load, save
+from support import weights as cases
 
 from compressor.linears import build_empty
 from compressor.methods import METHODS, build

@@ -2,9 +2,9 @@
 
 import math
 
-import cases
 import pytest
 import torch
+from support import weights as cases
 
 from compressor.linears import Dense
 from compressor.methods.dictionary.base import Basis, basis_of, front, grid, profiled, spread, start_errors

@@ -1,0 +1,69 @@
+"""Probes: the divergence is that of the whole model, and damages scale with the curve."""
+
+import pytest
+import torch
+from support.models import tiny_model
+
+from compressor.allocation.decompose import Decomposition
+from compressor.allocation.probe import Prober, ProbeResult, damage, probe, probe_candidate
+from compressor.evaluation.perplexity import kl_sum
+from compressor.linears import Dense
+from compressor.methods import build
+from compressor.models.install import replace
+from compressor.models.linears import linears
+from compressor.plan import Candidate, Curve
+from compressor.statistics import LinearStats
+
+
+def curve(*sizes: int) -> Curve:
+    candidates = tuple(Candidate("m", {"rank": size}, 16 * size, size, error=1 / size) for size in sizes)
+    return Curve("linear", "m", candidates, 1600, 100, 1.0)
+
+
+def test_probe_is_the_candidate_nearest_to_the_fraction():
+    assert probe_candidate(curve(10, 28, 33, 60), 0.3).setting == {"rank": 28}
+    assert probe_candidate(curve(50, 60), 0.3).setting == {"rank": 50}
+
+
+def test_damage_is_the_probe_scaled_along_the_curve():
+    result = ProbeResult({"rank": 20}, predicted=1 / 20, measured=0.04, kl=0.5)
+    assert damage(curve(10, 20, 40), result) == pytest.approx([1.0, 0.5, 0.25])
+    assert damage(curve(10, 20, 40), result, weight=3) == pytest.approx([3.0, 1.5, 0.75])
+    assert result.departure == pytest.approx(0.8)
+    assert damage(curve(10, 20), ProbeResult({}, 0.0, 0.0, 0.0)) == [0.0, 0.0]
+
+
+@torch.no_grad()
+def loud_model(kind: str):
+    """A tiny model whose linears matter: weights five times those of a fresh one, so that divergences are far above rounding."""
+    model = tiny_model(kind)
+    for info in linears(model).values():
+        info.module.weight.mul_(5)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("skip", [0, 5])
+def test_the_divergence_is_that_of_a_full_forward_pass(kind, temperature, skip):
+    model = loud_model(kind)
+    tokens = torch.randint(3, 90, (5, 16), generator=torch.Generator().manual_seed(0))
+    infos = list(linears(model).values())
+    prober = Prober(model, tokens, batch_size=2, temperature=temperature, skip=skip)
+    with torch.no_grad():
+        original = model(tokens).logits
+    for info in (infos[0], infos[-1]):
+        weight = info.module.weight.detach().T if info.conv1d else info.module.weight.detach()
+        dense = Dense(weight, None if info.module.bias is None else info.module.bias.detach(), torch.float32)
+        method = build("low_rank", {"metric": "gram"})
+        state = method.prepare(info.name, dense, LinearStats(tokens=1, gram=torch.eye(weight.shape[1], dtype=torch.float64)))
+        part = Decomposition(method, state, method.candidates(state), {info.name: info.out_features})
+        found = probe(prober, part, info.block, 0.3)
+        changed = loud_model(kind)
+        replace(changed, info.name, method.compress(state, found.setting))
+        with torch.no_grad():
+            expected = kl_sum(original, changed(tokens).logits, temperature, skip).item() / (5 * (16 - skip))
+        assert found.kl == pytest.approx(expected, rel=1e-2)
+        assert found.kl > 0
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, original)
