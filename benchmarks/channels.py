@@ -2,10 +2,11 @@
 
     python -m benchmarks.channels
 
-Blocks: the first of the reference checkpoint with its calibration, and a random one of 2816 channels, as of a model with 1B parameters.
-Both sides begin with the second moment of the hidden channels and end with the refit of the last linear for the same width. One width:
-between them, channels leave one after the other until so many are left. All widths: the curve of `channels`, every width with its error.
-Seconds are those of the processor, one thread.
+Blocks: the first of the reference checkpoint with its calibration, and a random one of 2816
+channels, as of a model with 1B parameters. Both sides begin with the second moment of the hidden
+channels and end with the refit of the last linear for the same width. One width: between them,
+channels leave one after the other until so many are left. All widths: the curve of `channels`,
+every width with its error. Seconds are those of the processor, one thread.
 """
 
 import time
@@ -27,7 +28,10 @@ def block_parts(windows: int = 16):
     model, tokens = reference_windows(windows)
     infos = {name: info for name, info in linears(model, ["role:ffn"]).items() if info.block == 0}
     stats = collect(model, infos, tokens, dict.fromkeys(infos, frozenset({"gram"})), batch_size=8)
-    return {info.role: Part(name, dense_of(info, torch.float32), stats[name]) for name, info in infos.items()}
+    return {
+        info.role: Part(name, dense_of(info, torch.float32), stats[name])
+        for name, info in infos.items()
+    }
 
 
 def random_parts(width: int = 1024, hidden: int = 2816):
@@ -40,11 +44,20 @@ def random_parts(width: int = 1024, hidden: int = 2816):
 
     generator = torch.Generator().manual_seed(0)
     mixed = torch.randn(hidden, hidden, generator=generator) / hidden**0.5 + torch.eye(hidden)
-    x = (torch.randn(2 * hidden, hidden, generator=generator) @ mixed) * torch.logspace(-1.5, 1.5, hidden)
+    x = (torch.randn(2 * hidden, hidden, generator=generator) @ mixed) * torch.logspace(
+        -1.5, 1.5, hidden
+    )
     inputs = LinearStats(tokens=1, gram=torch.eye(width, dtype=torch.float64))
     channels = LinearStats(tokens=len(x), gram=(x.T @ x).double())
-    shapes = {"gate": ((hidden, width), inputs), "up": ((hidden, width), inputs), "down": ((width, hidden), channels)}
-    weights = {role: Dense(torch.randn(shape, generator=generator), None, torch.float32) for role, (shape, _) in shapes.items()}
+    shapes = {
+        "gate": ((hidden, width), inputs),
+        "up": ((hidden, width), inputs),
+        "down": ((width, hidden), channels),
+    }
+    weights = {
+        role: Dense(torch.randn(shape, generator=generator), None, torch.float32)
+        for role, (shape, _) in shapes.items()
+    }
     return {role: Part(role, weights[role], sums) for role, (_, sums) in shapes.items()}
 
 
@@ -67,7 +80,9 @@ def compare(parts: dict, repeats: int) -> None:
 
     def one(width: int) -> None:
         gram, weight = stats.gram.double() / stats.tokens, dense.weight.double()
-        moment = gram + torch.diag(torch.full((hidden,), method.ridge * gram.diagonal().mean().item(), dtype=gram.dtype))
+        moment = gram + torch.diag(
+            torch.full((hidden,), method.ridge * gram.diagonal().mean().item(), dtype=gram.dtype)
+        )
         refit(weight, moment, without(removals(weight, moment, count=hidden - width)[0]))
 
     def every(width: int) -> None:
@@ -82,13 +97,19 @@ def compare(parts: dict, repeats: int) -> None:
     seconds = {run: [] for run in runs}
     for _ in range(repeats):  # in turn, so that a busy moment hits all
         for call, kept in runs:
-            seconds[call, kept].append(seconds_of(lambda call=call, kept=kept: call(int(kept * hidden))))
+            seconds[call, kept].append(
+                seconds_of(lambda call=call, kept=kept: call(int(kept * hidden)))
+            )
     best = {run: min(found) for run, found in seconds.items()}
     widths = len(method.candidates(state).candidates)
     print(f"channels-widths: {widths} widths of {hidden} channels")
     for kept in KEPT:
         single, whole = best[one, kept], best[every, kept]
-        print(f"    keep {kept}: one width {single:.3f} s, all {whole:.3f} s, {whole / single:.2f} times as long", flush=True)
+        print(
+            f"    keep {kept}: one width {single:.3f} s, all {whole:.3f} s, {whole / single:.2f} "
+            "times as long",
+            flush=True,
+        )
 
 
 def main() -> None:

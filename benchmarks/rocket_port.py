@@ -1,7 +1,9 @@
-"""ROCKET's path as its code runs it (arXiv 2602.11008), written down step by step: the reference that our closed form is timed against.
+"""ROCKET's path as its code runs it (arXiv 2602.11008), written down step by step: the reference
+that our closed form is timed against.
 
-294 fits for each linear, 14 sizes times 21 ratios of atoms to nonzeros, each with its own least squares, unwhitening and weight-space
-error; then the chosen size with the score, the reactivation and 100 steps of Adam by autograd. Whitened by Cholesky, all in float64.
+294 fits for each linear, 14 sizes times 21 ratios of atoms to nonzeros, each with its own least
+squares, unwhitening and weight-space error; then the chosen size with the score, the reactivation
+and 100 steps of Adam by autograd. Whitened by Cholesky, all in float64.
 """
 
 import math
@@ -34,7 +36,9 @@ def shape(weight: Tensor, removed: float, ratio: float) -> tuple[int, int]:
     return atoms, max(1, round(atoms / ratio))
 
 
-def profile(weight: Tensor, target: Tensor, root: Tensor, left: Tensor) -> dict[float, tuple[float, float]]:
+def profile(
+    weight: Tensor, target: Tensor, root: Tensor, left: Tensor
+) -> dict[float, tuple[float, float]]:
     """Size → (weight-space error, ratio) of the best of its 21 fits."""
     best = {}
     for removed in SIZES:
@@ -42,13 +46,17 @@ def profile(weight: Tensor, target: Tensor, root: Tensor, left: Tensor) -> dict[
             atoms, nonzeros = shape(weight, removed, ratio)
             coordinates = left[:, :atoms].T @ target
             codes = sparsified(coordinates, coordinates.abs(), nonzeros)
-            original = torch.linalg.solve_triangular(root, dictionary(target, codes, 1e-8), upper=True)
+            original = torch.linalg.solve_triangular(
+                root, dictionary(target, codes, 1e-8), upper=True
+            )
             error = ((weight - (original @ codes).T).norm() / weight.norm()).item()
             best[removed] = min(best.get(removed, (math.inf, ratio)), (error, ratio))
     return best
 
 
-def final(weight: Tensor, target: Tensor, root: Tensor, left: Tensor, removed: float, ratio: float) -> tuple[Tensor, Tensor]:
+def final(
+    weight: Tensor, target: Tensor, root: Tensor, left: Tensor, removed: float, ratio: float
+) -> tuple[Tensor, Tensor]:
     """Dictionary and codes of one size, before and after Adam whichever is nearer to the weight."""
     atoms, nonzeros = shape(weight, removed, ratio)
     basis = left[:, :atoms]
@@ -68,7 +76,11 @@ def final(weight: Tensor, target: Tensor, root: Tensor, left: Tensor, removed: f
         optimiser.step()
 
     def distance(pair: tuple[Tensor, Tensor]) -> float:
-        return (weight - (torch.linalg.solve_triangular(root, pair[0], upper=True) @ pair[1]).T).norm().item()
+        return (
+            (weight - (torch.linalg.solve_triangular(root, pair[0], upper=True) @ pair[1]).T)
+            .norm()
+            .item()
+        )
 
     return min((atoms_, codes), (free.detach(), sparse.detach() * mask), key=distance)
 
@@ -76,7 +88,9 @@ def final(weight: Tensor, target: Tensor, root: Tensor, left: Tensor, removed: f
 def compress(weight: Tensor, gram: Tensor, removed: float) -> tuple[Tensor, Tensor]:
     """The whole path for one linear. weight: (n, m); gram: (m, m), any scale."""
     weight = weight.double()
-    damped = gram.double() + 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    damped = gram.double() + 1e-6 * gram.diagonal().mean() * torch.eye(
+        len(gram), dtype=torch.float64
+    )
     root = torch.linalg.cholesky(damped).T
     target = root @ weight.T
     left = torch.linalg.eigh(target @ target.T)[1].flip(1)

@@ -1,8 +1,10 @@
-"""Calibrate, decompose and probe for five sizes of one method in a sweep, against one run of that method.
+"""Calibrate, decompose and probe for five sizes of one method in a sweep, against one run of that
+method.
 
     python -m benchmarks.sweep [--model reference] [--config default]
 
-One run is a sweep of one point, so that both collect statistics, keep what they find and read it back in the same way.
+One run is a sweep of one point, so that both collect statistics, keep what they find and read it
+back in the same way.
 """
 
 import argparse
@@ -23,13 +25,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         one = seconds(Path(temporary) / "one", arguments, SIZES[2:3])
         five = seconds(Path(temporary) / "five", arguments, SIZES)
-    print(f"{'sweep of five sizes':20} {'calibrate':>10} {'decompose':>10} {'probe':>8} {'together':>9} {'ratio':>6}")
+    print(
+        f"{'sweep of five sizes':20} {'calibrate':>10} {'decompose':>10} {'probe':>8} "
+        f"{'together':>9} {'ratio':>6}"
+    )
     for name, found in (("one run", one), ("five sizes", five)):
-        figures = " ".join(f"{found[stage]:{width}.2f}" for stage, width in zip(STAGES, (10, 10, 8), strict=True))
-        print(f"{name:20} {figures} {sum(found.values()):9.2f} {sum(found.values()) / sum(one.values()):6.2f}")
+        figures = " ".join(
+            f"{found[stage]:{width}.2f}" for stage, width in zip(STAGES, (10, 10, 8), strict=True)
+        )
+        print(
+            f"{name:20} {figures} {sum(found.values()):9.2f} "
+            f"{sum(found.values()) / sum(one.values()):6.2f}"
+        )
 
 
-def seconds(folder: Path, arguments: argparse.Namespace, sizes: tuple[float, ...]) -> dict[str, float]:
+def seconds(
+    folder: Path, arguments: argparse.Namespace, sizes: tuple[float, ...]
+) -> dict[str, float]:
     """Seconds of the stages over all points of a sweep, its calibration included."""
     from compressor.pipeline import run
     from compressor.pipeline.sweep import run as sweep
@@ -38,7 +50,11 @@ def seconds(folder: Path, arguments: argparse.Namespace, sizes: tuple[float, ...
     folder.mkdir()
     base = {"model": {"name": arguments.model}, "evaluation": {"windows": 4}}
     file = folder / "sweep.yaml"
-    file.write_text(json.dumps({"base": base, "grid": {"config": [arguments.config], "allocation.keep": list(sizes)}}))
+    file.write_text(
+        json.dumps(
+            {"base": base, "grid": {"config": [arguments.config], "allocation.keep": list(sizes)}}
+        )
+    )
     calibrate, spent = run.calibrate, []
 
     def timed(*args, **options):

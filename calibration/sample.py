@@ -1,10 +1,12 @@
-"""Sample the bundled calibration and evaluation texts from the bundled reference checkpoint, and describe them in manifest.json.
+"""Sample the bundled calibration and evaluation texts from the bundled reference checkpoint, and
+describe them in manifest.json.
 
     python calibration/sample.py            # needs the package installed; a few minutes on one core
 
-Documents of 512 tokens (a start token and 511 sampled at temperature 1) are decoded, those that are not whole UTF-8 text are dropped,
-and the others are written to one text file, a newline after each. Calibration and evaluation have seeds of their own. Another
-processor or library version rounds differently and samples another text, hence the manifest's checksums.
+Documents of 512 tokens (a start token and 511 sampled at temperature 1) are decoded, those that are
+not whole UTF-8 text are dropped, and the others are written to one text file, a newline after each.
+Calibration and evaluation have seeds of their own. Another processor or library version rounds
+differently and samples another text, hence the manifest's checksums.
 """
 
 import argparse
@@ -32,26 +34,47 @@ def sample_text(model, tokenizer, seed: int, documents: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=bundled_folder("reference"), help="checkpoint folder to sample from")
-    parser.add_argument("--output", type=Path, default=bundled_folder("calibration"), help="folder for the texts and manifest.json")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        default=bundled_folder("reference"),
+        help="checkpoint folder to sample from",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=bundled_folder("calibration"),
+        help="folder for the texts and manifest.json",
+    )
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.model, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32, local_files_only=True).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        options.model, dtype=torch.float32, local_files_only=True
+    ).eval()
     files = {}
     for name, (seed, documents) in SPLITS.items():
         text = sample_text(model, tokenizer, seed, documents)
         data = text.encode()
         (options.output / f"{name}.txt").write_bytes(data)
         tokens = len(tokenizer(text, verbose=False)["input_ids"])
-        files[f"{name}.txt"] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), "tokens": tokens, "seed": seed}
+        files[f"{name}.txt"] = {
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "bytes": len(data),
+            "tokens": tokens,
+            "seed": seed,
+        }
     manifest = {
         "source": "sampled from the bundled reference checkpoint at temperature 1",
-        "checkpoint_sha256": hashlib.sha256((options.model / "model.safetensors").read_bytes()).hexdigest(),
+        "checkpoint_sha256": hashlib.sha256(
+            (options.model / "model.safetensors").read_bytes()
+        ).hexdigest(),
         "licence": "the project's own",
         "command": "python calibration/sample.py",
         "files": files,
     }
-    (options.output / "manifest.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    (options.output / "manifest.json").write_text(
+        json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+    )
 
 
 if __name__ == "__main__":

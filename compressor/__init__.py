@@ -1,6 +1,8 @@
-"""compressor: shrink a trained causal language model without retraining it, and prove what that cost.
+"""compressor: shrink a trained causal language model without retraining it, and prove what that
+cost.
 
-The package imports nothing heavy by itself: `compress`, `evaluate` and `load` (of `compressor.pipeline.run`) are resolved on first use.
+The package imports nothing heavy by itself: `compress`, `evaluate` and `load` (of
+`compressor.pipeline.run`) are resolved on first use.
 """
 
 from importlib import import_module

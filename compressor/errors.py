@@ -1,8 +1,11 @@
-"""Errors meant for users: one line saying what, where and what to do; the command line prints it without a traceback.
+"""Errors meant for users: one line saying what, where and what to do; the command line prints it
+without a traceback.
 
     CompressorError          exit 1   a run that failed
-    ├── NumericalError       exit 1   NaN, infinity or a decomposition that does not converge; names the linear
-    ├── CheckpointError      exit 1   a model folder that is damaged, incomplete or not ours to read; names the file
+    ├── NumericalError       exit 1   NaN, infinity or a decomposition that does not converge; names
+                             the linear
+    ├── CheckpointError      exit 1   a model folder that is damaged, incomplete or not ours to
+                             read; names the file
     ├── DataError            exit 1   text or statistics that cannot be used; names the source
     ├── EvaluationError      exit 1   a score that could not be computed
     └── ConfigError          exit 2   recipe, option, name or path that the user must change
@@ -44,7 +47,9 @@ class BudgetError(ConfigError):
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
-    """Return a sentence that names the nearest valid name, or lists all of them when none is near."""
+    """Return a sentence that names the nearest valid name, or lists all of them when none is
+    near.
+    """
     valid = sorted(valid)
     near = get_close_matches(name, valid, n=1, cutoff=0.5)
     return f"did you mean '{near[0]}'?" if near else f"choose from: {', '.join(valid)}"

@@ -1,9 +1,11 @@
-"""Registration with transformers: after `import compressor.hf`, `from_pretrained` reads checkpoints of this package.
+"""Registration with transformers: after `import compressor.hf`, `from_pretrained` reads checkpoints
+of this package.
 
-config.json carries `quantization_config`: {"quant_method": "compressor", "format_version": 1, "linears": {module name: spec}}. The
-listed linears are replaced by empty modules of their storage kind before any weight is read; names map one to one, so device maps,
-sharding, dtype overrides, `generate`, PEFT and `save_pretrained` need nothing more. Without the import, `from_pretrained` stops on a
-shape mismatch, because `weight` of a storage kind never has the dense shape.
+config.json carries `quantization_config`: {"quant_method": "compressor", "format_version": 1,
+"linears": {module name: spec}}. The listed linears are replaced by empty modules of their storage
+kind before any weight is read; names map one to one, so device maps, sharding, dtype overrides,
+`generate`, PEFT and `save_pretrained` need nothing more. Without the import, `from_pretrained`
+stops on a shape mismatch, because `weight` of a storage kind never has the dense shape.
 """
 
 from typing import Any
@@ -11,7 +13,11 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -23,36 +29,62 @@ FORMAT_VERSION = 1
 
 
 def out_in(linear: nn.Module) -> tuple[int, int]:
-    """(out, in) of an nn.Linear, a storage kind or a Conv1D, which keeps its weight as (in, out)."""
-    return (linear.nf, linear.nx) if isinstance(linear, Conv1D) else (linear.out_features, linear.in_features)
+    """(out, in) of an nn.Linear, a storage kind or a Conv1D, which keeps its weight as (in,
+    out).
+    """
+    return (
+        (linear.nf, linear.nx)
+        if isinstance(linear, Conv1D)
+        else (linear.out_features, linear.in_features)
+    )
 
 
 class CompressorConfig(QuantizationConfigMixin):
     """The `quantization_config` of config.json, as transformers hands it around."""
 
-    def __init__(self, linears: Any = None, format_version: Any = None, quant_method: str = QUANT_METHOD, **unknown: Any):
-        """Check and keep the fields. Raises CheckpointError for a newer format, a missing or an unknown field."""
+    def __init__(
+        self,
+        linears: Any = None,
+        format_version: Any = None,
+        quant_method: str = QUANT_METHOD,
+        **unknown: Any,
+    ):
+        """Check and keep the fields. Raises CheckpointError for a newer format, a missing or an
+        unknown field.
+        """
         if isinstance(format_version, int) and format_version > FORMAT_VERSION:
             raise CheckpointError(
-                f"the checkpoint has format version {format_version}, this package reads up to {FORMAT_VERSION}: upgrade compressor"
+                f"the checkpoint has format version {format_version}, this package reads up to "
+                f"{FORMAT_VERSION}: upgrade compressor"
             )
         if type(format_version) is not int or format_version < 1:
-            raise CheckpointError(f"quantization_config.format_version must be an integer from 1, not {format_version!r}")
-        if not isinstance(linears, dict) or not all(isinstance(spec, dict) for spec in linears.values()):
+            raise CheckpointError(
+                "quantization_config.format_version must be an integer from 1, not "
+                f"{format_version!r}"
+            )
+        if not isinstance(linears, dict) or not all(
+            isinstance(spec, dict) for spec in linears.values()
+        ):
             raise CheckpointError("quantization_config.linears must map module names to specs")
         if unknown:
-            raise CheckpointError(f"quantization_config has unknown fields: {', '.join(sorted(unknown))}")
+            raise CheckpointError(
+                f"quantization_config has unknown fields: {', '.join(sorted(unknown))}"
+            )
         self.quant_method = quant_method
         self.format_version = format_version
         self.linears = linears
 
 
 class CompressorQuantizer(HfQuantizer):
-    """Puts the storage kinds in place before weights are read; there is no compression at load time."""
+    """Puts the storage kinds in place before weights are read; there is no compression at load
+    time.
+    """
 
     requires_calibration = True
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, **kwargs: Any
+    ) -> PreTrainedModel:
         for name, spec in self.quantization_config.linears.items():
             model.set_submodule(name, _empty_like(model, name, spec))
         for name in self.quantization_config.linears:
@@ -68,22 +100,39 @@ class CompressorQuantizer(HfQuantizer):
 
 
 def _empty_like(model: PreTrainedModel, name: str, spec: dict[str, Any]) -> CompressedLinear:
-    """Build the module of `spec` with dtype and device of the dense linear `name`. Raises CheckpointError unless they agree."""
+    """Build the module of `spec` with dtype and device of the dense linear `name`. Raises
+    CheckpointError unless they agree.
+    """
     try:
         dense = model.get_submodule(name)
     except AttributeError:
-        raise CheckpointError(f"{name}: named in quantization_config, but {type(model).__name__} has no such module") from None
+        raise CheckpointError(
+            f"{name}: named in quantization_config, but {type(model).__name__} has no such module"
+        ) from None
     if not isinstance(dense, (nn.Linear, Conv1D)):
-        raise CheckpointError(f"{name}: named in quantization_config, but it is a {type(dense).__name__}, not a linear")
+        raise CheckpointError(
+            f"{name}: named in quantization_config, but it is a {type(dense).__name__}, not a "
+            "linear"
+        )
     if f"{name}.weight" in model.all_tied_weights_keys:
-        raise CheckpointError(f"{name}: compressed, but tied to the embedding: config.json must say tie_word_embeddings false")
+        raise CheckpointError(
+            f"{name}: compressed, but tied to the embedding: config.json must say "
+            "tie_word_embeddings false"
+        )
     try:
         module = build_empty(spec, dense.weight.dtype, dense.weight.device)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{name}: damaged spec {spec}: {type(error).__name__} {error}") from error
+        raise CheckpointError(
+            f"{name}: damaged spec {spec}: {type(error).__name__} {error}"
+        ) from error
     if out_in(module) != out_in(dense):
-        raise CheckpointError(f"{name}: (out, in) of the spec {spec} is not that of the model, whose (out, in) is {out_in(dense)}")
-    if module.bias is None and dense.bias is not None:  # the reverse is AFM, which gives biases to linears without one
+        raise CheckpointError(
+            f"{name}: (out, in) of the spec {spec} is not that of the model, whose (out, in) is "
+            f"{out_in(dense)}"
+        )
+    if (
+        module.bias is None and dense.bias is not None
+    ):  # the reverse is AFM, which gives biases to linears without one
         raise CheckpointError(f"{name}: the spec {spec} lacks the bias that the model has")
     return module
 
@@ -92,7 +141,9 @@ def _bind(model: PreTrainedModel, name: str) -> None:
     try:
         model.get_submodule(name).bind(model)
     except AttributeError as error:
-        raise CheckpointError(f"{name}: its spec borrows from a module that the model does not have: {error}") from None
+        raise CheckpointError(
+            f"{name}: its spec borrows from a module that the model does not have: {error}"
+        ) from None
 
 
 def register() -> None:

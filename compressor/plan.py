@@ -1,13 +1,17 @@
 """What can be chosen for each linear, and what was chosen: plain data that survives JSON.
 
-Sizes are bits as stored on disk, bias included. `parameters` counts stored real numbers only (no indices, masks or pivots).
+Sizes are bits as stored on disk, bias included. `parameters` counts stored real numbers only (no
+indices, masks or pivots).
 """
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 DENSE = "dense"  # the method name of a linear that keeps its weight
-WITH_RESIDUALS, FINER_BASES = "with residuals", "finer bases instead"  # entries of `Plan.contest` of a plan with low-rank residuals
+WITH_RESIDUALS, FINER_BASES = (
+    "with residuals",
+    "finer bases instead",
+)  # entries of `Plan.contest` of a plan with low-rank residuals
 
 
 @dataclass(frozen=True)
@@ -18,23 +22,34 @@ class Candidate:
     setting: dict[str, Any]  # what `Method.compress` needs, JSON values only, e.g. {"rank": 48}
     bits: int
     parameters: int
-    error: float  # closed-form error of the method's own metric, relative to the energy (0 = exact, 1 = all lost)
+    # closed-form error of the method's own metric, relative to the energy (0 = exact, 1 = all lost)
+    error: float
     multiply_adds: int | None = None  # for one token, as executed; None where a method does not say
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Candidates of one linear from one method, in order of growing size; "keep dense" is not among them."""
+    """Candidates of one linear from one method, in order of growing size; "keep dense" is not among
+    them.
+    """
 
     linear: str
     method: str
     candidates: tuple[Candidate, ...]
     dense_bits: int
     dense_parameters: int
-    energy: float  # what an error of 1 means, in the metric of the method (for the Gram metric tr(W G Wᵀ), per token)
-    spectrum: tuple[float, ...] = ()  # squared singular values ÷ energy, descending; low-rank methods only
-    screened: bool = False  # whether errors have the shape of the real ones only: what is built tells how large they are
-    thresholds: tuple[float, ...] = ()  # of every candidate and of dense, descending: too large under a global threshold above it
+    # what an error of 1 means, in the metric of the method (for the Gram metric tr(W G Wᵀ), per
+    # token)
+    energy: float
+    spectrum: tuple[
+        float, ...
+    ] = ()  # squared singular values ÷ energy, descending; low-rank methods only
+    # whether errors have the shape of the real ones only: what is built tells how large they are
+    screened: bool = False
+    thresholds: tuple[
+        float, ...
+        # of every candidate and of dense, descending: too large under a global threshold above it
+    ] = ()
 
 
 @dataclass(frozen=True)
@@ -49,12 +64,31 @@ class Choice:
     dense_parameters: int
     predicted: float = 0.0  # curve error, in the method's metric
     measured: float | None = None  # the same, of the module as it is stored; None until it is built
-    error: float | None = None  # tr(D G Dᵀ) / tr(W G Wᵀ) of the module as it is stored, D = W − Ŵ, G the Gram of the dense model
-    kl: float | None = None  # damage the allocation counted with, nats per token; None where it is not measured in nats
-    residual: int | None = None  # rank of the low-rank residual, counted in bits and parameters; None without compensation
-    options: dict[str, Any] | None = None  # those that tell the candidate from others of its method; None where it has none beside it
-    sequential: dict[str, float] | None = None  # of a linear that was solved again in order: the dampings that took, by name
-    reason: str | None = None  # why it stays dense whatever the budget: the calibration text says nothing about it; None otherwise
+    error: float | None = (
+        # tr(D G Dᵀ) / tr(W G Wᵀ) of the module as it is stored, D = W − Ŵ, G the Gram of the dense
+        # model
+        None
+    )
+    kl: float | None = (
+        # damage the allocation counted with, nats per token; None where it is not measured in nats
+        None
+    )
+    residual: int | None = (
+        # rank of the low-rank residual, counted in bits and parameters; None without compensation
+        None
+    )
+    options: dict[str, Any] | None = (
+        # those that tell the candidate from others of its method; None where it has none beside it
+        None
+    )
+    sequential: dict[str, float] | None = (
+        None  # of a linear that was solved again in order: the dampings that took, by name
+    )
+    reason: str | None = (
+        # why it stays dense whatever the budget: the calibration text says nothing about it; None
+        # otherwise
+        None
+    )
 
 
 @dataclass(frozen=True)
@@ -62,12 +96,22 @@ class Plan:
     """Linear name → choice. Editable as JSON and run again with `compress --plan`."""
 
     linears: dict[str, Choice]
-    price: float | None = None  # marginal price of the budget, nats per MiB; None where the allocation does not measure nats
+    price: float | None = (
+        # marginal price of the budget, nats per MiB; None where the allocation does not measure
+        # nats
+        None
+    )
     recipe: dict[str, Any] = field(default_factory=dict)
-    contest: dict[str, float] = field(default_factory=dict)  # held-out divergence of whole models: all methods together, each alone, …
+    contest: dict[str, float] = field(
+        default_factory=dict
+    )  # held-out divergence of whole models: all methods together, each alone, …
     curves: tuple[dict[str, Any], ...] = ()  # what each linear could have been, see `curves`
-    search: dict[str, Any] = field(default_factory=dict)  # what was tried in search of the recipe, and what was taken
-    trained: dict[str, Any] = field(default_factory=dict)  # repair, heal → whether it was kept, divergences before and after
+    search: dict[str, Any] = field(
+        default_factory=dict
+    )  # what was tried in search of the recipe, and what was taken
+    trained: dict[str, Any] = field(
+        default_factory=dict
+    )  # repair, heal → whether it was kept, divergences before and after
 
     def to_json(self) -> dict[str, Any]:
         """What plan.json holds: all but the curves, which have a file of their own."""

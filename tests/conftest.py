@@ -1,4 +1,6 @@
-"""Shared fixtures: tiny random models built once for the suite, and seeded (weight, statistics) cases."""
+"""Shared fixtures: tiny random models built once for the suite, and seeded (weight, statistics)
+cases.
+"""
 
 from pathlib import Path
 

@@ -1,9 +1,11 @@
-"""Which structured methods work on which architectures: whole runs on tiny models, and the table of them in the README.
+"""Which structured methods work on which architectures: whole runs on tiny models, and the table of
+them in the README.
 
     UPDATE_README=1 python -m pytest -m slow tests/test_architectures.py
 
-writes the table; without it a table that is not what the runs say fails. A method works if the compressed model gives the same logits
-token by token with its cache as in one pass, and these are not the original's; otherwise it must refuse in one line.
+writes the table; without it a table that is not what the runs say fails. A method works if the
+compressed model gives the same logits token by token with its cache as in one pass, and these are
+not the original's; otherwise it must refuse in one line.
 """
 
 import os
@@ -27,7 +29,10 @@ from compressor.runtime.stopwatch import Stopwatch
 pytestmark = pytest.mark.slow
 
 README = Path(__file__).parent.parent / "README.md"
-START, END = "<!-- architectures: written by tests/test_architectures.py -->\n", "<!-- end of architectures -->\n"
+START, END = (
+    "<!-- architectures: written by tests/test_architectures.py -->\n",
+    "<!-- end of architectures -->\n",
+)
 KINDS = {
     "llama": "Llama",
     "mistral": "Mistral",
@@ -44,18 +49,34 @@ UNIFORM = ("allocation={kind: uniform, keep: 0.7, count: bits}",)
 METHODS = {  # column: preset and what is set
     "lorap": ("lorap", ()),
     "channels": ("channels", UNIFORM),
-    "value_dims": (None, ("method=[{targets: 'role:vo', candidates: [{name: value_dims}]}]", *UNIFORM)),
-    "heads": (None, ("method=[{targets: 'role:attention', candidates: [{name: heads}]}]", *UNIFORM)),
-    "rotary_pairs": (None, ("method=[{targets: 'role:qk', candidates: [{name: rotary_pairs}]}]", *UNIFORM)),
+    "value_dims": (
+        None,
+        ("method=[{targets: 'role:vo', candidates: [{name: value_dims}]}]", *UNIFORM),
+    ),
+    "heads": (
+        None,
+        ("method=[{targets: 'role:attention', candidates: [{name: heads}]}]", *UNIFORM),
+    ),
+    "rotary_pairs": (
+        None,
+        ("method=[{targets: 'role:qk', candidates: [{name: rotary_pairs}]}]", *UNIFORM),
+    ),
     "transact": ("transact", ("allocation.keep=0.7",)),
     "armor": ("armor", ("allocation.keep=0.85", "method.0.candidates.0.options={sweeps: 1}")),
 }
-SMALL = ["calibration.windows=6", "calibration.length=24", "calibration.heldout=2", "model.device=cpu"]
+SMALL = [
+    "calibration.windows=6",
+    "calibration.length=24",
+    "calibration.heldout=2",
+    "model.device=cpu",
+]
 
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
-    """`built`: a job and its modules; `of`: what becomes of a method on an architecture, None if it works, else why not."""
+    """`built`: a job and its modules; `of`: what becomes of a method on an architecture, None if it
+    works, else why not.
+    """
     folder = tmp_path_factory.mktemp("architectures")
     windows = torch.randint(3, VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(0))
     save_file({"windows": windows}, folder / "tokens.safetensors")
@@ -66,7 +87,10 @@ def outcome(tmp_path_factory):
 
     def built(kind: str, column: str, *more: str):
         preset, sets = METHODS[column]
-        named = {"model.name": str(source(kind).path), "calibration.source": f"{folder / 'tokens.safetensors'}:windows"}
+        named = {
+            "model.name": str(source(kind).path),
+            "calibration.source": f"{folder / 'tokens.safetensors'}:windows",
+        }
         job = jobs.start(load_recipe(preset, [*SMALL, *sets, *more], named), source(kind))
         return job, run.plan_and_build(job, stages.statistics(job), None, Stopwatch(), silent)[1]
 
@@ -95,7 +119,9 @@ def check(job: jobs.Job, modules) -> None:
         cache = out.past_key_values
         steps.append(out.logits)
     torch.testing.assert_close(torch.cat(steps, 1), logits, rtol=1e-3, atol=1e-4)
-    assert modules and torch.isfinite(logits).all() and not torch.allclose(logits, original, atol=1e-6)
+    assert (
+        modules and torch.isfinite(logits).all() and not torch.allclose(logits, original, atol=1e-6)
+    )
 
 
 def reason(message: str) -> str:
@@ -109,9 +135,18 @@ def table(outcome) -> str:
     found = {kind: {column: outcome.of(kind, column) for column in METHODS} for kind in KINDS}
     reasons = sorted({why for row in found.values() for why in row.values() if why})
     letters = {why: chr(ord("a") + index) for index, why in enumerate(reasons)}
-    lines = ["| | " + " | ".join(f"`{column}`" for column in METHODS) + " |", "|---" * (len(METHODS) + 1) + "|"]
-    lines += [f"| {KINDS[kind]} | " + " | ".join(letters.get(why, "yes") for why in row.values()) + " |" for kind, row in found.items()]
-    return "\n".join([*lines, "", *(f"- {letter}: refused, {why}" for why, letter in letters.items())]) + "\n"
+    lines = [
+        "| | " + " | ".join(f"`{column}`" for column in METHODS) + " |",
+        "|---" * (len(METHODS) + 1) + "|",
+    ]
+    lines += [
+        f"| {KINDS[kind]} | " + " | ".join(letters.get(why, "yes") for why in row.values()) + " |"
+        for kind, row in found.items()
+    ]
+    return (
+        "\n".join([*lines, "", *(f"- {letter}: refused, {why}" for why, letter in letters.items())])
+        + "\n"
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -126,7 +161,9 @@ def test_keeping_everything_changes_nothing(column, outcome):
     before = {name: tensor.clone() for name, tensor in job.model.state_dict().items()}
     stages.install(job, modules)
     after = job.model.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert before.keys() == after.keys() and all(
+        torch.equal(tensor, after[name]) for name, tensor in before.items()
+    )
 
 
 def test_the_readme_says_what_the_runs_say(outcome):
@@ -135,4 +172,6 @@ def test_the_readme_says_what_the_runs_say(outcome):
     if os.environ.get("UPDATE_README"):
         README.write_text(before + START + table(outcome) + END + after)
     else:
-        assert written == table(outcome), "run UPDATE_README=1 python -m pytest -m slow tests/test_architectures.py"
+        assert written == table(outcome), (
+            "run UPDATE_README=1 python -m pytest -m slow tests/test_architectures.py"
+        )

@@ -1,4 +1,6 @@
-"""The checkpoint format read by plain transformers: hand-made low-rank modules in tiny models, against everything that loads them."""
+"""The checkpoint format read by plain transformers: hand-made low-rank modules in tiny models,
+against everything that loads them.
+"""
 
 import json
 import os
@@ -10,7 +12,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.models import read_json, tiny_model
-from support.modules import TARGETS, compress_in_place, compressed, loaded, logits, low_rank_like, save_compressed, tokens
+from support.modules import (
+    TARGETS,
+    compress_in_place,
+    compressed,
+    loaded,
+    logits,
+    low_rank_like,
+    save_compressed,
+    tokens,
+)
 from support.sameness import assert_same_output, assert_same_tensors
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.quantizers.auto import AutoHfQuantizer
@@ -24,12 +35,18 @@ KINDS = list(TARGETS)
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    return {
+        name: tensor
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory) -> dict[str, tuple[Path, torch.Tensor]]:
-    """Per architecture: a compressed folder with tokenizer, and the logits of the model in memory. Read only."""
+    """Per architecture: a compressed folder with tokenizer, and the logits of the model in memory.
+    Read only.
+    """
     made = {}
     for kind in KINDS:
         folder = save_compressed(tmp_path_factory.mktemp("compressed") / kind, kind)
@@ -76,9 +93,15 @@ def test_fresh_process_refuses_without_the_import_and_agrees_with_it(tmp_path):
             torch.save(tokens(), folder / "tokens.pt")
             torch.save(logits(model), folder / "logits.pt")
             folders[str(folder)] = name
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, "-c", FRESH, *folders]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    run = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=300, check=False
+    )
     assert run.returncode == 0, run.stderr
     for folder, (plain, lm_eval) in json.loads(run.stdout).items():
         assert plain.startswith("RuntimeError") and "ignore_mismatched_sizes" in plain
@@ -92,7 +115,11 @@ def test_listed_modules_are_rebuilt_and_trainable(kind, checkpoints):
     folder, expected = checkpoints[kind]
     model = loaded(folder)
     assert_same_output(logits(model), expected)
-    kinds = {name: module.pivots is not None for name, module in model.named_modules() if isinstance(module, LowRank)}
+    kinds = {
+        name: module.pivots is not None
+        for name, module in model.named_modules()
+        if isinstance(module, LowRank)
+    }
     assert kinds == {name: pivoted for name, (_, pivoted) in TARGETS[kind].items()}
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert model.hf_quantizer.is_serializable() and model.hf_quantizer.is_trainable
@@ -105,8 +132,12 @@ def test_dtype_override_casts_factors_and_keeps_pivots(kind, dtype, checkpoints)
     reference, model = stored(folder), loaded(folder, dtype=dtype)
     state = model.state_dict()
     for name, tensor in reference.items():
-        assert torch.equal(state[name], tensor if name.endswith(".pivots") else tensor.to(dtype)), name
-    assert {tensor.dtype for name, tensor in state.items() if name.endswith(".pivots")} == {torch.uint8}
+        assert torch.equal(state[name], tensor if name.endswith(".pivots") else tensor.to(dtype)), (
+            name
+        )
+    assert {tensor.dtype for name, tensor in state.items() if name.endswith(".pivots")} == {
+        torch.uint8
+    }
     assert logits(model).isfinite().all()
 
 
@@ -124,8 +155,20 @@ def test_device_map_auto(kind, checkpoints, tmp_path):
 def test_disk_offload(kind, buffers, checkpoints, tmp_path):
     folder, expected = checkpoints[kind]
     placement = {
-        "llama": {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers": "disk", "model.norm": "cpu", "lm_head": "cpu"},
-        "gpt2": {"transformer.wte": "cpu", "transformer.wpe": "cpu", "transformer.h": "disk", "transformer.ln_f": "cpu", "lm_head": "cpu"},
+        "llama": {
+            "model.embed_tokens": "cpu",
+            "model.rotary_emb": "cpu",
+            "model.layers": "disk",
+            "model.norm": "cpu",
+            "lm_head": "cpu",
+        },
+        "gpt2": {
+            "transformer.wte": "cpu",
+            "transformer.wpe": "cpu",
+            "transformer.h": "disk",
+            "transformer.ln_f": "cpu",
+            "lm_head": "cpu",
+        },
     }[kind]
     model = loaded(folder, device_map=placement, offload_folder=tmp_path, offload_buffers=buffers)
     assert all(model.get_submodule(name).weight.is_meta for name in TARGETS[kind])
@@ -147,7 +190,9 @@ def test_several_shards(kind, tmp_path):
 def test_saving_again_gives_identical_files(kind, checkpoints, tmp_path):
     folder, _ = checkpoints[kind]
     loaded(folder).save_pretrained(tmp_path)
-    assert (tmp_path / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert (tmp_path / "model.safetensors").read_bytes() == (
+        folder / "model.safetensors"
+    ).read_bytes()
     assert read_json(tmp_path / "config.json") == read_json(folder / "config.json")
 
 
@@ -187,7 +232,10 @@ def test_generate_with_cache_continues_as_in_memory(kind, checkpoints):
     folder, _ = checkpoints[kind]
     prompt, settings = tokens(1, 1, 4), {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     settings |= {"output_logits": True, "return_dict_in_generate": True}
-    steps = [torch.cat(model.generate(prompt, **settings).logits) for model in (loaded(folder), compressed(kind))]
+    steps = [
+        torch.cat(model.generate(prompt, **settings).logits)
+        for model in (loaded(folder), compressed(kind))
+    ]
     assert_same_output(*steps)
 
 
@@ -206,14 +254,29 @@ def damaged(config: dict, name: str | None = None, **changes) -> dict:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda config: edited(config, format_version=2), "format version 2, this package reads up to 1: upgrade compressor"),
+        (
+            lambda config: edited(config, format_version=2),
+            "format version 2, this package reads up to 1: upgrade compressor",
+        ),
         (lambda config: edited(config, format_version="1"), "format_version must be an integer"),
         (lambda config: edited(config, format_version=0), "format_version must be an integer"),
-        (lambda config: edited(config, linears=["lm_head"]), "linears must map module names to specs"),
+        (
+            lambda config: edited(config, linears=["lm_head"]),
+            "linears must map module names to specs",
+        ),
         (lambda config: edited(config, dequantise=True), "unknown fields: dequantise"),
-        (lambda config: damaged(config, kind="dictionary_of_dreams"), "storage kind 'dictionary_of_dreams' is unknown"),
-        (lambda config: damaged(config, name="model.layers.0.self_attn.x_proj"), "x_proj: .* no such module"),
-        (lambda config: damaged(config, name="model.embed_tokens"), "model.embed_tokens: .* Embedding, not a linear"),
+        (
+            lambda config: damaged(config, kind="dictionary_of_dreams"),
+            "storage kind 'dictionary_of_dreams' is unknown",
+        ),
+        (
+            lambda config: damaged(config, name="model.layers.0.self_attn.x_proj"),
+            "x_proj: .* no such module",
+        ),
+        (
+            lambda config: damaged(config, name="model.embed_tokens"),
+            "model.embed_tokens: .* Embedding, not a linear",
+        ),
         (lambda config: damaged(config, in_features=31), r"q_proj: \(out, in\) of the spec"),
         (lambda config: damaged(config, rank=-1), "q_proj: damaged spec"),
         (lambda config: damaged(config, rank="5"), "q_proj: damaged spec"),
@@ -230,7 +293,9 @@ def test_damaged_descriptions_are_refused(change, message, checkpoints):
 
 def test_a_spec_may_add_a_bias_but_not_lose_one(checkpoints):
     config = AutoConfig.from_pretrained(checkpoints["gpt2"][0])
-    config.quantization_config = damaged({"quantization_config": config.quantization_config}, bias=False)["quantization_config"]
+    config.quantization_config = damaged(
+        {"quantization_config": config.quantization_config}, bias=False
+    )["quantization_config"]
     with pytest.raises(CheckpointError, match="lacks the bias that the model has"):
         AutoModelForCausalLM.from_pretrained(checkpoints["gpt2"][0], config=config)
 
@@ -243,9 +308,13 @@ def test_a_spec_without_a_size_is_refused(checkpoints):
 
 
 def test_registering_twice_changes_nothing():
-    before = AutoHfQuantizer.from_config({"quant_method": "compressor", "format_version": 1, "linears": {}})
+    before = AutoHfQuantizer.from_config(
+        {"quant_method": "compressor", "format_version": 1, "linears": {}}
+    )
     compressor.hf.register()
-    after = AutoHfQuantizer.from_config({"quant_method": "compressor", "format_version": 1, "linears": {}})
+    after = AutoHfQuantizer.from_config(
+        {"quant_method": "compressor", "format_version": 1, "linears": {}}
+    )
     assert type(before) is type(after) and type(after).__name__ == "CompressorQuantizer"
 
 

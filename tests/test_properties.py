@@ -1,4 +1,5 @@
-"""Generated inputs: whatever stands in a recipe, a shard index, a weight file or a config.json, the user sees a result or one message.
+"""Generated inputs: whatever stands in a recipe, a shard index, a weight file or a config.json, the
+user sees a result or one message.
 
 Seeds are fixed (`derandomize`), so every run checks the same inputs.
 """
@@ -29,7 +30,10 @@ from compressor.recipe.training import Section
 pytestmark = pytest.mark.faults
 
 LEAST_VALID = 0.1  # of the generated recipes: were it few, the round trip would say little
-WEIGHTS = save({"x": torch.arange(6.0).view(2, 3), "y": torch.ones(2, dtype=torch.bfloat16)}, metadata={"format": "pt"})
+WEIGHTS = save(
+    {"x": torch.arange(6.0).view(2, 3), "y": torch.ones(2, dtype=torch.bfloat16)},
+    metadata={"format": "pt"},
+)
 LENGTH = struct.unpack("<Q", WEIGHTS[:8])[0]
 
 
@@ -38,7 +42,9 @@ def generated(examples: int) -> settings:
 
 
 def outcome(call, *arguments) -> Any:
-    """What a call returns, or the error for users that it raises. Anything else it raises is a failed test."""
+    """What a call returns, or the error for users that it raises. Anything else it raises is a
+    failed test.
+    """
     try:
         return call(*arguments)
     except CompressorError as error:
@@ -52,9 +58,15 @@ def place(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("properties")
 
 
-SCALARS = st.none() | st.booleans() | st.integers(-(10**20), 10**20) | st.floats() | st.text(max_size=8)
+SCALARS = (
+    st.none() | st.booleans() | st.integers(-(10**20), 10**20) | st.floats() | st.text(max_size=8)
+)
 TREES = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3), max_leaves=8
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
+    ),
+    max_leaves=8,
 )
 SIGNS = "a{}[],'|>#%~=@`é\"\\\n\t\0\x85\ufeff\ud800"
 WORDS = [
@@ -103,8 +115,16 @@ NAMES = [
     "a\0.safetensors",
     "a/b.safetensors",
 ]
-MAPS = st.dictionaries(st.sampled_from("xyz") | st.text(max_size=4), st.sampled_from(NAMES) | SCALARS, max_size=4)
-DATA = st.fixed_dictionaries({}, optional={"weight_map": MAPS | TREES, "metadata": TREES, "linears": TREES, "price": TREES}) | TREES
+MAPS = st.dictionaries(
+    st.sampled_from("xyz") | st.text(max_size=4), st.sampled_from(NAMES) | SCALARS, max_size=4
+)
+DATA = (
+    st.fixed_dictionaries(
+        {},
+        optional={"weight_map": MAPS | TREES, "metadata": TREES, "linears": TREES, "price": TREES},
+    )
+    | TREES
+)
 
 
 @generated(350)
@@ -120,7 +140,10 @@ def test_any_shard_index_is_read_or_refused_and_nothing_outside_is_opened(place,
     if isinstance(found, CompressorError):
         assert isinstance(found, CheckpointError)
     else:
-        assert found.keys() == {"x", "y"} and {info.file for info in found.values()} <= {"model.safetensors", "other.safetensors"}
+        assert found.keys() == {"x", "y"} and {info.file for info in found.values()} <= {
+            "model.safetensors",
+            "other.safetensors",
+        }
 
 
 @generated(350)
@@ -142,7 +165,16 @@ def test_any_damage_to_a_weight_file_is_noticed_or_lies_in_the_numbers(place, da
         assert max(info.start + info.bytes for info in found.values()) <= len(content)
 
 
-SIZES = ["num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "head_dim", "vocab_size", "n_head", "n_embd"]
+SIZES = [
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_size",
+    "head_dim",
+    "vocab_size",
+    "n_head",
+    "n_embd",
+]
 CONFIGS = st.dictionaries(
     st.sampled_from([*SIZES, "model_type", "auto_map", "attn_implementation", "text_config"]),
     st.sampled_from(["llama", "gpt2", "bert", 0, -1, 4, 32, 10**9, "32", 1.5]) | TREES,
@@ -165,9 +197,18 @@ def test_any_config_is_accepted_or_refused_by_name(place, text):
 
 
 def fields(section: type[Section], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted path and annotation of everything in a recipe, the first item standing for each list."""
+    """Dotted path and annotation of everything in a recipe, the first item standing for each
+    list.
+    """
     for name, field in section.model_fields.items():
-        inner, items = next(((part, part is not field.annotation) for part in parts(field.annotation) if is_section(part)), (None, False))
+        inner, items = next(
+            (
+                (part, part is not field.annotation)
+                for part in parts(field.annotation)
+                if is_section(part)
+            ),
+            (None, False),
+        )
         yield above + name, field.annotation
         if inner:
             yield from fields(inner, f"{above}{name}." + "0." * items)
@@ -187,7 +228,11 @@ def values(annotation: Any) -> st.SearchStrategy:
     """Values that a field may well accept, and some that it will not."""
     found = list(parts(annotation))
     words = [word for part in found if get_origin(part) is Literal for word in get_args(part)]
-    likely = st.sampled_from(words) if words else st.sampled_from([{}, 64, 0.5, "1GB", "low_rank", "*", [0.5, 2]])
+    likely = (
+        st.sampled_from(words)
+        if words
+        else st.sampled_from([{}, 64, 0.5, "1GB", "low_rank", "*", [0.5, 2]])
+    )
     if bool in found:
         likely = st.booleans()
     elif int in found or float in found:
@@ -197,7 +242,10 @@ def values(annotation: Any) -> st.SearchStrategy:
 
 
 FIELDS = {path: values(annotation) for path, annotation in fields(Recipe)}
-CHANGES = st.lists(st.sampled_from(sorted(FIELDS)).flatmap(lambda path: st.tuples(st.just(path), FIELDS[path])), max_size=3)
+CHANGES = st.lists(
+    st.sampled_from(sorted(FIELDS)).flatmap(lambda path: st.tuples(st.just(path), FIELDS[path])),
+    max_size=3,
+)
 BASES = st.sampled_from(sorted(presets()))
 
 
@@ -227,7 +275,13 @@ def test_any_file_of_sections_is_a_recipe_that_comes_back_or_is_refused(place):
     valid = []
 
     @generated(300)
-    @given(CHANGES, st.one_of(*[st.just({})] * 4, st.dictionaries(st.sampled_from(sorted(Recipe.model_fields)), TREES, max_size=1)))
+    @given(
+        CHANGES,
+        st.one_of(
+            *[st.just({})] * 4,
+            st.dictionaries(st.sampled_from(sorted(Recipe.model_fields)), TREES, max_size=1),
+        ),
+    )
     def check(changes, stray):
         data = dict(stray)
         for path, value in changes:

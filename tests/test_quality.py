@@ -1,4 +1,6 @@
-"""What the recipes reach relative to each other on the bundled reference model: the papers' claims, end to end. Minutes long."""
+"""What the recipes reach relative to each other on the bundled reference model: the papers' claims,
+end to end. Minutes long.
+"""
 
 import pytest
 
@@ -18,7 +20,9 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def divergence():
-    """KL(original‖compressed) in nats per token on bundled evaluation text, by preset; each is run once."""
+    """KL(original‖compressed) in nats per token on bundled evaluation text, by preset; each is run
+    once.
+    """
     source = jobs.open_source("reference", None)
     original, tokenizer = models.load(source.path)
     windows = data.load_windows(str(data.bundled("evaluation")), tokenizer, 256, 24).tokens
@@ -30,7 +34,9 @@ def divergence():
             stats = stages.statistics(job)
             parts = stages.decompositions(job, stats)
             plan, modules = contest.choose(job, parts, stages.probes(job, parts))
-            kept = sum(c.parameters for c in plan.linears.values()) / sum(c.dense_parameters for c in plan.linears.values())
+            kept = sum(c.parameters for c in plan.linears.values()) / sum(
+                c.dense_parameters for c in plan.linears.values()
+            )
             assert KEEP - 0.03 < kept <= KEEP
             stages.install(job, modules)
             found[preset] = perplexity.compare(original, job.model, windows).kl

@@ -1,4 +1,6 @@
-"""Linears that the calibration text says nothing about are left dense and named, by every preset, and nothing beside them stops."""
+"""Linears that the calibration text says nothing about are left dense and named, by every preset,
+and nothing beside them stops.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +37,11 @@ SMALLER = {  # what a preset needs on a model of two blocks of width 32
 }
 ROUNDING = 1e-6  # relative to the energy: products with the Gram of one token cancel
 FIRST, SECOND = "model.layers.0", "model.layers.1"
-NO_TOKEN, NO_INPUT, NO_GRADIENT = "no token reaches it", "its inputs are all zero", "no gradient reaches it"
+NO_TOKEN, NO_INPUT, NO_GRADIENT = (
+    "no token reaches it",
+    "its inputs are all zero",
+    "no gradient reaches it",
+)
 
 
 def dead(model) -> None:
@@ -56,14 +62,19 @@ def zero(*names: str):
 
 
 KINDS = {
-    "zero gradient": zero(f"{SECOND}.self_attn.o_proj", f"{SECOND}.mlp.down_proj"),  # a block without effect: zero weights as well
+    "zero gradient": zero(
+        f"{SECOND}.self_attn.o_proj", f"{SECOND}.mlp.down_proj"
+    ),  # a block without effect: zero weights as well
     "zero Gram": zero(f"{SECOND}.input_layernorm"),
     "dead inputs": dead,
     "zero weight": zero(f"{FIRST}.self_attn.v_proj", f"{SECOND}.mlp.up_proj"),
     "one token": lambda model: None,
 }
 SILENT = {  # where gradients are collected
-    "zero gradient": {f"{SECOND}.{path}_proj": NO_GRADIENT for path in ("mlp.gate", "mlp.up", "self_attn.q", "self_attn.k", "self_attn.v")},
+    "zero gradient": {
+        f"{SECOND}.{path}_proj": NO_GRADIENT
+        for path in ("mlp.gate", "mlp.up", "self_attn.q", "self_attn.k", "self_attn.v")
+    },
     "zero Gram": {f"{SECOND}.self_attn.{key}_proj": NO_INPUT for key in "qkvo"},
     "dead inputs": {},
 }
@@ -100,7 +111,13 @@ def started(folder: Path, text: Path, preset: str, *sets: str) -> jobs.Job:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("preset", [pytest.param(name, marks=pytest.mark.slow) if name.startswith("best") else name for name in PRESETS])
+@pytest.mark.parametrize(
+    "preset",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name.startswith("best") else name
+        for name in PRESETS
+    ],
+)
 def test_every_preset_compresses_what_the_text_speaks_of(preset, kind, folders, text_file):
     job = started(folders[kind], text_file, preset, *settings(kind, preset))
     stats = run.statistics(job, None)
@@ -108,13 +125,24 @@ def test_every_preset_compresses_what_the_text_speaks_of(preset, kind, folders, 
     own = {name: one.silence for name, one in stats.items() if one.silence}
     if kind in SILENT and all(one.grad_gram is not None for one in stats.values()):
         assert own == {name: reason for name, reason in SILENT[kind].items() if name in stats}
-    if kind == "one token":  # queries and keys of one position have no gradient but what rounding leaves, which is the processor's
-        assert all((name[-6], reason) in (("q", NO_GRADIENT), ("k", NO_GRADIENT)) for name, reason in own.items())
-    compressed = {name for name, module in modules.items() if isinstance(module, CompressedLinear)}  # others are dense ones that learn
+    if (
+        kind == "one token"
+        # queries and keys of one position have no gradient but what rounding leaves, which is the
+        # processor's
+    ):
+        assert all(
+            (name[-6], reason) in (("q", NO_GRADIENT), ("k", NO_GRADIENT))
+            for name, reason in own.items()
+        )
+    compressed = {
+        name for name, module in modules.items() if isinstance(module, CompressedLinear)
+    }  # others are dense ones that learn
     assert compressed and compressed.isdisjoint(own)
     for name, choice in plan.linears.items():
         assert -ROUNDING < choice.error < float("inf")
-        assert choice.reason == own.get(name) or (choice.reason or "").endswith("which it is compressed with, stays dense")
+        assert choice.reason == own.get(name) or (choice.reason or "").endswith(
+            "which it is compressed with, stays dense"
+        )
         assert choice.reason is None or (choice.method, choice.bits) == (DENSE, choice.dense_bits)
     stored = [tensor for module in modules.values() for tensor in module.state_dict().values()]
     assert all(tensor.isfinite().all() for tensor in stored if tensor.is_floating_point())
@@ -123,40 +151,73 @@ def test_every_preset_compresses_what_the_text_speaks_of(preset, kind, folders, 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("preset", ["svd_llm", "gptq_w4", "modules", "geopair"])
 def test_solving_in_order_goes_past_them(preset, kind, folders, text_file):
-    job = started(folders[kind], text_file, preset, *settings(kind, preset), "calibration.sequential=true", "calibration.anchor=0.5")
+    job = started(
+        folders[kind],
+        text_file,
+        preset,
+        *settings(kind, preset),
+        "calibration.sequential=true",
+        "calibration.anchor=0.5",
+    )
     plan, modules = build.plan_and_build(job, run.statistics(job, None), None, Stopwatch(), silent)
     assert modules and all(choice.error < float("inf") for choice in plan.linears.values())
 
 
-def test_inputs_that_compressed_linears_silence_leave_the_modules_of_the_plan(folders, text_file, caplog):
-    """A linear whose inputs were not zero in the dense model, but are zero behind what was compressed before it."""
+def test_inputs_that_compressed_linears_silence_leave_the_modules_of_the_plan(
+    folders, text_file, caplog
+):
+    """A linear whose inputs were not zero in the dense model, but are zero behind what was
+    compressed before it.
+    """
     job = started(folders["one token"], text_file, "svd_llm", *SMALL, "calibration.sequential=true")
     value, output = f"{FIRST}.self_attn.v_proj", f"{FIRST}.self_attn.o_proj"
     given = []
 
     def solve(names, stats):
         given.append((names, stats))
-        return {name: low_rank(torch.zeros_like(job.model.get_submodule(name).weight), None, 2, False) for name in names if name == value}
+        return {
+            name: low_rank(torch.zeros_like(job.model.get_submodule(name).weight), None, 2, False)
+            for name in names
+            if name == value
+        }
 
     found = {name: assignment.info for name, assignment in job.assignments.items()}
     batches = list(job.calibration.tokens.split(4))
-    solve_in_order(job.model, found, batches, dict.fromkeys(found, frozenset({"gram"})), False, solve)
+    solve_in_order(
+        job.model, found, batches, dict.fromkeys(found, frozenset({"gram"})), False, solve
+    )
     assert ([output], None) in given and any(stats is not None for _, stats in given)
-    assert f"{output}: behind the compressed linears its inputs are all zero, so it is not solved again" in caplog.messages
+    assert (
+        f"{output}: behind the compressed linears its inputs are all zero, so it is not solved "
+        "again" in caplog.messages
+    )
 
 
 def test_the_plan_the_report_and_a_warning_name_them(folders, text_file, tmp_path, caplog):
     folder = folders["zero gradient"]
-    report = run.compress(recipe(folder, text_file, "evaluation.enabled=false", config="default"), tmp_path / "out")
+    report = run.compress(
+        recipe(folder, text_file, "evaluation.enabled=false", config="default"), tmp_path / "out"
+    )
     names = sorted(SILENT["zero gradient"])
     line = f"5 linears stay dense, each because {NO_GRADIENT}: {', '.join(names)}"
-    assert line in caplog.messages and line in report["warnings"] and line in (tmp_path / "out" / "README.md").read_text()
+    assert (
+        line in caplog.messages
+        and line in report["warnings"]
+        and line in (tmp_path / "out" / "README.md").read_text()
+    )
     chosen = read_json(tmp_path / "out" / "plan.json")["linears"]
-    assert {name for name, choice in chosen.items() if choice["reason"] == NO_GRADIENT} == set(names)
-    assert {one["name"] for one in report["linears"] if one["reason"]} == set(names) and verify(tmp_path / "out") == []
+    assert {name for name, choice in chosen.items() if choice["reason"] == NO_GRADIENT} == set(
+        names
+    )
+    assert {one["name"] for one in report["linears"] if one["reason"]} == set(names) and verify(
+        tmp_path / "out"
+    ) == []
     kept = run.load(tmp_path / "out")[0].state_dict()
     dense = run.load(folder)[0].state_dict()
-    assert_same_tensors({name: kept[f"{name}.weight"] for name in names}, {name: dense[f"{name}.weight"] for name in names})
+    assert_same_tensors(
+        {name: kept[f"{name}.weight"] for name in names},
+        {name: dense[f"{name}.weight"] for name in names},
+    )
 
 
 def test_statistics_on_disk_keep_what_never_ran(tiny_llama, text_file, tmp_path, monkeypatch):
@@ -168,7 +229,9 @@ def test_statistics_on_disk_keep_what_never_ran(tiny_llama, text_file, tmp_path,
         return model, tokenizer
 
     monkeypatch.setattr(jobs.models, "load", without_an_mlp)
-    made = recipe(tiny_llama, text_file, "evaluation.enabled=false", "allocation.keep=0.8", config="default")
+    made = recipe(
+        tiny_llama, text_file, "evaluation.enabled=false", "allocation.keep=0.8", config="default"
+    )
     run.calibrate(made, tmp_path / "stats")
     report = run.compress(made, tmp_path / "out", stats=tmp_path / "stats")
     reasons = {one["name"]: one["reason"] for one in report["linears"] if one["reason"]}
@@ -176,24 +239,50 @@ def test_statistics_on_disk_keep_what_never_ran(tiny_llama, text_file, tmp_path,
 
 
 def test_tied_linears_and_those_of_one_module_stay_dense_together(folders, text_file):
-    tied = started(folders["zero gradient"], text_file, "default", "allocation.tie=[gate_up,qkv]", "allocation.keep=0.9")
+    tied = started(
+        folders["zero gradient"],
+        text_file,
+        "default",
+        "allocation.tie=[gate_up,qkv]",
+        "allocation.keep=0.9",
+    )
     stats = run.statistics(tied, None)
     assert stages.left_dense(tied, stats) == SILENT["zero gradient"]
-    stats[f"{FIRST}.mlp.up_proj"] = replace(stats[f"{FIRST}.mlp.up_proj"], grad_gram=torch.zeros(48, 48, dtype=torch.float64))
+    stats[f"{FIRST}.mlp.up_proj"] = replace(
+        stats[f"{FIRST}.mlp.up_proj"], grad_gram=torch.zeros(48, 48, dtype=torch.float64)
+    )
     found = stages.left_dense(tied, stats)
-    assert found.keys() - SILENT["zero gradient"] == {f"{FIRST}.mlp.up_proj", f"{FIRST}.mlp.gate_proj"}
-    assert found[f"{FIRST}.mlp.gate_proj"] == f"{FIRST}.mlp.up_proj, which it is compressed with, stays dense"
+    assert found.keys() - SILENT["zero gradient"] == {
+        f"{FIRST}.mlp.up_proj",
+        f"{FIRST}.mlp.gate_proj",
+    }
+    assert (
+        found[f"{FIRST}.mlp.gate_proj"]
+        == f"{FIRST}.mlp.up_proj, which it is compressed with, stays dense"
+    )
     plan, _ = build.plan_and_build(tied, stats, None, Stopwatch(), silent)
     assert {name for name, choice in plan.linears.items() if choice.reason} == found.keys()
 
 
 @pytest.mark.parametrize("kind", ["uniform", "threshold", "by_role", "d_rank"])
 def test_a_fraction_that_rules_keep_is_that_of_the_others(kind, folders, text_file):
-    sets = ["allocation.keep=0.7", f"allocation.kind={kind}", "method.0.candidates.0.options.rank_step=1"]
-    job = started(folders["zero Gram"], text_file, "svd_llm", *sets, *(["allocation.roles={q: 2}"] if kind == "by_role" else []))
+    sets = [
+        "allocation.keep=0.7",
+        f"allocation.kind={kind}",
+        "method.0.candidates.0.options.rank_step=1",
+    ]
+    job = started(
+        folders["zero Gram"],
+        text_file,
+        "svd_llm",
+        *sets,
+        *(["allocation.roles={q: 2}"] if kind == "by_role" else []),
+    )
     plan, modules = build.plan_and_build(job, run.statistics(job, None), None, Stopwatch(), silent)
     others = [choice for name, choice in plan.linears.items() if name not in SILENT["zero Gram"]]
-    kept = sum(choice.parameters for choice in others) / sum(choice.dense_parameters for choice in others)
+    kept = sum(choice.parameters for choice in others) / sum(
+        choice.dense_parameters for choice in others
+    )
     assert 0.6 < kept <= 0.7 and modules.keys().isdisjoint(SILENT["zero Gram"])
 
 
@@ -203,7 +292,11 @@ def test_sums_say_why_nothing_is_known():
     assert LinearStats(tokens=4, gram=none, grad_gram=none).silence == NO_INPUT
     assert LinearStats(tokens=4, gram=one, grad_gram=none, fisher=one[0]).silence == NO_GRADIENT
     assert LinearStats(tokens=4, gram=one, fisher=none[0]).silence == NO_GRADIENT
-    assert LinearStats(tokens=4, gram=one).silence is LinearStats(tokens=4, gram=one, grad_gram=one).silence is None
+    assert (
+        LinearStats(tokens=4, gram=one).silence
+        is LinearStats(tokens=4, gram=one, grad_gram=one).silence
+        is None
+    )
     assert dense_lines({"b": NO_TOKEN, "a": NO_TOKEN, "c": NO_INPUT}) == [
         f"2 linears stay dense, each because {NO_TOKEN}: a, b",
         f"1 linears stay dense, each because {NO_INPUT}: c",
@@ -212,7 +305,9 @@ def test_sums_say_why_nothing_is_known():
 
 def test_the_gradient_root_of_nothing_names_the_linear_and_what_helps():
     stats = LinearStats(tokens=4, grad_tokens=4, grad_gram=torch.zeros(3, 3, dtype=torch.float64))
-    with pytest.raises(DataError, match=r"^linear: no gradient reaches it.*leave it dense or take 'gram'"):
+    with pytest.raises(
+        DataError, match=r"^linear: no gradient reaches it.*leave it dense or take 'gram'"
+    ):
         stats.gradient_root("linear", 0.1)
     moment = 8 * torch.eye(3, dtype=torch.float64)
     root = replace(stats, grad_gram=moment).gradient_root("linear", 0.1)

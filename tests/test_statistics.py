@@ -36,7 +36,10 @@ def test_shards_with_other_fields_do_not_add():
 def test_require_names_the_linear_the_missing_fields_and_the_command():
     stats = shard(0)
     stats.require("layers.0.q", frozenset({"gram", "sum"}))
-    with pytest.raises(DataError, match=r"layers\.0\.q: the statistics lack fisher, grad_gram; .*compressor calibrate"):
+    with pytest.raises(
+        DataError,
+        match=r"layers\.0\.q: the statistics lack fisher, grad_gram; .*compressor calibrate",
+    ):
         stats.require("layers.0.q", frozenset({"gram", "grad_gram", "fisher"}))
 
 
@@ -44,7 +47,12 @@ def test_inputs_that_the_text_never_sets_and_texts_shorter_than_an_input_are_tol
     x = torch.randn(9, 4, dtype=torch.float64)
     x[:, 2] = 0
     whole = LinearStats(tokens=9, gram=torch.eye(4, dtype=torch.float64))
-    stats = {"a": whole, "b": LinearStats(tokens=9, gram=x.T @ x), "c": LinearStats(tokens=2, gram=whole.gram), "d": LinearStats(tokens=9)}
+    stats = {
+        "a": whole,
+        "b": LinearStats(tokens=9, gram=x.T @ x),
+        "c": LinearStats(tokens=2, gram=whole.gram),
+        "d": LinearStats(tokens=9),
+    }
     dead, few = blind_spots(stats)
     assert dead == "1 linears have inputs that the text never sets (b: 1 of 4)"
     assert few == "1 linears have more inputs than the text has tokens (c: 2 for 4); give more text"

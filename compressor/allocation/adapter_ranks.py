@@ -7,23 +7,36 @@ from compressor.errors import BudgetError
 from compressor.linalg.products import Components
 
 
-def allocate(parts: Sequence[Components], prices: Sequence[int], whole: int, keep: float) -> list[int]:
-    """Ranks that lose least in total with at most keep · `whole` parameters: the largest σ² for each parameter first, over all modules.
+def allocate(
+    parts: Sequence[Components], prices: Sequence[int], whole: int, keep: float
+) -> list[int]:
+    """Ranks that lose least in total with at most keep · `whole` parameters: the largest σ² for
+    each parameter first, over all modules.
 
-    The knapsack finishes that order exactly: what is left of the budget goes where it is worth most. A module may get rank 0.
-    prices: parameters of one rank of each module. Raises BudgetError if no single rank fits, or if nothing is worth keeping.
+    The knapsack finishes that order exactly: what is left of the budget goes where it is worth
+    most. A module may get rank 0. prices: parameters of one rank of each module. Raises BudgetError
+    if no single rank fits, or if nothing is worth keeping.
     """
     budget = int(keep * whole + 1e-9)
     if budget < min(prices):
         least = -(-min(prices) * 10_000 // whole) / 10_000
         raise BudgetError(
-            f"--keep {keep:g} is {budget:,} parameters, the smallest module takes {min(prices):,} for one rank; keep {least:g}"
+            f"--keep {keep:g} is {budget:,} parameters, the smallest module takes {min(prices):,} "
+            f"for one rank; keep {least:g}"
         )
     rows = []
     for part, price in zip(parts, prices, strict=True):
         ranks = range(len(part.energies) + 1)
-        rows.append(Row(tuple(price * rank for rank in ranks), tuple(map(part.tail, ranks)), price * (len(ranks) - 1)))
+        rows.append(
+            Row(
+                tuple(price * rank for rank in ranks),
+                tuple(map(part.tail, ranks)),
+                price * (len(ranks) - 1),
+            )
+        )
     chosen = list(knapsack(rows, budget).choice)
     if not any(chosen):
-        raise BudgetError("every product of the adapter is zero, so no rank is worth keeping; use --rank")
+        raise BudgetError(
+            "every product of the adapter is zero, so no rank is worth keeping; use --rank"
+        )
     return chosen

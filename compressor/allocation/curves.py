@@ -1,7 +1,9 @@
-"""What each linear could have been: error against size for every method that competed, thinned to a few points, for reports.
+"""What each linear could have been: error against size for every method that competed, thinned to a
+few points, for reports.
 
-curves.json of a checkpoint: {"curves": [{linear, members, method, kept, error, ranks, spectrum}, …]}. kept: fractions of the dense bits,
-growing; error: the predicted one, in the metric of the method; ranks and spectrum (low rank only): squared singular values ÷ energy.
+curves.json of a checkpoint: {"curves": [{linear, members, method, kept, error, ranks, spectrum},
+…]}. kept: fractions of the dense bits, growing; error: the predicted one, in the metric of the
+method; ranks and spectrum (low rank only): squared singular values ÷ energy.
 """
 
 import json
@@ -24,7 +26,9 @@ def summary(found: Mapping[str, Iterable[Decomposition]]) -> list[dict[str, Any]
 def outline(curve: Curve, members: Sequence[str]) -> dict[str, Any]:
     """One curve: the candidates that no smaller one beats, thinned evenly, ends included."""
     best = []
-    for candidate in sorted(curve.candidates, key=lambda candidate: (candidate.bits, candidate.error)):
+    for candidate in sorted(
+        curve.candidates, key=lambda candidate: (candidate.bits, candidate.error)
+    ):
         if not best or candidate.error < best[-1].error:
             best.append(candidate)
     shown = [best[index] for index in evenly(len(best))]

@@ -22,21 +22,32 @@ from compressor.statistics import LinearStats
 
 @dataclass(frozen=True)
 class Decomposition:
-    """One method's decomposition of one linear or of a group: its curve, and the state that any point of it is built from."""
+    """One method's decomposition of one linear or of a group: its curve, and the state that any
+    point of it is built from.
+    """
 
     method: Engine
     state: Any
     curve: Curve
-    members: dict[str, Any]  # linear → what tells it apart: its number of outputs among stacked ones, its key in a module
-    key: str = ""  # digest of method, options, linears and stored dtype, which pieces of work are kept under
+    members: dict[
+        str, Any
+    ]  # linear → what tells it apart: its number of outputs among stacked ones, its key in a module
+    # digest of method, options, linears and stored dtype, which pieces of work are kept under
+    key: str = ""
 
     def build(self, candidate: Candidate) -> tuple[dict[str, CompressedLinear], float]:
-        """Module of every linear for a candidate, as it will be stored, and the error of all in the method's metric."""
+        """Module of every linear for a candidate, as it will be stored, and the error of all in the
+        method's metric.
+        """
         return built(self.method, self.state, candidate.setting, self.members)
 
 
-def built(method: Engine, state: Any, setting: dict[str, Any], members: Mapping[str, Any]) -> tuple[dict[str, CompressedLinear], float]:
-    """Module of every linear for a setting, as it will be stored, and the error of all in the method's metric."""
+def built(
+    method: Engine, state: Any, setting: dict[str, Any], members: Mapping[str, Any]
+) -> tuple[dict[str, CompressedLinear], float]:
+    """Module of every linear for a setting, as it will be stored, and the error of all in the
+    method's metric.
+    """
     made = method.compress(state, setting)
     error = method.measure(state, made)
     if isinstance(method, ModuleMethod):
@@ -50,11 +61,17 @@ def options_as_json(part: Decomposition) -> dict[str, Any]:
 
 
 def apart(part: Decomposition, found: Sequence[Decomposition]) -> dict[str, Any] | None:
-    """The options in which decompositions of one linear by one method differ, as this one has them; None if it is the only one."""
+    """The options in which decompositions of one linear by one method differ, as this one has them;
+    None if it is the only one.
+    """
     same = [options_as_json(one) for one in found if one.method.name == part.method.name]
     if len(same) == 1:
         return None
-    return {key: value for key, value in options_as_json(part).items() if any(other[key] != value for other in same)}
+    return {
+        key: value
+        for key, value in options_as_json(part).items()
+        if any(other[key] != value for other in same)
+    }
 
 
 def setting_of(choice: Choice) -> dict[str, Any]:
@@ -62,23 +79,41 @@ def setting_of(choice: Choice) -> dict[str, Any]:
     return {key: value for key, value in choice.setting.items() if key != "shared"}
 
 
-def offering(name: str, choice: Choice, found: Sequence[Decomposition]) -> tuple[Decomposition, Candidate]:
+def offering(
+    name: str, choice: Choice, found: Sequence[Decomposition]
+) -> tuple[Decomposition, Candidate]:
     """The decomposition and the candidate that a choice came from.
 
-    Raises ConfigError if there are none in the recipe, or several and the choice does not say which.
+    Raises ConfigError if there are none in the recipe, or several and the choice does not say
+    which.
     """
     setting, wanted = setting_of(choice), choice.options or {}
     named = [one for one in found if one.method.name == choice.method]
-    named = [one for one in named if wanted == {key: value for key, value in options_as_json(one).items() if key in wanted}]
+    named = [
+        one
+        for one in named
+        if wanted == {key: value for key, value in options_as_json(one).items() if key in wanted}
+    ]
     if not named:
         said = f"'{choice.method}' with {choice.options}" if wanted else f"'{choice.method}'"
         raise ConfigError(f"{name}: the plan says {said}, which the recipe does not offer for it")
-    offers = [(one, candidate) for one in named for candidate in one.curve.candidates if candidate.setting == setting]
+    offers = [
+        (one, candidate)
+        for one in named
+        for candidate in one.curve.candidates
+        if candidate.setting == setting
+    ]
     if not offers:
-        raise ConfigError(f"{name}: {choice.method} offers no setting {setting}; `compressor plan` lists those it has")
+        raise ConfigError(
+            f"{name}: {choice.method} offers no setting {setting}; `compressor plan` lists those "
+            "it has"
+        )
     if choice.options is None and any(one is not offers[0][0] for one, _ in offers):
         labels = " or ".join(str(apart(one, found)) for one, _ in offers)
-        raise ConfigError(f"{name}: several candidates '{choice.method}' offer {setting}; say which by `options`: {labels}")
+        raise ConfigError(
+            f"{name}: several candidates '{choice.method}' offer {setting}; say which by "
+            f"`options`: {labels}"
+        )
     return offers[0]
 
 
@@ -94,7 +129,9 @@ def stacked(denses: Sequence[Dense]) -> Dense:
 
 
 def stacked_stats(stats: Sequence[LinearStats]) -> LinearStats:
-    """Statistics of stacked linears: their common inputs, and the gradients of each; products across linears are unknown and count as 0."""
+    """Statistics of stacked linears: their common inputs, and the gradients of each; products
+    across linears are unknown and count as 0.
+    """
     joined = {}
     if stats[0].grad_gram is not None:
         joined["grad_gram"] = torch.block_diag(*(one.grad_gram for one in stats))
@@ -103,8 +140,11 @@ def stacked_stats(stats: Sequence[LinearStats]) -> LinearStats:
     return replace(stats[0], **joined)
 
 
-def beside(assignments: Mapping[str, Assignment], stats: dict[str, LinearStats]) -> dict[str, LinearStats]:
-    """Statistics on the devices of their linears' weights, since files and calibrations in several passes leave them on the CPU.
+def beside(
+    assignments: Mapping[str, Assignment], stats: dict[str, LinearStats]
+) -> dict[str, LinearStats]:
+    """Statistics on the devices of their linears' weights, since files and calibrations in several
+    passes leave them on the CPU.
 
     Tensors that linears share stay shared; those of other linears stay where they are.
     """
@@ -112,22 +152,34 @@ def beside(assignments: Mapping[str, Assignment], stats: dict[str, LinearStats])
     found = dict(stats)
     for name in stats.keys() & assignments.keys():
         device = dense_weight(assignments[name]).weight.device
-        tensors = {key: value for key, value in vars(stats[name]).items() if isinstance(value, Tensor)}
+        tensors = {
+            key: value for key, value in vars(stats[name]).items() if isinstance(value, Tensor)
+        }
         for value in tensors.values():
             if (id(value), device) not in moved:
                 moved[id(value), device] = value.to(device)
-        found[name] = replace(stats[name], **{key: moved[id(value), device] for key, value in tensors.items()})
+        found[name] = replace(
+            stats[name], **{key: moved[id(value), device] for key, value in tensors.items()}
+        )
     return found
 
 
-def decompose_one(name: str, assignment: Assignment, stats: LinearStats, store: Store = NOWHERE) -> list[Decomposition]:
+def decompose_one(
+    name: str, assignment: Assignment, stats: LinearStats, store: Store = NOWHERE
+) -> list[Decomposition]:
     """Prepare every method that competes for one linear alone."""
     members, inputs = {name: assignment.info.out_features}, (dense_weight(assignment), stats)
-    return [decompose(name, method, inputs, members, assignment.dtype, store) for method in assignment.methods]
+    return [
+        decompose(name, method, inputs, members, assignment.dtype, store)
+        for method in assignment.methods
+    ]
 
 
 def decompose_group(
-    group: Group, assignments: dict[str, Assignment], stats: dict[str, LinearStats], store: Store = NOWHERE
+    group: Group,
+    assignments: dict[str, Assignment],
+    stats: dict[str, LinearStats],
+    store: Store = NOWHERE,
 ) -> list[Decomposition]:
     """Prepare every method that decomposes the linears of a group together."""
     infos = {name: assignments[name].info for name in group.members}
@@ -136,18 +188,35 @@ def decompose_group(
     for method in group.methods:
         if isinstance(method, ModuleMethod):
             keys = keys_of(method, group, assignments)
-            inputs, members = ({key: Part(name, denses[name], stats[name]) for name, key in keys.items()},), keys
+            inputs, members = (
+                ({key: Part(name, denses[name], stats[name]) for name, key in keys.items()},),
+                keys,
+            )
         else:
-            inputs = stacked(list(denses.values())), stacked_stats([stats[name] for name in group.members])
+            inputs = (
+                stacked(list(denses.values())),
+                stacked_stats([stats[name] for name in group.members]),
+            )
             members = {name: info.out_features for name, info in infos.items()}
-        found.append(decompose(group.name, method, inputs, members, next(iter(denses.values())).dtype, store))
+        found.append(
+            decompose(group.name, method, inputs, members, next(iter(denses.values())).dtype, store)
+        )
     return found
 
 
-def decompose(name: str, method: Engine, inputs: Any, members: dict[str, Any], dtype: torch.dtype, store: Store) -> Decomposition:
+def decompose(
+    name: str,
+    method: Engine,
+    inputs: Any,
+    members: dict[str, Any],
+    dtype: torch.dtype,
+    store: Store,
+) -> Decomposition:
     """Prepare one method. inputs: what its `prepare` takes behind the name."""
     key = digest([method.name, asdict(method), members, str(dtype)])
-    state, curve = store.recall("decomposition", key, partial(_prepare, method, name, inputs), known=inputs)
+    state, curve = store.recall(
+        "decomposition", key, partial(_prepare, method, name, inputs), known=inputs
+    )
     return Decomposition(method, state, curve, members, key)
 
 
@@ -157,7 +226,15 @@ def _prepare(method: Engine, name: str, inputs: Any) -> tuple[Any, Curve]:
 
 
 def gram_error(assignment: Assignment, module: nn.Module, stats: LinearStats) -> float:
-    """tr(D G Dᵀ) / tr(W G Wᵀ) of a module as it is stored: the `error` of reports, one yardstick for every method."""
+    """tr(D G Dᵀ) / tr(W G Wᵀ) of a module as it is stored: the `error` of reports, one yardstick
+    for every method.
+    """
     compressed = isinstance(module, CompressedLinear)
-    stored = module.to_dense() if compressed else dense_of(replace(assignment.info, module=module), assignment.dtype).weight
-    return linalg.relative_error(dense_weight(assignment).weight, stored, linalg.Metric(stats.gram, 1 / stats.tokens))
+    stored = (
+        module.to_dense()
+        if compressed
+        else dense_of(replace(assignment.info, module=module), assignment.dtype).weight
+    )
+    return linalg.relative_error(
+        dense_weight(assignment).weight, stored, linalg.Metric(stats.gram, 1 / stats.tokens)
+    )

@@ -1,4 +1,6 @@
-"""What an allocation chooses among: options of single linears, and bundles of them where linears share or are tied."""
+"""What an allocation chooses among: options of single linears, and bundles of them where linears
+share or are tied.
+"""
 
 import json
 from collections.abc import Sequence
@@ -31,9 +33,15 @@ Bundle = tuple[Option, ...]  # one entry of a row: an option for every linear th
 
 
 def linear_options(
-    name: str, assignment: Assignment, found: Sequence[Decomposition], damages: list[list[float]], bits: bool
+    name: str,
+    assignment: Assignment,
+    found: Sequence[Decomposition],
+    damages: list[list[float]],
+    bits: bool,
 ) -> list[Option]:
-    """All options of one linear in order of growing cost; dense is among them if it may be kept, or if nothing is smaller."""
+    """All options of one linear in order of growing cost; dense is among them if it may be kept, or
+    if nothing is smaller.
+    """
     options = decomposed(name, found, damages, bits)
     if assignment.keep_dense or not options:
         multiply_adds = assignment.info.out_features * assignment.info.in_features
@@ -42,10 +50,14 @@ def linear_options(
     return sorted(options, key=lambda option: (option.cost, option.damage))
 
 
-def decomposed(unit: str, found: Sequence[Decomposition], damages: list[list[float]], bits: bool) -> list[Option]:
+def decomposed(
+    unit: str, found: Sequence[Decomposition], damages: list[list[float]], bits: bool
+) -> list[Option]:
     """Options of all candidates of some decompositions."""
     return [
-        Option(unit, candidate.bits if bits else candidate.parameters, hurt, candidate, decomposition)
+        Option(
+            unit, candidate.bits if bits else candidate.parameters, hurt, candidate, decomposition
+        )
         for decomposition, hurts in zip(found, damages, strict=True)
         for candidate, hurt in zip(decomposition.curve.candidates, hurts, strict=True)
     ]
@@ -60,7 +72,9 @@ def damage_of(bundle: Bundle) -> float:
 
 
 def hull(options: Sequence[Option]) -> list[Option]:
-    """Lower convex hull of options over cost: those that some price of a unit of cost makes the best."""
+    """Lower convex hull of options over cost: those that some price of a unit of cost makes the
+    best.
+    """
     points: list[Option] = []
     for option in sorted(options, key=lambda option: (option.cost, option.damage)):
         if points and option.damage >= points[-1].damage:
@@ -77,12 +91,18 @@ def slope(cheap: Option, dear: Option) -> float:
 
 
 def joint(members: Sequence[Sequence[Option]]) -> list[Bundle]:
-    """Bundles of the independent choices of several linears that some price makes the best, cheapest first.
+    """Bundles of the independent choices of several linears that some price makes the best,
+    cheapest first.
 
-    Along falling prices one linear after the other moves up its hull, steepest step first: the hull of the sum is the merged hulls.
+    Along falling prices one linear after the other moves up its hull, steepest step first: the hull
+    of the sum is the merged hulls.
     """
     hulls = [hull(options) for options in members]
-    steps = sorted((slope(*pair), index, place) for index, points in enumerate(hulls) for place, pair in enumerate(pairwise(points), 1))
+    steps = sorted(
+        (slope(*pair), index, place)
+        for index, points in enumerate(hulls)
+        for place, pair in enumerate(pairwise(points), 1)
+    )
     at = [0] * len(hulls)
     bundles = [tuple(points[0] for points in hulls)]
     for _, index, place in steps:
@@ -92,14 +112,25 @@ def joint(members: Sequence[Sequence[Option]]) -> list[Bundle]:
 
 
 def tied(group: Group, members: Sequence[Sequence[Option]]) -> list[Bundle]:
-    """Bundles in which all linears have the same method and setting. Raises ConfigError if they have none in common."""
+    """Bundles in which all linears have the same method and setting. Raises ConfigError if they
+    have none in common.
+    """
     tables = [{option.scheme: option for option in options} for options in members]
-    bundles = [tuple(table[scheme] for table in tables) for scheme in tables[0] if all(scheme in table for table in tables)]
+    bundles = [
+        tuple(table[scheme] for table in tables)
+        for scheme in tables[0]
+        if all(scheme in table for table in tables)
+    ]
     if not bundles:
-        raise ConfigError(f"{group.name}: tied linears offer no equal settings; take them out of allocation.tie")
+        raise ConfigError(
+            f"{group.name}: tied linears offer no equal settings; take them out of allocation.tie"
+        )
     return bundles
 
 
 def without(options: dict[str, list[Option]], methods: set[str]) -> dict[str, list[Option]]:
     """Options of some methods taken out, dense ones kept."""
-    return {unit: [option for option in found if option.candidate.method not in methods] for unit, found in options.items()}
+    return {
+        unit: [option for option in found if option.candidate.method not in methods]
+        for unit, found in options.items()
+    }

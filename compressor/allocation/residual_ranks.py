@@ -14,12 +14,16 @@ class Offer:
 
 
 def spend(offers: Mapping[str, Offer], budget: int) -> dict[str, int]:
-    """Rank of every residual: the next one always where it gains most for its cost, as long as it fits.
+    """Rank of every residual: the next one always where it gains most for its cost, as long as it
+    fits.
 
-    With constant costs this is the optimum of the additive damage up to the last rank that does not fit (card 9).
+    With constant costs this is the optimum of the additive damage up to the last rank that does not
+    fit (card 9).
     """
     ranks = dict.fromkeys(offers, 0)
-    queue = [(-offer.gains[0] / offer.costs[0], name) for name, offer in offers.items() if offer.gains]
+    queue = [
+        (-offer.gains[0] / offer.costs[0], name) for name, offer in offers.items() if offer.gains
+    ]
     heapq.heapify(queue)
     while queue:
         _, name = heapq.heappop(queue)

@@ -1,9 +1,12 @@
-"""Passes over token windows, summed into `LinearStats`: one Gram for each distinct input, gradients of every linear from one backward.
+"""Passes over token windows, summed into `LinearStats`: one Gram for each distinct input, gradients
+of every linear from one backward.
 
-Products are float32 GEMMs (float64 for a float64 model) of one batch, sums over batches float64; the model runs in the dtype it has.
-Sums over the tokens of a batch are `Tensor.sum`, which is pairwise: a product with a vector loses a digit on 4,096 tokens.
-The loss is the *sum* over positions of the next-token cross-entropy in nats, so g of a token is its own gradient and no batch mean enters.
-The last position of a window has no label and its g is exactly zero: `grad_tokens` counts the other positions, trimmed ones apart.
+Products are float32 GEMMs (float64 for a float64 model) of one batch, sums over batches float64;
+the model runs in the dtype it has. Sums over the tokens of a batch are `Tensor.sum`, which is
+pairwise: a product with a vector loses a digit on 4,096 tokens. The loss is the *sum* over
+positions of the next-token cross-entropy in nats, so g of a token is its own gradient and no batch
+mean enters. The last position of a window has no label and its g is exactly zero: `grad_tokens`
+counts the other positions, trimmed ones apart.
 """
 
 from collections.abc import Container, Iterable, Iterator, Mapping
@@ -40,17 +43,23 @@ def collect(
     progress: Progress = silent,
     store: Store = NOWHERE,
 ) -> dict[str, LinearStats]:
-    """Collect for each linear the fields of `LinearStats` that `needs` names, over windows `tokens` (n, length) int64.
+    """Collect for each linear the fields of `LinearStats` that `needs` names, over windows `tokens`
+    (n, length) int64.
 
-    Linears with equal `feeds` share the very same tensors of input fields. Sums larger than `memory` bytes are collected in several
-    passes and moved to the CPU after each; `store` keeps what a pass found. `generator` draws the labels when `gradients.labels` is
-    `sampled`. A model spread or offloaded by accelerate serves input fields; gradient fields need its weights in memory.
+    Linears with equal `feeds` share the very same tensors of input fields. Sums larger than
+    `memory` bytes are collected in several passes and moved to the CPU after each; `store` keeps
+    what a pass found. `generator` draws the labels when `gradients.labels` is `sampled`. A model
+    spread or offloaded by accelerate serves input fields; gradient fields need its weights in
+    memory.
 
-    Raises NumericalError naming linear and windows on NaN or infinity, ConfigError for gradients of an offloaded model or of a linear
-    that sees routed tokens, DataError for windows too short for gradients. The sums of a linear that no token reaches are zero.
+    Raises NumericalError naming linear and windows on NaN or infinity, ConfigError for gradients of
+    an offloaded model or of a linear that sees routed tokens, DataError for windows too short for
+    gradients. The sums of a linear that no token reaches are zero.
     """
     gradients = gradients or Gradients()
-    uniform = _uniform(tokens, gradients, generator)  # drawn once: passes and batch sizes must not change the labels
+    uniform = _uniform(
+        tokens, gradients, generator
+    )  # drawn once: passes and batch sizes must not change the labels
     passes = waves(linears, needs, memory)
     stats = {name: LinearStats() for name in linears}
     for number, wave in enumerate(passes, start=1):
@@ -58,12 +67,19 @@ def collect(
         title = "calibrate" if len(passes) == 1 else f"calibrate, pass {number} of {len(passes)}"
         batches = progress(range(0, len(tokens), batch_size), title)
         key = {name: sorted(sums.needs[name]) for name in wave}
-        stats |= store.recall("statistics", key, partial(sums.over, batches, batch_size, tokens, uniform, keep_device=len(passes) == 1))
+        stats |= store.recall(
+            "statistics",
+            key,
+            partial(sums.over, batches, batch_size, tokens, uniform, keep_device=len(passes) == 1),
+        )
     return stats
 
 
-def waves(linears: Mapping[str, LinearInfo], needs: Mapping[str, frozenset[str]], memory: int | None) -> list[dict[str, LinearInfo]]:
-    """Divide the linears that need anything into passes whose sums take at most `memory` bytes, in the order of the model.
+def waves(
+    linears: Mapping[str, LinearInfo], needs: Mapping[str, frozenset[str]], memory: int | None
+) -> list[dict[str, LinearInfo]]:
+    """Divide the linears that need anything into passes whose sums take at most `memory` bytes, in
+    the order of the model.
 
     Linears that share an input stay together, so one of them alone may exceed the budget.
     """
@@ -73,7 +89,9 @@ def waves(linears: Mapping[str, LinearInfo], needs: Mapping[str, frozenset[str]]
             groups.setdefault(info.feeds, {})[name] = info
     passes: list[dict[str, LinearInfo]] = []
     room = 0.0
-    for group in sorted(groups.values(), key=lambda group: max(info.block for info in group.values())):
+    for group in sorted(
+        groups.values(), key=lambda group: max(info.block for info in group.values())
+    ):
         size = _bytes(group, needs)
         if not passes or size > room:
             passes.append({})
@@ -89,17 +107,25 @@ def _bytes(group: Mapping[str, LinearInfo], needs: Mapping[str, frozenset[str]])
     inputs = {field for name in group for field in needs[name] & INPUT_FIELDS}
     numbers = sum(width**2 if field == "gram" else width for field in inputs)
     for name, info in group.items():
-        numbers += width * ("fisher" in needs[name]) + info.out_features**2 * ("grad_gram" in needs[name])
+        numbers += width * ("fisher" in needs[name]) + info.out_features**2 * (
+            "grad_gram" in needs[name]
+        )
     return 8 * numbers
 
 
-def _uniform(tokens: Tensor, gradients: Gradients, generator: torch.Generator | None) -> Tensor | None:
-    """Draw the random number (n, length) behind each sampled label; None for labels from the data."""
+def _uniform(
+    tokens: Tensor, gradients: Gradients, generator: torch.Generator | None
+) -> Tensor | None:
+    """Draw the random number (n, length) behind each sampled label; None for labels from the
+    data.
+    """
     if gradients.labels == "data":
         return None
     if generator is None:
         raise ValueError("sampled labels need a generator")
-    return torch.rand(tokens.shape, dtype=torch.float64, generator=generator, device=generator.device)
+    return torch.rand(
+        tokens.shape, dtype=torch.float64, generator=generator, device=generator.device
+    )
 
 
 class Stop(Exception):
@@ -115,9 +141,14 @@ class Sums:
         self.fields: dict[str, Tensor] = {}
 
     def add(self, field: str, value: Tensor, where: str) -> None:
-        """Add a vector or a second moment; of the latter the diagonal tells whether every entry of the stream is finite."""
+        """Add a vector or a second moment; of the latter the diagonal tells whether every entry of
+        the stream is finite.
+        """
         if not torch.isfinite((value.diagonal() if value.ndim == 2 else value).sum()):
-            raise NumericalError(f"{self.stream} not finite in {where}; check the weights, or run the model in a wider dtype")
+            raise NumericalError(
+                f"{self.stream} not finite in {where}; check the weights, or run the model in a "
+                "wider dtype"
+            )
         if field in self.fields:
             self.fields[field] += value
         else:
@@ -137,20 +168,32 @@ class Sums:
 class _Pass:
     """One pass over the windows: the hooks on the linears of a wave and the sums they fill."""
 
-    def __init__(self, model: PreTrainedModel, wave: Mapping[str, LinearInfo], needs: Mapping[str, frozenset[str]], gradients: Gradients):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        wave: Mapping[str, LinearInfo],
+        needs: Mapping[str, frozenset[str]],
+        gradients: Gradients,
+    ):
         self.model, self.wave, self.gradients = model, wave, gradients
         self.needs = {name: needs[name] for name in wave}
         self.backward = any(fields & GRADIENT_FIELDS for fields in self.needs.values())
         self.sharing: dict[str, list[str]] = {}  # `feeds` → linears that receive that input
         for name, info in wave.items():
             self.sharing.setdefault(info.feeds, []).append(name)
-        self.inputs = {feeds: Sums(f"{names[0]}: input activations are") for feeds, names in self.sharing.items()}
+        self.inputs = {
+            feeds: Sums(f"{names[0]}: input activations are")
+            for feeds, names in self.sharing.items()
+        }
         self.outputs = {name: Sums(f"{name}: output gradients are") for name in wave}
         self.windows = self.length = 0  # of the batch that is running
         self.where = ""
-        if self.backward and any(parameter.device.type == "meta" for parameter in model.parameters()):
+        if self.backward and any(
+            parameter.device.type == "meta" for parameter in model.parameters()
+        ):
             raise ConfigError(
-                "this recipe needs gradients, which are not collected from a model with weights offloaded to CPU or disk; "
+                "this recipe needs gradients, which are not collected from a model with weights "
+                "offloaded to CPU or disk; "
                 "choose a method that needs only Grams, or a device that holds the whole model"
             )
 
@@ -163,15 +206,28 @@ class _Pass:
             for feeds, names in self.sharing.items():
                 fields = frozenset().union(*(self.needs[name] & INPUT_FIELDS for name in names))
                 module = self.wave[names[0]].module
-                stack.callback(module.register_forward_pre_hook(partial(self._add_input, feeds, fields)).remove)
+                stack.callback(
+                    module.register_forward_pre_hook(partial(self._add_input, feeds, fields)).remove
+                )
             for name, info in self.wave.items():
                 if self.needs[name] & GRADIENT_FIELDS:
-                    stack.callback(info.module.register_forward_hook(partial(self._await_gradient, name)).remove)
+                    stack.callback(
+                        info.module.register_forward_hook(
+                            partial(self._await_gradient, name)
+                        ).remove
+                    )
             if not self.backward and last < len(members):
                 stack.callback(members[last].register_forward_hook(stop).remove)
             yield
 
-    def over(self, starts: Iterable[int], size: int, tokens: Tensor, uniform: Tensor | None, keep_device: bool) -> dict[str, LinearStats]:
+    def over(
+        self,
+        starts: Iterable[int],
+        size: int,
+        tokens: Tensor,
+        uniform: Tensor | None,
+        keep_device: bool,
+    ) -> dict[str, LinearStats]:
         """Run all batches, and hand over the sums."""
         with self.watching():
             for start in starts:
@@ -180,10 +236,14 @@ class _Pass:
         return self.result(keep_device)
 
     def run(self, start: int, tokens: Tensor, uniform: Tensor | None) -> None:
-        """Run one batch: windows tokens (b, length) from number `start` on; uniform (b, length) draws their labels."""
+        """Run one batch: windows tokens (b, length) from number `start` on; uniform (b, length)
+        draws their labels.
+        """
         self.windows, self.length = tokens.shape
         self.where = f"windows {start} to {start + self.windows - 1}"
-        device = "cpu" if self.model.device.type == "meta" else self.model.device  # accelerate moves inputs to where they are needed
+        device = (
+            "cpu" if self.model.device.type == "meta" else self.model.device
+        )  # accelerate moves inputs to where they are needed
         tokens = tokens.to(device)
         with torch.set_grad_enabled(self.backward):
             try:
@@ -194,23 +254,36 @@ class _Pass:
                 labels = tokens if uniform is None else _draw(logits.detach(), uniform)
                 _summed_loss(logits, labels, shifted=uniform is not None).backward()
 
-    def _add_input(self, feeds: str, fields: frozenset[str], module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _add_input(
+        self, feeds: str, fields: frozenset[str], module: nn.Module, args: tuple[Any, ...]
+    ) -> None:
         self.inputs[feeds].add_inputs(wide(args[0].detach()).flatten(0, -2), fields, self.where)
 
-    def _await_gradient(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        """Ask autograd for the gradient at the output; where nothing before it needs one, the backward pass ends here."""
+    def _await_gradient(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor
+    ) -> None:
+        """Ask autograd for the gradient at the output; where nothing before it needs one, the
+        backward pass ends here.
+        """
         if not output.requires_grad:
             output.requires_grad_()
-        x = args[0].detach() if "fisher" in self.needs[name] else None  # kept until the backward pass
+        x = (
+            args[0].detach() if "fisher" in self.needs[name] else None
+        )  # kept until the backward pass
         output.register_hook(partial(self._add_gradient, name, x))
 
     def _add_gradient(self, name: str, x: Tensor | None, gradient: Tensor) -> None:
         sums, fields = self.outputs[name], self.needs[name]
         dropped, counted = self._positions()
         if gradient.shape[:-1].numel() != self.windows * self.length:
-            raise ConfigError(f"{name} sees routed tokens, whose gradients are not collected; choose a method without gradients for it")
+            raise ConfigError(
+                f"{name} sees routed tokens, whose gradients are not collected; choose a method "
+                "without gradients for it"
+            )
         kept = slice(dropped, self.length - dropped)
-        g = wide(gradient).reshape(self.windows, self.length, -1)[:, kept]  # (windows, positions, out)
+        g = wide(gradient).reshape(self.windows, self.length, -1)[
+            :, kept
+        ]  # (windows, positions, out)
         norms = torch.linalg.vector_norm(g, dim=-1)  # (windows, positions)
         if self.gradients.clip is not None:
             scale = clip_scale(norms, counted, *self.gradients.clip)
@@ -224,15 +297,22 @@ class _Pass:
             sums.add("grad_gram", g.T @ g, self.where)
 
     def _positions(self) -> tuple[int, int]:
-        """Positions dropped at either end of a window, and those counted: what is left, less the one that has no label."""
+        """Positions dropped at either end of a window, and those counted: what is left, less the
+        one that has no label.
+        """
         dropped = int(self.gradients.trim * self.length)
         counted = self.length - dropped - max(dropped, 1)
         if counted < 1:
-            raise DataError(f"windows of {self.length} tokens leave no position for gradients with trim {self.gradients.trim}")
+            raise DataError(
+                f"windows of {self.length} tokens leave no position for gradients with trim "
+                f"{self.gradients.trim}"
+            )
         return dropped, counted
 
     def result(self, keep_device: bool) -> dict[str, LinearStats]:
-        """Hand over the sums; each linear gets the fields it needs, zero where no token or no gradient came."""
+        """Hand over the sums; each linear gets the fields it needs, zero where no token or no
+        gradient came.
+        """
         if not keep_device:
             for sums in (*self.inputs.values(), *self.outputs.values()):
                 sums.fields = {field: value.cpu() for field, value in sums.fields.items()}
@@ -240,7 +320,10 @@ class _Pass:
         for name, info in self.wave.items():
             inputs, outputs = self.inputs[info.feeds], self.outputs[name]
             sums = inputs.fields | outputs.fields
-            fields = {field: sums[field] if field in sums else nothing(field, info) for field in self.needs[name]}
+            fields = {
+                field: sums[field] if field in sums else nothing(field, info)
+                for field in self.needs[name]
+            }
             stats[name] = LinearStats(tokens=inputs.tokens, grad_tokens=outputs.tokens, **fields)
         return stats
 
@@ -248,35 +331,50 @@ class _Pass:
 def nothing(field: str, info: LinearInfo) -> Tensor:
     """The sum of a field over no token, float64."""
     size = info.out_features if field == "grad_gram" else info.in_features
-    return torch.zeros((size, size) if field in ("gram", "grad_gram") else (size,), dtype=torch.float64)
+    return torch.zeros(
+        (size, size) if field in ("gram", "grad_gram") else (size,), dtype=torch.float64
+    )
 
 
 def clip_scale(norms: Tensor, counted: int, low: float, high: float) -> Tensor:
-    """Factors (windows, positions) that bring each token's gradient norm into [low, high] × the mean norm of its window.
+    """Factors (windows, positions) that bring each token's gradient norm into [low, high] × the
+    mean norm of its window.
 
-    norms: (windows, positions), the mean taken over `counted` of them (a position without label has norm 0 and stays 0). The mean is a
-    window's, not a batch's, so that the batch size changes nothing.
+    norms: (windows, positions), the mean taken over `counted` of them (a position without label has
+    norm 0 and stays 0). The mean is a window's, not a batch's, so that the batch size changes
+    nothing.
     """
     mean = norms.sum(-1, keepdim=True) / counted
     return torch.where(norms > 0, norms.clamp(low * mean, high * mean) / norms, 0.0)
 
 
 def _summed_loss(logits: Tensor, labels: Tensor, shifted: bool) -> Tensor:
-    """Sum of the next-token cross-entropy in nats, scalar float32. logits: (b, length, vocabulary); labels: (b, length) int64.
+    """Sum of the next-token cross-entropy in nats, scalar float32. logits: (b, length, vocabulary);
+    labels: (b, length) int64.
 
-    `shifted` labels belong to their own position, others are the tokens themselves. The last position has none.
+    `shifted` labels belong to their own position, others are the tokens themselves. The last
+    position has none.
     """
     labels = labels.clone() if shifted else labels.roll(-1, dims=1)
     labels[:, -1] = NO_LABEL
-    return functional.cross_entropy(wide(logits).flatten(0, 1), labels.flatten().to(logits.device), ignore_index=NO_LABEL, reduction="sum")
+    return functional.cross_entropy(
+        wide(logits).flatten(0, 1),
+        labels.flatten().to(logits.device),
+        ignore_index=NO_LABEL,
+        reduction="sum",
+    )
 
 
 def _draw(logits: Tensor, uniform: Tensor) -> Tensor:
-    """Draw a label (b, length) at each position from softmax(logits (b, length, vocabulary)), where the cumulative sum passes `uniform`."""
+    """Draw a label (b, length) at each position from softmax(logits (b, length, vocabulary)), where
+    the cumulative sum passes `uniform`.
+    """
     labels = []
     for window, threshold in zip(logits, uniform.to(logits.device), strict=True):
         cumulative = window.softmax(-1, dtype=torch.float64).cumsum(-1)
-        labels.append(torch.searchsorted(cumulative, threshold[:, None] * cumulative[:, -1:]).squeeze(1))
+        labels.append(
+            torch.searchsorted(cumulative, threshold[:, None] * cumulative[:, -1:]).squeeze(1)
+        )
     return torch.stack(labels)
 
 
@@ -291,8 +389,13 @@ def stop(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
 
 @contextmanager
 def _frozen(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode and no weight gradients inside the `with`, so that a backward pass costs only the input gradients."""
-    trained, training = [parameter for parameter in model.parameters() if parameter.requires_grad], model.training
+    """Evaluation mode and no weight gradients inside the `with`, so that a backward pass costs only
+    the input gradients.
+    """
+    trained, training = (
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        model.training,
+    )
     try:
         model.eval()
         for parameter in trained:

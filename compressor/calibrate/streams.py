@@ -1,15 +1,20 @@
-"""Solving linears in the order of the model, each group on the inputs that the compressed linears before it leave.
+"""Solving linears in the order of the model, each group on the inputs that the compressed linears
+before it leave.
 
-Groups are the linears that read one tensor ({q, k, v}, {o}, {gate, up}, {down} of a Llama block), in the order in which they run. The
-calibration windows are carried from block to block in two streams: what the compressed prefix returns, and, where targets are anchored,
-what the dense model returns. The stock `model.forward` runs with the blocks before replaced by their cached output, as in `restart`.
+Groups are the linears that read one tensor ({q, k, v}, {o}, {gate, up}, {down} of a Llama block),
+in the order in which they run. The calibration windows are carried from block to block in two
+streams: what the compressed prefix returns, and, where targets are anchored, what the dense model
+returns. The stock `model.forward` runs with the blocks before replaced by their cached output, as
+in `restart`.
 
-References: statistics on the compressed prefix are GPTQ's (arXiv 2210.17323) and SparseGPT's; the cross-Gram of the two streams is that of
-SAES-SVD (arXiv 2602.03051) and AA-SVD (arXiv 2604.02119).
+References: statistics on the compressed prefix are GPTQ's (arXiv 2210.17323) and SparseGPT's; the
+cross-Gram of the two streams is that of SAES-SVD (arXiv 2602.03051) and AA-SVD (arXiv 2604.02119).
 
-Memory: windows × length × hidden size numbers in the dtype of the forward pass for each stream (one stream until the first linear is
-replaced, and without anchoring), on the device of the model, of which no more than the cache allows is held in memory. Time: each group
-costs one pass through the part of its block that runs before it, two with anchoring, and each block one pass more for each stream.
+Memory: windows × length × hidden size numbers in the dtype of the forward pass for each stream (one
+stream until the first linear is replaced, and without anchoring), on the device of the model, of
+which no more than the cache allows is held in memory. Time: each group costs one pass through the
+part of its block that runs before it, two with anchoring, and each block one pass more for each
+stream.
 """
 
 import logging
@@ -27,7 +32,12 @@ from compressor.errors import ConfigError
 from compressor.linears import CompressedLinear
 from compressor.models.install import fitted, installed
 from compressor.models.linears import LinearInfo, blocks
-from compressor.models.partial_forward import block_outputs, forward_from, passing, require_restartable
+from compressor.models.partial_forward import (
+    block_outputs,
+    forward_from,
+    passing,
+    require_restartable,
+)
 from compressor.resume.spill import Batches, Cache
 from compressor.runtime.progress import Progress, silent
 from compressor.statistics import LinearStats
@@ -35,11 +45,14 @@ from compressor.statistics import LinearStats
 log = logging.getLogger(__name__)
 
 Solve = Callable[[Sequence[str], LinearStats | None], dict[str, CompressedLinear]]
-Keep = Callable[[Sequence[str], Callable[[], dict[str, CompressedLinear]]], dict[str, CompressedLinear]]
+Keep = Callable[
+    [Sequence[str], Callable[[], dict[str, CompressedLinear]]], dict[str, CompressedLinear]
+]
 
 
 class Streams:
-    """What the block before `block` returned for each batch: in the model behind its compressed linears, and in the dense model.
+    """What the block before `block` returned for each batch: in the model behind its compressed
+    linears, and in the dense model.
 
     `dense` is one block further between `lead` and `advance`: what the block is to return.
     """
@@ -52,14 +65,19 @@ class Streams:
         cure: str = "set calibration.sequential to false",
         cache: Cache | None = None,
     ):
-        """batches: (batch, length) int64 each, on the model's device; anchored: whether the dense stream is carried as well.
+        """batches: (batch, length) int64 each, on the model's device; anchored: whether the dense
+        stream is carried as well.
 
-        Raises CompressorError if passes through this architecture cannot be restarted between its blocks.
+        Raises CompressorError if passes through this architecture cannot be restarted between its
+        blocks.
         """
         self.model, self.batches, self.anchored = model, batches, anchored
         self.members = blocks(model)[1]
         self.block = 0
-        self.parted = self.ahead = False  # whether the inputs of this block differ from those in the dense model; see above
+        self.parted = self.ahead = (
+            # whether the inputs of this block differ from those in the dense model; see above
+            False
+        )
         self.cache = Cache() if cache is None else cache
         self.compressed: Batches = self.cache.batches(len(batches))
         self.dense = self.compressed  # the same list until a linear is replaced
@@ -77,11 +95,15 @@ class Streams:
                 return
 
     def order(self, linears: Mapping[str, LinearInfo]) -> list[list[str]]:
-        """Linears of this block in groups that share an input, in the order in which they run; those that do not run come last."""
+        """Linears of this block in groups that share an input, in the order in which they run;
+        those that do not run come last.
+        """
         ran: list[str] = []
         with ExitStack() as stack:
             for info in linears.values():
-                watch = info.module.register_forward_pre_hook(lambda module, args, feeds=info.feeds: ran.append(feeds))
+                watch = info.module.register_forward_pre_hook(
+                    lambda module, args, feeds=info.feeds: ran.append(feeds)
+                )
                 stack.callback(watch.remove)
             if self.block < len(self.members):
                 stack.callback(self.members[self.block].register_forward_hook(stop).remove)
@@ -92,13 +114,22 @@ class Streams:
         return [names for names in sharing.values() if names]
 
     def inputs(self, module: nn.Module, index: int, outputs: Batches) -> Tensor | None:
-        """What a linear of this block receives in one batch, (tokens, in); None if it does not run."""
+        """What a linear of this block receives in one batch, (tokens, in); None if it does not
+        run.
+        """
         with _capture(module.register_forward_pre_hook, lambda module, args: args[0]) as seen:
             self.run(index, outputs)
         return wide(seen[0].detach()).flatten(0, -2) if seen else None
 
-    def gather(self, infos: Sequence[LinearInfo], fields: frozenset[str], modules: dict[str, nn.Module], crossed: bool) -> LinearStats:
-        """Input sums of linears that share an input, with `modules` of this block replaced; `cross_gram` too if `crossed`.
+    def gather(
+        self,
+        infos: Sequence[LinearInfo],
+        fields: frozenset[str],
+        modules: dict[str, nn.Module],
+        crossed: bool,
+    ) -> LinearStats:
+        """Input sums of linears that share an input, with `modules` of this block replaced;
+        `cross_gram` too if `crossed`.
 
         Raises NumericalError on NaN or infinity, ConfigError for anchoring where tokens are routed.
         """
@@ -113,7 +144,10 @@ class Streams:
             sums.add_inputs(x, fields, where)
             if crossed:
                 if len(x) != batch.numel():
-                    raise ConfigError(f"{first.name} sees routed tokens, which cannot be anchored; set calibration.anchor to 0")
+                    raise ConfigError(
+                        f"{first.name} sees routed tokens, which cannot be anchored; set "
+                        "calibration.anchor to 0"
+                    )
                 sums.add("cross_gram", self.inputs(first.module, index, self.dense).T @ x, where)
         return LinearStats(tokens=sums.tokens, **sums.fields)
 
@@ -125,7 +159,9 @@ class Streams:
             self.ahead = True
 
     def advance(self, modules: dict[str, nn.Module]) -> None:
-        """Carry the streams through this block, the compressed one with `modules` in place of its linears."""
+        """Carry the streams through this block, the compressed one with `modules` in place of its
+        linears.
+        """
         if modules or self.parted:
             if self.anchored:
                 self.lead()
@@ -145,15 +181,23 @@ class Streams:
         return into
 
     def output(self, index: int, outputs: Batches) -> Any:
-        """What this block returns for one batch (a tensor or a tuple), with autograd where that is on."""
-        with _capture(self.members[self.block].register_forward_hook, lambda module, args, output: output) as seen:
+        """What this block returns for one batch (a tensor or a tuple), with autograd where that is
+        on.
+        """
+        with _capture(
+            self.members[self.block].register_forward_hook, lambda module, args, output: output
+        ) as seen:
             self.run(index, outputs)
         return seen[0]
 
 
 @contextmanager
-def _capture(register: Callable[[Callable[..., None]], Any], pick: Callable[..., Any]) -> Iterator[list[Any]]:
-    """Hook a module inside the `with`: what `pick` makes of the hook's arguments is put into the list, and the pass ends there."""
+def _capture(
+    register: Callable[[Callable[..., None]], Any], pick: Callable[..., Any]
+) -> Iterator[list[Any]]:
+    """Hook a module inside the `with`: what `pick` makes of the hook's arguments is put into the
+    list, and the pass ends there.
+    """
     seen: list[Any] = []
     handle = register(partial(_take, seen, pick))
     try:
@@ -179,12 +223,14 @@ def solve_in_order(
     progress: Progress = silent,
     cache: Cache | None = None,
 ) -> None:
-    """Call `solve` for each group of `linears`, in order, and let the groups behind see what it returns.
+    """Call `solve` for each group of `linears`, in order, and let the groups behind see what it
+    returns.
 
-    linears: those to be replaced, name → linear; needs: fields of their statistics; solve(names, stats) → modules: `stats` are the input
-    sums of the group, None as long as they are those of the dense model, or where they say nothing.
-    keep(names, make) → modules of all `names` of a block: what `make` returns, or what it returned in a run that was stopped.
-    The model is left as it was. Raises as `Streams`.
+    linears: those to be replaced, name → linear; needs: fields of their statistics; solve(names,
+    stats) → modules: `stats` are the input sums of the group, None as long as they are those of the
+    dense model, or where they say nothing. keep(names, make) → modules of all `names` of a block:
+    what `make` returns, or what it returned in a run that was stopped. The model is left as it was.
+    Raises as `Streams`.
     """
     if not linears:
         return
@@ -192,23 +238,37 @@ def solve_in_order(
     last = max(info.block for info in linears.values())
     for block in progress(range(last + 1), "solve in order"):
         members = {name: info for name, info in linears.items() if info.block == block}
-        modules = keep(list(members), partial(solve_block, streams, members, needs, anchored, solve)) if members else {}
+        modules = (
+            keep(list(members), partial(solve_block, streams, members, needs, anchored, solve))
+            if members
+            else {}
+        )
         if block < last:
             streams.advance({name: fitted(model, name, module) for name, module in modules.items()})
 
 
 def solve_block(
-    streams: Streams, linears: Mapping[str, LinearInfo], needs: Mapping[str, frozenset[str]], anchored: bool, solve: Solve
+    streams: Streams,
+    linears: Mapping[str, LinearInfo],
+    needs: Mapping[str, frozenset[str]],
+    anchored: bool,
+    solve: Solve,
 ) -> dict[str, CompressedLinear]:
-    """Solve the linears of the block that the streams have come to, group by group, as `solve_in_order` does."""
+    """Solve the linears of the block that the streams have come to, group by group, as
+    `solve_in_order` does.
+    """
     found: dict[str, CompressedLinear] = {}
     for names in streams.order(linears):
         infos = [linears[name] for name in names]
         fields = frozenset({"gram"}).union(*(needs[name] for name in names)) & INPUT_FIELDS
         placed = {name: fitted(streams.model, name, module) for name, module in found.items()}
-        stats = streams.gather(infos, fields, placed, anchored) if streams.parted or placed else None
+        stats = (
+            streams.gather(infos, fields, placed, anchored) if streams.parted or placed else None
+        )
         if stats is not None and (reason := stats.silence):
-            log.warning("%s: behind the compressed linears %s, so it is not solved again", names[0], reason)
+            log.warning(
+                "%s: behind the compressed linears %s, so it is not solved again", names[0], reason
+            )
             stats = None
         found |= solve(names, stats)
     return found

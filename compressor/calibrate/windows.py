@@ -1,7 +1,8 @@
 """Token windows to calibrate and evaluate on.
 
-Every text document is tokenised whole, with the special tokens its tokenizer adds by itself, and the documents are joined by the
-end-of-sequence token where there is one (not doubled). The stream is cut into non-overlapping windows; what is left at the end is dropped.
+Every text document is tokenised whole, with the special tokens its tokenizer adds by itself, and
+the documents are joined by the end-of-sequence token where there is one (not doubled). The stream
+is cut into non-overlapping windows; what is left at the end is dropped.
 """
 
 import hashlib
@@ -21,8 +22,11 @@ from compressor.runtime.progress import Progress, silent
 logger = logging.getLogger(__name__)
 
 READ_LEAST = 4 << 20  # bytes of text always read, if there are as many
-READ_PER_TOKEN = 32  # bytes of text read per requested token: enough to choose from, without tokenising a library
-SAMPLE_BATCH = 64  # windows sampled together; fixed, because it decides which random number meets which window
+# bytes of text read per requested token: enough to choose from, without tokenising a library
+READ_PER_TOKEN = 32
+SAMPLE_BATCH = (
+    64  # windows sampled together; fixed, because it decides which random number meets which window
+)
 
 
 @dataclass(frozen=True)
@@ -52,12 +56,15 @@ def load_windows(
 ) -> Windows:
     """Load up to `count` windows of `length` tokens (None: all) from a SOURCE.
 
-    SOURCE is a text, jsonl or parquet file or folder, `org/name:config:split[:column]`, `file.safetensors:key` with integer windows
-    (n, length), or `self`. Windows are chosen evenly: one at random, by `seed`, from each of `count` equal stretches of the source. With
-    `count` the text behind the first max(READ_LEAST, READ_PER_TOKEN · tokens) bytes is not read, with a warning. `model` is needed for
-    `self`; where given, windows must fit its vocabulary and its positions. Fewer windows than asked for are a warning with both counts.
+    SOURCE is a text, jsonl or parquet file or folder, `org/name:config:split[:column]`,
+    `file.safetensors:key` with integer windows (n, length), or `self`. Windows are chosen evenly:
+    one at random, by `seed`, from each of `count` equal stretches of the source. With `count` the
+    text behind the first max(READ_LEAST, READ_PER_TOKEN · tokens) bytes is not read, with a
+    warning. `model` is needed for `self`; where given, windows must fit its vocabulary and its
+    positions. Fewer windows than asked for are a warning with both counts.
 
-    Raises DataError naming the source when there is not one window, when window lengths differ, or when the source cannot be read.
+    Raises DataError naming the source when there is not one window, when window lengths differ, or
+    when the source cannot be read.
     """
     if source == "self":
         tokens = _sample_self(model, length, count, seed, progress)
@@ -70,16 +77,27 @@ def load_windows(
     if model is not None:
         _check_model(tokens, model, source)
     if count is not None and len(tokens) < count:
-        logger.warning("%s: %d windows of %d tokens, where %d were asked for; all are used", source, len(tokens), length, count)
+        logger.warning(
+            "%s: %d windows of %d tokens, where %d were asked for; all are used",
+            source,
+            len(tokens),
+            length,
+            count,
+        )
     elif count is not None:
         tokens = tokens[_choose(len(tokens), count, seed)]
     return Windows(tokens, source)
 
 
 def bundled(kind: str) -> Path:
-    """Return the text shipped with the package: `calibration` or `evaluation`. Raises DataError for another kind."""
+    """Return the text shipped with the package: `calibration` or `evaluation`. Raises DataError for
+    another kind.
+    """
     if kind not in ("calibration", "evaluation"):
-        raise DataError(f"there is no bundled text '{kind}'; {did_you_mean(kind, ['calibration', 'evaluation'])}")
+        raise DataError(
+            f"there is no bundled text '{kind}'; "
+            f"{did_you_mean(kind, ['calibration', 'evaluation'])}"
+        )
     return bundled_folder("calibration") / f"{kind}.txt"
 
 
@@ -89,17 +107,26 @@ def heldout_count(total: int, heldout: int | None) -> int:
 
 
 def split_heldout(windows: Windows, heldout: int | None = None) -> tuple[Windows, Windows]:
-    """Split off the last windows, `heldout_count` of them. Raises DataError when none would be left."""
+    """Split off the last windows, `heldout_count` of them. Raises DataError when none would be
+    left.
+    """
     total = len(windows.tokens)
     heldout = heldout_count(total, heldout)
     if not 0 <= heldout < total:
-        raise DataError(f"{windows.source}: {heldout} of {total} windows cannot be held out; at least one must be left to calibrate on")
+        raise DataError(
+            f"{windows.source}: {heldout} of {total} windows cannot be held out; at least one "
+            "must be left to calibrate on"
+        )
     kept = total - heldout
-    return replace(windows, tokens=windows.tokens[:kept]), replace(windows, tokens=windows.tokens[kept:])
+    return replace(windows, tokens=windows.tokens[:kept]), replace(
+        windows, tokens=windows.tokens[kept:]
+    )
 
 
 def overlap(calibration: Windows, evaluation: Windows, ngram: int = 32) -> float:
-    """Share of evaluation windows that contain a run of `ngram` tokens (or a whole shorter window) also found in calibration."""
+    """Share of evaluation windows that contain a run of `ngram` tokens (or a whole shorter window)
+    also found in calibration.
+    """
     ngram = min(ngram, calibration.tokens.shape[1], evaluation.tokens.shape[1])
     known = _hash_ngrams(calibration.tokens, ngram)
     hits = torch.isin(_hash_ngrams(evaluation.tokens, ngram), known).any(dim=1)
@@ -107,7 +134,9 @@ def overlap(calibration: Windows, evaluation: Windows, ngram: int = 32) -> float
 
 
 def _hash_ngrams(tokens: Tensor, ngram: int) -> Tensor:
-    """Hash every run of `ngram` tokens by a random linear form modulo 2⁶⁴: (n, length) → (n, length − ngram + 1)."""
+    """Hash every run of `ngram` tokens by a random linear form modulo 2⁶⁴: (n, length) → (n, length
+    − ngram + 1).
+    """
     generator = torch.Generator().manual_seed(0)
     factors = torch.randint(-(2**62), 2**62, (ngram,), generator=generator) * 2 + 1
     positions = tokens.shape[1] - ngram + 1
@@ -118,24 +147,35 @@ def _hash_ngrams(tokens: Tensor, ngram: int) -> Tensor:
 
 
 def _choose(total: int, count: int, seed: int) -> Tensor:
-    """Choose one index at random from each of `count` equal stretches of range(total); ascending (count,)."""
+    """Choose one index at random from each of `count` equal stretches of range(total); ascending
+    (count,).
+    """
     edges = torch.arange(count + 1) * total // count
     shares = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     return edges[:-1] + (shares * edges.diff()).long()
 
 
-def _tokenise(documents: list[Document], tokenizer: Any, chat_template: bool, source: str) -> Tensor:
+def _tokenise(
+    documents: list[Document], tokenizer: Any, chat_template: bool, source: str
+) -> Tensor:
     """Tokenise whole documents and join them: (tokens,) int64."""
     if tokenizer is None:
-        raise DataError(f"{source}: text needs a tokenizer, and the model has none; give windows of tokens as file.safetensors:key")
+        raise DataError(
+            f"{source}: text needs a tokenizer, and the model has none; give windows of tokens as "
+            "file.safetensors:key"
+        )
     if chat_template and not tokenizer.chat_template:
-        raise DataError(f"{source}: chat_template was asked for, but the tokenizer of the model has none")
+        raise DataError(
+            f"{source}: chat_template was asked for, but the tokenizer of the model has none"
+        )
     texts = [_render(document, tokenizer, chat_template, source) for document in documents]
     end = tokenizer.eos_token_id
     pieces: list[Tensor] = []
     for start in range(0, len(texts), 256):  # encodings take far more memory than tokens
         batch = texts[start : start + 256]
-        for ids in tokenizer(batch, add_special_tokens=not chat_template, verbose=False)["input_ids"]:
+        for ids in tokenizer(batch, add_special_tokens=not chat_template, verbose=False)[
+            "input_ids"
+        ]:
             if pieces and end is not None and pieces[-1][-1:].tolist() != [end]:
                 pieces.append(torch.tensor([end]))
             pieces.append(torch.tensor(ids, dtype=torch.int64))
@@ -143,30 +183,44 @@ def _tokenise(documents: list[Document], tokenizer: Any, chat_template: bool, so
 
 
 def _render(document: Document, tokenizer: Any, chat_template: bool, source: str) -> str:
-    """Return the text of a document, messages through the chat template. Raises DataError when the two do not fit."""
+    """Return the text of a document, messages through the chat template. Raises DataError when the
+    two do not fit.
+    """
     from jinja2 import TemplateError
 
     if isinstance(document, str) == chat_template:
-        holds, cure = ("text", "unset chat_template") if chat_template else ("chat messages", "set chat_template: true")
+        holds, cure = (
+            ("text", "unset chat_template")
+            if chat_template
+            else ("chat messages", "set chat_template: true")
+        )
         raise DataError(f"{source}: the column holds {holds}; {cure}, or name another column")
     if isinstance(document, str):
         return document
     try:
         return tokenizer.apply_chat_template(document, tokenize=False)
     except TemplateError as error:
-        raise DataError(f"{source}: the chat template refuses a conversation of {len(document)} messages: {error}") from None
+        raise DataError(
+            f"{source}: the chat template refuses a conversation of {len(document)} messages: "
+            f"{error}"
+        ) from None
 
 
 def _cut(tokens: Tensor, length: int, source: str) -> Tensor:
     """Cut a stream (tokens,) into windows (n, length). Raises DataError when there is not one."""
     count = len(tokens) // length
     if count == 0:
-        raise DataError(f"{source}: {len(tokens)} tokens of text, where one window needs {length}; shorten the windows or give more text")
+        raise DataError(
+            f"{source}: {len(tokens)} tokens of text, where one window needs {length}; shorten "
+            "the windows or give more text"
+        )
     return tokens[: count * length].view(count, length)
 
 
 def _read_tokens(source: str, length: int) -> Tensor:
-    """Read integer windows (n, length) from `file.safetensors:key`. Raises DataError naming the source."""
+    """Read integer windows (n, length) from `file.safetensors:key`. Raises DataError naming the
+    source.
+    """
     from safetensors import SafetensorError, safe_open
 
     stem, key = source.rsplit(".safetensors:", 1)
@@ -183,55 +237,89 @@ def _read_tokens(source: str, length: int) -> Tensor:
         raise DataError(f"{path}: damaged safetensors file: {error}") from None
     shape = tuple(tokens.shape)
     if tokens.is_floating_point() or tokens.dtype == torch.bool or tokens.ndim != 2 or 0 in shape:
-        raise DataError(f"{source}: {tokens.dtype} of shape {shape}, where integer token windows (n, {length}) are needed")
+        raise DataError(
+            f"{source}: {tokens.dtype} of shape {shape}, where integer token windows (n, "
+            f"{length}) are needed"
+        )
     if shape[1] != length:
-        raise DataError(f"{source}: its windows have {shape[1]} tokens, where {length} were asked for; set the length to {shape[1]}")
+        raise DataError(
+            f"{source}: its windows have {shape[1]} tokens, where {length} were asked for; set "
+            f"the length to {shape[1]}"
+        )
     return tokens.long()
 
 
 def _check_model(tokens: Tensor, model: Any, source: str) -> None:
-    """Raise DataError unless the token ids fit the embedding and the windows fit the positions of the model."""
+    """Raise DataError unless the token ids fit the embedding and the windows fit the positions of
+    the model.
+    """
     vocabulary = model.get_input_embeddings().num_embeddings
     low, high = tokens.min().item(), tokens.max().item()
     if low < 0 or high >= vocabulary:
-        raise DataError(f"{source}: token ids {low} … {high} do not fit the model's vocabulary of {vocabulary}; is it another model's?")
+        raise DataError(
+            f"{source}: token ids {low} … {high} do not fit the model's vocabulary of "
+            f"{vocabulary}; is it another model's?"
+        )
     _check_positions(tokens.shape[1], model, source)
 
 
 def _check_positions(length: int, model: Any, source: str) -> None:
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and length > positions:
-        raise DataError(f"{source}: windows of {length} tokens, but the model has {positions} positions; shorten the windows")
+        raise DataError(
+            f"{source}: windows of {length} tokens, but the model has {positions} positions; "
+            "shorten the windows"
+        )
 
 
-def _sample_self(model: Any, length: int, count: int | None, seed: int, progress: Progress) -> Tensor:
+def _sample_self(
+    model: Any, length: int, count: int | None, seed: int, progress: Progress
+) -> Tensor:
     if model is None or count is None:
-        raise DataError("self: windows can be sampled only from a loaded model, and their number must be given")
+        raise DataError(
+            "self: windows can be sampled only from a loaded model, and their number must be given"
+        )
     _check_positions(length, model, "self")
     return sample(model, count, length, seed, progress)
 
 
 @torch.no_grad()
 def sample(model: Any, count: int, length: int, seed: int, progress: Progress = silent) -> Tensor:
-    """Sample token windows (count, length), int64, from the model's own distribution: temperature 1, each starting with BOS.
+    """Sample token windows (count, length), int64, from the model's own distribution: temperature
+    1, each starting with BOS.
 
-    Sampling goes on after an end-of-sequence token, as in packed training text. The same seed, device and dtype give the same tokens.
-    Raises DataError when the model names neither a BOS nor an EOS token to start from, NumericalError on non-finite logits.
+    Sampling goes on after an end-of-sequence token, as in packed training text. The same seed,
+    device and dtype give the same tokens. Raises DataError when the model names neither a BOS nor
+    an EOS token to start from, NumericalError on non-finite logits.
     """
-    start = next((token for token in (model.config.bos_token_id, model.config.eos_token_id) if token is not None), None)
+    start = next(
+        (
+            token
+            for token in (model.config.bos_token_id, model.config.eos_token_id)
+            if token is not None
+        ),
+        None,
+    )
     if start is None:
-        raise DataError("self: the model's config names neither bos_token_id nor eos_token_id, so there is no token to start from")
+        raise DataError(
+            "self: the model's config names neither bos_token_id nor eos_token_id, so there is no "
+            "token to start from"
+        )
     generator = torch.Generator(model.device).manual_seed(seed)
     batches = []
     for first in progress(range(0, count, SAMPLE_BATCH), "sample"):
         rows = min(SAMPLE_BATCH, count - first)
-        token = torch.full((rows, 1), start[0] if isinstance(start, list) else start, device=model.device)
+        token = torch.full(
+            (rows, 1), start[0] if isinstance(start, list) else start, device=model.device
+        )
         columns, cache = [token], None
         while len(columns) < length:
             output = model(input_ids=token, past_key_values=cache, use_cache=True)
             cache, logits = output.past_key_values, output.logits[:, -1].float()
             if not torch.isfinite(logits).all():
-                raise NumericalError(f"self: non-finite logits at position {len(columns) - 1} while sampling")
+                raise NumericalError(
+                    f"self: non-finite logits at position {len(columns) - 1} while sampling"
+                )
             token = torch.multinomial(logits.softmax(-1), 1, generator=generator)
             columns.append(token)
         batches.append(torch.cat(columns, dim=1).cpu())

@@ -1,6 +1,8 @@
-"""A finished checkpoint on the Hugging Face hub: private unless asked for otherwise, whole or not at all (one commit).
+"""A finished checkpoint on the Hugging Face hub: private unless asked for otherwise, whole or not
+at all (one commit).
 
-Whether there is a token and a name that can be is checked before a run, the rest when the folder is there: if that fails, the folder stays.
+Whether there is a token and a name that can be is checked before a run, the rest when the folder is
+there: if that fails, the folder stays.
 """
 
 import shlex
@@ -11,14 +13,19 @@ from compressor.errors import CheckpointError, CompressorError, ConfigError
 from compressor.runtime.progress import Progress, silent
 
 LEFT_OUT = ("timings.json",)  # names the host
-STALE = ("*.safetensors", "*.safetensors.index.json")  # of an older version, which a reader would mix up with the new one
+STALE = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+)  # of an older version, which a reader would mix up with the new one
 
 
 def check(repository: str | None, public: bool) -> None:
     """Refuse a push that cannot succeed. Opens no connection. Raises ConfigError."""
     if repository is None:
         if public:
-            raise ConfigError("--public says how a checkpoint is pushed; give --push-to REPOSITORY too")
+            raise ConfigError(
+                "--public says how a checkpoint is pushed; give --push-to REPOSITORY too"
+            )
         return
     from huggingface_hub import constants, get_token
     from huggingface_hub.errors import HFValidationError
@@ -27,18 +34,28 @@ def check(repository: str | None, public: bool) -> None:
     try:
         validate_repo_id(repository)
     except HFValidationError:
-        raise ConfigError(f"--push-to {repository}: is not a name on the hub; give organisation/model") from None
+        raise ConfigError(
+            f"--push-to {repository}: is not a name on the hub; give organisation/model"
+        ) from None
     if constants.HF_HUB_OFFLINE:
-        raise ConfigError(f"--push-to {repository}: HF_HUB_OFFLINE is set; unset it, or leave --push-to out")
+        raise ConfigError(
+            f"--push-to {repository}: HF_HUB_OFFLINE is set; unset it, or leave --push-to out"
+        )
     if not get_token():
-        raise ConfigError(f"--push-to {repository}: no token; set HF_TOKEN to one that may write, or log in with `hf auth login`")
+        raise ConfigError(
+            f"--push-to {repository}: no token; set HF_TOKEN to one that may write, or log in "
+            "with `hf auth login`"
+        )
 
 
-def push(folder: Path, repository: str, public: bool = False, progress: Progress = silent) -> dict[str, Any]:
+def push(
+    folder: Path, repository: str, public: bool = False, progress: Progress = silent
+) -> dict[str, Any]:
     """Upload a checkpoint folder, its model card included: {repository, url, private}.
 
-    A repository that is there already keeps its visibility. Raises CheckpointError, with the command that tries again, if the hub
-    refuses or cannot be reached, and if the repository is public without `public`.
+    A repository that is there already keeps its visibility. Raises CheckpointError, with the
+    command that tries again, if the hub refuses or cannot be reached, and if the repository is
+    public without `public`.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError
@@ -50,7 +67,10 @@ def push(folder: Path, repository: str, public: bool = False, progress: Progress
         private = bool(api.repo_info(name).private)
         if not (private or public):
             cure = f"choose another name, or make it public with {retry(folder, name, True)}"
-            raise CheckpointError(f"{folder}: not pushed, because {name} is public on the hub and --public is not given; {cure}")
+            raise CheckpointError(
+                f"{folder}: not pushed, because {name} is public on the hub and --public is not "
+                f"given; {cure}"
+            )
         for _ in progress([folder], f"push to {name}"):
             api.upload_folder(
                 repo_id=name,
@@ -62,17 +82,29 @@ def push(folder: Path, repository: str, public: bool = False, progress: Progress
     except (OSError, HTTPError, ValueError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise CheckpointError(
-            f"{folder}: could not be pushed to {repository} ({reason}); try again with {retry(folder, repository, public)}"
+            f"{folder}: could not be pushed to {repository} ({reason}); try again with "
+            f"{retry(folder, repository, public)}"
         ) from error
     return {"repository": name, "url": str(url), "private": private}
 
 
-def deliver(folder: Path, repository: str | None, public: bool, failure: str | None, progress: Progress = silent) -> dict[str, Any]:
-    """What pushing adds to the result of a run: `pushed`, and `failure` where there is one. A failed run is not pushed."""
+def deliver(
+    folder: Path,
+    repository: str | None,
+    public: bool,
+    failure: str | None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """What pushing adds to the result of a run: `pushed`, and `failure` where there is one. A
+    failed run is not pushed.
+    """
     if repository is None:
         return {}
     if failure:
-        return {"pushed": None, "failure": f"{failure}; not pushed, do so with {retry(folder, repository, public)}"}
+        return {
+            "pushed": None,
+            "failure": f"{failure}; not pushed, do so with {retry(folder, repository, public)}",
+        }
     try:
         return {"pushed": push(folder, repository, public, progress)}
     except CompressorError as error:
@@ -82,4 +114,7 @@ def deliver(folder: Path, repository: str | None, public: bool, failure: str | N
 def retry(folder: Path, repository: str, public: bool) -> str:
     """The command line that pushes a folder."""
     left_out = " ".join(f"--exclude {name}" for name in LEFT_OUT)
-    return f"`hf upload {shlex.quote(repository)} {shlex.quote(str(folder))} . {left_out}{'' if public else ' --private'}`"
+    return (
+        f"`hf upload {shlex.quote(repository)} {shlex.quote(str(folder))} . "
+        f"{left_out}{'' if public else ' --private'}`"
+    )

@@ -12,9 +12,11 @@ from compressor.runtime.progress import Progress, silent
 
 
 def verify(path: Path, progress: Progress = silent) -> list[str]:
-    """List what is wrong with a checkpoint: files against the manifest, headers, tensors against specs and architecture, NaN.
+    """List what is wrong with a checkpoint: files against the manifest, headers, tensors against
+    specs and architecture, NaN.
 
-    An empty list means that the folder is what was written. Nothing is changed, and no weights are loaded.
+    An empty list means that the folder is what was written. Nothing is changed, and no weights are
+    loaded.
     """
     found = manifest_problems(path, progress)
     try:
@@ -22,7 +24,9 @@ def verify(path: Path, progress: Progress = silent) -> list[str]:
         found += tensor_problems(folder)
     except CheckpointError as error:
         return [*found, str(error)]
-    return found + [f"{path}: {name} holds NaN or infinity" for name in non_finite(folder, progress)]
+    return found + [
+        f"{path}: {name} holds NaN or infinity" for name in non_finite(folder, progress)
+    ]
 
 
 def manifest_problems(path: Path, progress: Progress = silent) -> list[str]:
@@ -32,13 +36,19 @@ def manifest_problems(path: Path, progress: Progress = silent) -> list[str]:
     except CheckpointError as error:
         return [str(error)]
     if entries is None:
-        return [f"{path / manifest.NAME}: missing, so the files cannot be compared with what was written"]
+        return [
+            f"{path / manifest.NAME}: missing, so the files cannot be compared with what was "
+            "written"
+        ]
     extra = set(manifest.listed(path)) - entries.keys()
-    return manifest.problems(path, entries, progress) + [f"{path / name}: not listed in {manifest.NAME}" for name in sorted(extra)]
+    return manifest.problems(path, entries, progress) + [
+        f"{path / name}: not listed in {manifest.NAME}" for name in sorted(extra)
+    ]
 
 
 def tensor_problems(folder: ModelFolder) -> list[str]:
-    """Tensors of a compressed checkpoint that are missing, extra, or not of the dtype and shape that architecture and specs give them.
+    """Tensors of a compressed checkpoint that are missing, extra, or not of the dtype and shape
+    that architecture and specs give them.
 
     Raises CheckpointError if config.json describes no model.
     """
@@ -46,13 +56,24 @@ def tensor_problems(folder: ModelFolder) -> list[str]:
         return []  # dense folders may use older names, which only transformers' loader knows
     model = skeleton(folder.path)
     CompressorQuantizer(CompressorConfig(**folder.quantization)).preprocess_model(model)
-    expected = {name: (DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in stored_tensors(model).items()}
+    expected = {
+        name: (DTYPES[tensor.dtype], tuple(tensor.shape))
+        for name, tensor in stored_tensors(model).items()
+    }
     stored = {name: (info.dtype, info.shape) for name, info in folder.tensors.items()}
-    found = [f"{folder.path}: {name} is missing" for name in sorted(expected.keys() - stored.keys())]
-    found += [f"{folder.path}: {name} belongs to nothing in the model" for name in sorted(stored.keys() - expected.keys())]
+    found = [
+        f"{folder.path}: {name} is missing" for name in sorted(expected.keys() - stored.keys())
+    ]
+    found += [
+        f"{folder.path}: {name} belongs to nothing in the model"
+        for name in sorted(stored.keys() - expected.keys())
+    ]
     for name in sorted(expected.keys() & stored.keys()):
         if stored[name] != expected[name]:
-            found.append(f"{folder.path}: {name} is {_typed(*stored[name])}, expected {_typed(*expected[name])}")
+            found.append(
+                f"{folder.path}: {name} is {_typed(*stored[name])}, expected "
+                f"{_typed(*expected[name])}"
+            )
     return found
 
 

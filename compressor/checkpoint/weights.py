@@ -1,6 +1,8 @@
-"""The tensors of a model as safetensors shards, written one tensor at a time: no second copy of the model, same model, same bytes.
+"""The tensors of a model as safetensors shards, written one tensor at a time: no second copy of the
+model, same model, same bytes.
 
-safetensors' own writer is not used because it holds a whole shard, replaces links and leaves files readable by their owner only.
+safetensors' own writer is not used because it holds a whole shard, replaces links and leaves files
+readable by their owner only.
 """
 
 import json
@@ -33,33 +35,51 @@ DTYPES = {
     torch.bool: "BOOL",
 }
 METADATA = {"format": "pt"}
-FRAME = 64  # bytes of a file beside tensors and their header entries: length field, metadata, padding
+FRAME = (
+    64  # bytes of a file beside tensors and their header entries: length field, metadata, padding
+)
 
 
 def tied_names(model: PreTrainedModel) -> dict[str, str]:
-    """Name → name it repeats, of the parameters that are tied now (which is less than declared if a tied linear was replaced)."""
+    """Name → name it repeats, of the parameters that are tied now (which is less than declared if a
+    tied linear was replaced).
+    """
     state = model.state_dict(keep_vars=True)
-    declared = {name: source for name, source in model.all_tied_weights_keys.items() if name in state and source in state}
+    declared = {
+        name: source
+        for name, source in model.all_tied_weights_keys.items()
+        if name in state and source in state
+    }
     return {name: source for name, source in declared.items() if state[name] is state[source]}
 
 
 def stored_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """State dict entries that a checkpoint holds, in model order: tied parameters once. Offloaded ones are on meta; see `fetch`."""
+    """State dict entries that a checkpoint holds, in model order: tied parameters once. Offloaded
+    ones are on meta; see `fetch`.
+    """
     dropped = tied_names(model).keys() | set(model._keys_to_ignore_on_save or ())
     return {name: tensor for name, tensor in model.state_dict().items() if name not in dropped}
 
 
 def fetch(model: PreTrainedModel | None, name: str, tensor: Tensor) -> Tensor:
-    """Return an entry of `stored_tensors` on the CPU, from the offload folder if that is where it is."""
+    """Return an entry of `stored_tensors` on the CPU, from the offload folder if that is where it
+    is.
+    """
     value = load_offloaded_parameter(model, name) if tensor.is_meta else tensor
     return value.detach().cpu()
 
 
 def header_entry(tensor: Tensor, start: int) -> dict:
-    """Describe a tensor that starts `start` bytes into the data of its file. Raises CheckpointError for a dtype without a name."""
+    """Describe a tensor that starts `start` bytes into the data of its file. Raises CheckpointError
+    for a dtype without a name.
+    """
     if tensor.dtype not in DTYPES:
         raise CheckpointError(f"tensors of {tensor.dtype} cannot be stored")
-    return {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, start + tensor.nbytes]}
+    return {
+        "dtype": DTYPES[tensor.dtype],
+        "shape": list(tensor.shape),
+        "data_offsets": [start, start + tensor.nbytes],
+    }
 
 
 def to_json(data: dict) -> bytes:
@@ -67,7 +87,9 @@ def to_json(data: dict) -> bytes:
 
 
 def split(tensors: dict[str, Tensor], shard_size: int) -> list[dict[str, Tensor]]:
-    """Group tensors, in order, into files of at most `shard_size` bytes, header included; a larger tensor gets a file of its own."""
+    """Group tensors, in order, into files of at most `shard_size` bytes, header included; a larger
+    tensor gets a file of its own.
+    """
     groups: list[dict[str, Tensor]] = [{}]
     size = FRAME
     for name, tensor in tensors.items():
@@ -80,9 +102,18 @@ def split(tensors: dict[str, Tensor], shard_size: int) -> list[dict[str, Tensor]
     return groups
 
 
-def write_shard(path: Path, tensors: dict[str, Tensor], model: PreTrainedModel | None = None, progress: Progress = silent) -> None:
-    """Write one safetensors file; `model` is where offloaded tensors come from. Raises CheckpointError naming it if the disk is full."""
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # wide types first keeps every tensor aligned
+def write_shard(
+    path: Path,
+    tensors: dict[str, Tensor],
+    model: PreTrainedModel | None = None,
+    progress: Progress = silent,
+) -> None:
+    """Write one safetensors file; `model` is where offloaded tensors come from. Raises
+    CheckpointError naming it if the disk is full.
+    """
+    names = sorted(
+        tensors, key=lambda name: (-tensors[name].element_size(), name)
+    )  # wide types first keeps every tensor aligned
     header: dict[str, dict] = {"__metadata__": METADATA}
     start = 0
     for name in names:
@@ -93,7 +124,9 @@ def write_shard(path: Path, tensors: dict[str, Tensor], model: PreTrainedModel |
     with naming(path), path.open("xb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for name in progress(names, f"write {path.name}"):
-            stream.write(fetch(model, name, tensors[name]).reshape(-1).view(torch.uint8).numpy().data)
+            stream.write(
+                fetch(model, name, tensors[name]).reshape(-1).view(torch.uint8).numpy().data
+            )
         stream.flush()
         os.fsync(stream.fileno())
 
@@ -106,7 +139,9 @@ def write_weights(
     index: bool = False,
     progress: Progress = silent,
 ) -> None:
-    """Write the stored tensors of a model (or `tensors` in their place), with an index if they take more than one file or if wanted."""
+    """Write the stored tensors of a model (or `tensors` in their place), with an index if they take
+    more than one file or if wanted.
+    """
     tensors = stored_tensors(model) if tensors is None else tensors
     groups = split(tensors, shard_size)
     if len(groups) == 1 and not index:
@@ -114,12 +149,16 @@ def write_weights(
         return
     weight_map = {}
     for number, group in enumerate(groups, 1):
-        file = SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        file = (
+            SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        )
         write_shard(folder / file, group, model, progress)
         weight_map |= dict.fromkeys(group, file)
     metadata = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
     with naming(folder / INDEX):
-        text = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True)
+        text = json.dumps(
+            {"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True
+        )
         (folder / INDEX).write_text(text + "\n", encoding="utf-8")
 
 

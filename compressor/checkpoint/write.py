@@ -1,4 +1,6 @@
-"""Our checkpoint folders: write one from a model in memory, prove that it reloads bit for bit, verify one found on disk."""
+"""Our checkpoint folders: write one from a model in memory, prove that it reloads bit for bit,
+verify one found on disk.
+"""
 
 import copy
 import shutil
@@ -9,7 +11,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compressor.checkpoint.weights import fetch, stored_dtype, stored_tensors, tied_names, write_weights
+from compressor.checkpoint.weights import (
+    fetch,
+    stored_dtype,
+    stored_tensors,
+    tied_names,
+    write_weights,
+)
 from compressor.errors import CheckpointError
 from compressor.files.documents import naming, some
 from compressor.files.safetensors import inside
@@ -18,7 +26,8 @@ from compressor.linears import CompressedLinear
 from compressor.models.load import load
 from compressor.runtime.progress import Progress, silent
 
-# Files that go with a model and are copied as they are: rewriting a tokenizer or generation settings can change or refuse them.
+# Files that go with a model and are copied as they are: rewriting a tokenizer or generation
+# settings can change or refuse them.
 GENERATION = ("generation_config.json",)
 TOKENIZER = (
     "tokenizer*.json",
@@ -44,27 +53,39 @@ def write_model(
 ) -> None:
     """Write weights, config.json, generation settings and tokenizer into an existing empty folder.
 
-    Shards have at most `shard_size` bytes. Tokenizer, generation settings and licence come from `source_folder` as they are; what it
-    lacks is written from the objects. Raises CheckpointError naming the file that could not be written.
+    Shards have at most `shard_size` bytes. Tokenizer, generation settings and licence come from
+    `source_folder` as they are; what it lacks is written from the objects. Raises CheckpointError
+    naming the file that could not be written.
     """
     write_config(folder, model)
     write_weights(folder, model, shard_size, progress=progress)
     write_companions(folder, model, tokenizer, source_folder)
 
 
-def write_config(folder: Path, model: PreTrainedModel, quantization: dict[str, Any] | None = None) -> None:
-    """Write config.json: the model's own, with the stored dtype, the specs of compressed linears, and ties only where they hold.
+def write_config(
+    folder: Path, model: PreTrainedModel, quantization: dict[str, Any] | None = None
+) -> None:
+    """Write config.json: the model's own, with the stored dtype, the specs of compressed linears,
+    and ties only where they hold.
 
     quantization: what it says in place of those specs, for a layout that is not ours.
     """
     config = copy.deepcopy(model.config)
     config.dtype = stored_dtype(stored_tensors(model).values())
     config.architectures = [type(model).__name__]
-    specs = {name: module.spec() for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
+    specs = {
+        name: module.spec()
+        for name, module in model.named_modules()
+        if isinstance(module, CompressedLinear)
+    }
     if quantization:
         config.quantization_config = quantization
     elif specs:
-        config.quantization_config = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "linears": specs}
+        config.quantization_config = {
+            "quant_method": QUANT_METHOD,
+            "format_version": FORMAT_VERSION,
+            "linears": specs,
+        }
     elif hasattr(config, "quantization_config"):
         del config.quantization_config
     if model.all_tied_weights_keys and not tied_names(model):
@@ -73,8 +94,15 @@ def write_config(folder: Path, model: PreTrainedModel, quantization: dict[str, A
         config.save_pretrained(folder)
 
 
-def write_companions(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, source_folder: Path | None) -> None:
-    """Copy what goes with the weights, or save it from the objects where there is no source for it."""
+def write_companions(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    source_folder: Path | None,
+) -> None:
+    """Copy what goes with the weights, or save it from the objects where there is no source for
+    it.
+    """
     if not copy_files(source_folder, folder, GENERATION) and model.can_generate():
         with naming(folder / GENERATION[0]):
             model.generation_config.save_pretrained(folder)
@@ -86,8 +114,18 @@ def write_companions(folder: Path, model: PreTrainedModel, tokenizer: PreTrained
 
 
 def copy_files(source: Path | None, folder: Path, patterns: tuple[str, ...]) -> bool:
-    """Copy the files that match, byte for byte with default permissions; say whether there were any."""
-    names = {path.relative_to(source).as_posix() for pattern in patterns for path in source.glob(pattern)} if source else set()
+    """Copy the files that match, byte for byte with default permissions; say whether there were
+    any.
+    """
+    names = (
+        {
+            path.relative_to(source).as_posix()
+            for pattern in patterns
+            for path in source.glob(pattern)
+        }
+        if source
+        else set()
+    )
     for name in sorted(names):
         target = folder / name
         with naming(target):
@@ -97,22 +135,31 @@ def copy_files(source: Path | None, folder: Path, patterns: tuple[str, ...]) -> 
 
 
 def compare_reload(folder: Path, model: PreTrainedModel, progress: Progress = silent) -> None:
-    """Load the folder as any user would and compare every tensor bit for bit. Raises CheckpointError naming those that differ."""
+    """Load the folder as any user would and compare every tensor bit for bit. Raises
+    CheckpointError naming those that differ.
+    """
     reloaded, _ = load(folder)
     expected, found = stored_tensors(model), stored_tensors(reloaded)
     if expected.keys() != found.keys():
-        raise CheckpointError(f"{folder}: reload gives other tensors than were written: {some(expected.keys() ^ found.keys())}")
+        raise CheckpointError(
+            f"{folder}: reload gives other tensors than were written: "
+            f"{some(expected.keys() ^ found.keys())}"
+        )
     different = [
         name
         for name in progress(expected, "compare with what was written")
         if not same_bits(fetch(model, name, expected[name]), fetch(reloaded, name, found[name]))
     ]
     if different:
-        raise CheckpointError(f"{folder}: reload differs from what was written in {some(different)}")
+        raise CheckpointError(
+            f"{folder}: reload differs from what was written in {some(different)}"
+        )
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether dtype, shape and every bit agree; unlike `torch.equal`, NaN equals itself and 0 differs from −0."""
+    """Whether dtype, shape and every bit agree; unlike `torch.equal`, NaN equals itself and 0
+    differs from −0.
+    """
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))

@@ -1,4 +1,6 @@
-"""What all verbs of the command line share: stdout kept for the result, errors in one line, exit codes, records of the run."""
+"""What all verbs of the command line share: stdout kept for the result, errors in one line, exit
+codes, records of the run.
+"""
 
 import inspect
 import json
@@ -22,41 +24,76 @@ from compressor.runtime.logs import recorded
 from compressor.runtime.progress import shown
 
 BROKEN = 3  # exit code of a quality gate that did not hold
-SHARED = ("compress",)  # verbs in which processes that were launched together take part; others are the main one's alone
+SHARED = (
+    "compress",
+)  # verbs in which processes that were launched together take part; others are the main one's alone
 PIPE_WIDTH = 140  # columns of a table that is not printed on a terminal
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a verb found: data for `--json`, the same for people if not simply as tables, and why the verb failed all the same."""
+    """What a verb found: data for `--json`, the same for people if not simply as tables, and why
+    the verb failed all the same.
+    """
 
     data: dict[str, Any]
     shown: Any = None  # text, or anything that rich prints
     failure: str | None = None
-    broken: Sequence[str] = ()  # limits that do not hold, one line each: printed last, and the exit code is BROKEN
+    broken: Sequence[
+        str
+    ] = ()  # limits that do not hold, one line each: printed last, and the exit code is BROKEN
 
 
 def verb(function: Callable[..., Outcome]) -> Callable[..., None]:
-    """Turn a function into a verb: add the flags that all verbs have, print its outcome, map errors to exit codes.
+    """Turn a function into a verb: add the flags that all verbs have, print its outcome, map errors
+    to exit codes.
 
-    A parameter `recipe` stands for all options that make up a recipe, in that place; `progress` is handed over, not an option.
+    A parameter `recipe` stands for all options that make up a recipe, in that place; `progress` is
+    handed over, not an option.
     """
     parameters = inspect.signature(function).parameters
 
     @wraps(function)
-    def run(as_json: bool, verbose: bool, quiet: bool, log_file: Path | None, events: Path | None, **arguments: Any) -> None:
+    def run(
+        as_json: bool,
+        verbose: bool,
+        quiet: bool,
+        log_file: Path | None,
+        events: Path | None,
+        **arguments: Any,
+    ) -> None:
         results = sys.stdout
         if helps := rank() > 0:
-            quiet, log_file, events = True, None, None  # the main process shows and notes what happens
+            quiet, log_file, events = (
+                True,
+                None,
+                None,
+            )  # the main process shows and notes what happens
             if function.__name__ not in SHARED:
-                print(f"process {rank()} of {count()} ends: `{function.__name__}` is done by the main process", file=sys.stderr)
+                print(
+                    f"process {rank()} of {count()} ends: `{function.__name__}` is done by the "
+                    "main process",
+                    file=sys.stderr,
+                )
                 return
-        with errors_in_one_line(verbose), recorded(function.__name__, verbose, quiet, log_file, events) as record:
+        with (
+            errors_in_one_line(verbose),
+            recorded(function.__name__, verbose, quiet, log_file, events) as record,
+        ):
             if "recipe" in parameters:
                 arguments["recipe"] = read_recipe(arguments)
-            ended = nullcontext() if helps else _terminable()  # a process that waits for another hears no signal that Python handles
-            with ended, redirect_stdout(sys.stderr), _compiled_code_on_stderr(), shown(quiet, record.watchers) as progress:
-                outcome = function(**arguments, **({"progress": progress} if "progress" in parameters else {}))
+            ended = (
+                nullcontext() if helps else _terminable()
+            )  # a process that waits for another hears no signal that Python handles
+            with (
+                ended,
+                redirect_stdout(sys.stderr),
+                _compiled_code_on_stderr(),
+                shown(quiet, record.watchers) as progress,
+            ):
+                outcome = function(
+                    **arguments, **({"progress": progress} if "progress" in parameters else {})
+                )
             if helps:
                 return
             _print(outcome, as_json, results)
@@ -70,7 +107,10 @@ def verb(function: Callable[..., Outcome]) -> Callable[..., None]:
         if outcome.broken:
             raise typer.Exit(BROKEN)
 
-    options = [*_options(parameters), *(_option(name, hint, default) for name, (default, hint) in FLAGS.items())]
+    options = [
+        *_options(parameters),
+        *(_option(name, hint, default) for name, (default, hint) in FLAGS.items()),
+    ]
     run.__signature__ = inspect.Signature(options)  # both are what typer reads
     run.__annotations__ = {option.name: option.annotation for option in options}
     return run
@@ -78,7 +118,9 @@ def verb(function: Callable[..., Outcome]) -> Callable[..., None]:
 
 @contextmanager
 def _compiled_code_on_stderr() -> Iterator[None]:
-    """Send what compiled libraries print (HiGHS does, whatever its settings) to stderr: they know file descriptor 1, not sys.stdout."""
+    """Send what compiled libraries print (HiGHS does, whatever its settings) to stderr: they know
+    file descriptor 1, not sys.stdout.
+    """
     kept = os.dup(1)
     try:
         os.dup2(2, 1)
@@ -119,13 +161,18 @@ def _print(outcome: Outcome, as_json: bool, file: Any) -> None:
 
 @contextmanager
 def errors_in_one_line(verbose: bool) -> Iterator[None]:
-    """Print an error meant for users without its traceback and end with its exit code; a full disk or memory is such an error too."""
+    """Print an error meant for users without its traceback and end with its exit code; a full disk
+    or memory is such an error too.
+    """
     try:
         yield
     except Exception as error:
         if _out_of_memory(error):
             first = " ".join(str(error).splitlines()[:1])
-            said = f"out of memory: {first}; lower batch_size in the sections of the recipe, or calibration.memory"
+            said = (
+                f"out of memory: {first}; lower batch_size in the sections of the recipe, or "
+                "calibration.memory"
+            )
         elif isinstance(error, (CompressorError, OSError)):
             said = " ".join(str(error).split())
         else:
@@ -137,7 +184,9 @@ def errors_in_one_line(verbose: bool) -> Iterator[None]:
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """Of a processor, which torch has no class for, or of an accelerator; torch is not imported for this."""
+    """Of a processor, which torch has no class for, or of an accelerator; torch is not imported for
+    this.
+    """
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(error, RuntimeError):
         return isinstance(error, MemoryError)
@@ -146,7 +195,9 @@ def _out_of_memory(error: Exception) -> bool:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Turn SIGTERM into an ordinary way out, so that unfinished output is cleaned up; exit code 143."""
+    """Turn SIGTERM into an ordinary way out, so that unfinished output is cleaned up; exit code
+    143.
+    """
 
     def stop(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)

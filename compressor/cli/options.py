@@ -1,4 +1,6 @@
-"""Options that several verbs of the command line share, and the fields of the recipe that they set."""
+"""Options that several verbs of the command line share, and the fields of the recipe that they
+set.
+"""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,22 +9,45 @@ from typer import Argument, Option
 
 RECIPE, DANGER, OUTPUT, LIMITS = "Recipe", "Dangerous", "Output", "Limits"
 
-MAX_HELP = "Largest score (perplexity, kl, bytes, task.metric), or multiple of the baseline's; repeatable."
+MAX_HELP = (
+    "Largest score (perplexity, kl, bytes, task.metric), or multiple of the baseline's; repeatable."
+)
 MIN_HELP = "Smallest score, or multiple of the baseline's; repeatable."
 TOLERANCE_HELP = "Change allowed up or down, so that improvements are named too; repeatable."
 
 MODEL = Annotated[
-    str, Argument(metavar="MODEL", help="Model folder, hub identifier, or 'reference' for the bundled model.", show_default=False)
+    str,
+    Argument(
+        metavar="MODEL",
+        help="Model folder, hub identifier, or 'reference' for the bundled model.",
+        show_default=False,
+    ),
 ]
-CHECKPOINT = Annotated[str, Argument(metavar="CHECKPOINT", help="Folder of a model.", show_default=False)]
+CHECKPOINT = Annotated[
+    str, Argument(metavar="CHECKPOINT", help="Folder of a model.", show_default=False)
+]
 DEVICE = Annotated[str | None, Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1, …")]
-OVERWRITE = Annotated[bool, Option("--overwrite", help="Replace the output if it exists.", rich_help_panel=DANGER)]
-RESTART = Annotated[bool, Option("--restart", help="Discard what a stopped run left, and start anew.", rich_help_panel=DANGER)]
+OVERWRITE = Annotated[
+    bool, Option("--overwrite", help="Replace the output if it exists.", rich_help_panel=DANGER)
+]
+RESTART = Annotated[
+    bool,
+    Option(
+        "--restart", help="Discard what a stopped run left, and start anew.", rich_help_panel=DANGER
+    ),
+]
 
 PUSH_TO = Annotated[
-    str | None, Option(metavar="REPOSITORY", help="Upload the finished checkpoint to the hub, privately.", rich_help_panel=OUTPUT)
+    str | None,
+    Option(
+        metavar="REPOSITORY",
+        help="Upload the finished checkpoint to the hub, privately.",
+        rich_help_panel=OUTPUT,
+    ),
 ]
-PUBLIC = Annotated[bool, Option("--public", help="With --push-to: for everybody to see.", rich_help_panel=DANGER)]
+PUBLIC = Annotated[
+    bool, Option("--public", help="With --push-to: for everybody to see.", rich_help_panel=DANGER)
+]
 
 # Option → dotted field of the recipe (None: handled by `read_recipe` itself) and its declaration.
 RECIPE_OPTIONS: dict[str, tuple[str | None, Any]] = {
@@ -31,22 +56,47 @@ RECIPE_OPTIONS: dict[str, tuple[str | None, Any]] = {
         None,
         Annotated[
             str | None,
-            Option("--config", "-c", metavar="NAME|FILE", help="Preset or YAML file; 'default' if left out.", rich_help_panel=RECIPE),
+            Option(
+                "--config",
+                "-c",
+                metavar="NAME|FILE",
+                help="Preset or YAML file; 'default' if left out.",
+                rich_help_panel=RECIPE,
+            ),
         ],
     ),
     "method": (
         "method",
         Annotated[
-            str | None, Option(metavar="NAME", help="One engine for every target, see `compressor methods`.", rich_help_panel=RECIPE)
+            str | None,
+            Option(
+                metavar="NAME",
+                help="One engine for every target, see `compressor methods`.",
+                rich_help_panel=RECIPE,
+            ),
         ],
     ),
     "keep": (
         "allocation.keep",
-        Annotated[float | None, Option(metavar="FRACTION", help="Fraction kept of the size of the targets.", rich_help_panel=RECIPE)],
+        Annotated[
+            float | None,
+            Option(
+                metavar="FRACTION",
+                help="Fraction kept of the size of the targets.",
+                rich_help_panel=RECIPE,
+            ),
+        ],
     ),
     "target_size": (
         "allocation.target_size",
-        Annotated[str | None, Option(metavar="SIZE", help="Size of the whole checkpoint, e.g. 3.2GiB.", rich_help_panel=RECIPE)],
+        Annotated[
+            str | None,
+            Option(
+                metavar="SIZE",
+                help="Size of the whole checkpoint, e.g. 3.2GiB.",
+                rich_help_panel=RECIPE,
+            ),
+        ],
     ),
     "calibration": (
         "calibration.source",
@@ -54,35 +104,73 @@ RECIPE_OPTIONS: dict[str, tuple[str | None, Any]] = {
             str | None,
             Option(
                 metavar="SOURCE",
-                help="Text to calibrate on: file, folder, org/name:config:split[:column], file.safetensors:key, or 'self'.",
+                help="Text to calibrate on: file, folder, org/name:config:split[:column], "
+                "file.safetensors:key, or 'self'.",
                 rich_help_panel=RECIPE,
             ),
         ],
     ),
     "text": (
         "evaluation.source",
-        Annotated[str | None, Option(metavar="SOURCE", help="Text to evaluate on, as for calibration.", rich_help_panel=RECIPE)],
+        Annotated[
+            str | None,
+            Option(
+                metavar="SOURCE",
+                help="Text to evaluate on, as for calibration.",
+                rich_help_panel=RECIPE,
+            ),
+        ],
     ),
     "window": (
         "evaluation.window",
-        Annotated[int | None, Option(metavar="N", help="Tokens in an evaluation window; windows do not overlap.", rich_help_panel=RECIPE)],
+        Annotated[
+            int | None,
+            Option(
+                metavar="N",
+                help="Tokens in an evaluation window; windows do not overlap.",
+                rich_help_panel=RECIPE,
+            ),
+        ],
     ),
     "overrides": (
         None,
         Annotated[
-            list[str] | None, Option("--set", metavar="A.B=VALUE", help="Any field of the recipe; repeatable.", rich_help_panel=RECIPE)
+            list[str] | None,
+            Option(
+                "--set",
+                metavar="A.B=VALUE",
+                help="Any field of the recipe; repeatable.",
+                rich_help_panel=RECIPE,
+            ),
         ],
     ),
-    "seed": ("seed", Annotated[int | None, Option(metavar="N", help="Seed of everything random.", rich_help_panel=RECIPE)]),
+    "seed": (
+        "seed",
+        Annotated[
+            int | None,
+            Option(metavar="N", help="Seed of everything random.", rich_help_panel=RECIPE),
+        ],
+    ),
     "dtype": (
         "output.dtype",
-        Annotated[str | None, Option(metavar="TYPE", help="Stored numbers: auto, float32, bfloat16, float16.", rich_help_panel=RECIPE)],
+        Annotated[
+            str | None,
+            Option(
+                metavar="TYPE",
+                help="Stored numbers: auto, float32, bfloat16, float16.",
+                rich_help_panel=RECIPE,
+            ),
+        ],
     ),
     "budget": (
         "budget",
         Annotated[
             str | None,
-            Option(metavar="TIME", help="Time for a run that searches or trains, e.g. 10m.", rich_help_panel=RECIPE),
+            Option(
+                metavar="TIME",
+                help="Time for a run that searches or trains, e.g. 10m.",
+                rich_help_panel=RECIPE,
+            ),
         ],
     ),
     "device": ("model.device", DEVICE),
@@ -91,26 +179,66 @@ RECIPE_OPTIONS: dict[str, tuple[str | None, Any]] = {
 
 # Flag of every verb → its default and its declaration.
 FLAGS: dict[str, tuple[Any, Any]] = {
-    "as_json": (False, Annotated[bool, Option("--json", help="Print one JSON object instead of tables.", rich_help_panel=OUTPUT)]),
-    "verbose": (False, Annotated[bool, Option("--verbose", "-v", help="Tell more, and show tracebacks.", rich_help_panel=OUTPUT)]),
-    "quiet": (False, Annotated[bool, Option("--quiet", "-q", help="No progress and no warnings.", rich_help_panel=OUTPUT)]),
+    "as_json": (
+        False,
+        Annotated[
+            bool,
+            Option(
+                "--json", help="Print one JSON object instead of tables.", rich_help_panel=OUTPUT
+            ),
+        ],
+    ),
+    "verbose": (
+        False,
+        Annotated[
+            bool,
+            Option(
+                "--verbose", "-v", help="Tell more, and show tracebacks.", rich_help_panel=OUTPUT
+            ),
+        ],
+    ),
+    "quiet": (
+        False,
+        Annotated[
+            bool,
+            Option("--quiet", "-q", help="No progress and no warnings.", rich_help_panel=OUTPUT),
+        ],
+    ),
     "log_file": (
         None,
-        Annotated[Path | None, Option(metavar="FILE", help="Append stages, warnings and errors to a text file.", rich_help_panel=OUTPUT)],
+        Annotated[
+            Path | None,
+            Option(
+                metavar="FILE",
+                help="Append stages, warnings and errors to a text file.",
+                rich_help_panel=OUTPUT,
+            ),
+        ],
     ),
     "events": (
         None,
         Annotated[
-            Path | None, Option(metavar="FILE", help="Append progress, warnings and the result as lines of JSON.", rich_help_panel=OUTPUT)
+            Path | None,
+            Option(
+                metavar="FILE",
+                help="Append progress, warnings and the result as lines of JSON.",
+                rich_help_panel=OUTPUT,
+            ),
         ],
     ),
 }
 
 
 def read_recipe(arguments: dict[str, Any]) -> Any:
-    """Resolve the recipe that the options of a verb describe, taking them out of `arguments`. A flag left out says nothing."""
+    """Resolve the recipe that the options of a verb describe, taking them out of `arguments`. A
+    flag left out says nothing.
+    """
     from compressor.recipe.load import load_recipe
 
     given = {name: arguments.pop(name) for name in RECIPE_OPTIONS}
-    named = {key: given[name] for name, (key, _) in RECIPE_OPTIONS.items() if key and given[name] is not False}
+    named = {
+        key: given[name]
+        for name, (key, _) in RECIPE_OPTIONS.items()
+        if key and given[name] is not False
+    }
     return load_recipe(given["config"], given["overrides"] or (), named)

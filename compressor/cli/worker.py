@@ -1,4 +1,6 @@
-"""One point of a sweep in a process of its own: `python -m compressor.cli.worker` with its task as JSON on stdin."""
+"""One point of a sweep in a process of its own: `python -m compressor.cli.worker` with its task as
+JSON on stdin.
+"""
 
 import json
 import sys

@@ -1,10 +1,12 @@
 """Token perplexity and KL divergence of causal language models on windows of token ids.
 
-Windows do not overlap. Perplexity: every token but the first of a window is predicted from the tokens before it in that window, so
-a window of W tokens gives W − 1 predictions. KL(original‖model): mean over all W positions of every window, in nats per token.
+Windows do not overlap. Perplexity: every token but the first of a window is predicted from the
+tokens before it in that window, so a window of W tokens gives W − 1 predictions.
+KL(original‖model): mean over all W positions of every window, in nats per token.
 
-Precision: the weights keep the values they are stored with, the forward pass runs in float32 (`in_float32`), log-softmax and all
-sums in float64. Every batch counts: one that is not finite stops the run.
+Precision: the weights keep the values they are stored with, the forward pass runs in float32
+(`in_float32`), log-softmax and all sums in float64. Every batch counts: one that is not finite
+stops the run.
 """
 
 import math
@@ -39,7 +41,12 @@ class Score:
         return self.tokens - self.tokens // self.window
 
     def to_json(self) -> dict[str, Any]:
-        return {"perplexity": self.perplexity, "kl": None, "tokens": self.tokens, "window": self.window}
+        return {
+            "perplexity": self.perplexity,
+            "kl": None,
+            "tokens": self.tokens,
+            "window": self.window,
+        }
 
 
 @dataclass(frozen=True)
@@ -51,13 +58,24 @@ class Comparison:
     kl: float  # KL(original‖model), nats per token, mean over all positions
 
     def to_json(self) -> dict[str, Any]:
-        return self.model.to_json() | {"kl": self.kl, "perplexity_original": self.original.perplexity}
+        return self.model.to_json() | {
+            "kl": self.kl,
+            "perplexity_original": self.original.perplexity,
+        }
 
 
-def perplexity(model: nn.Module, tokens: Tensor, batch_size: int = 8, progress: Progress = silent, store: Store = NOWHERE) -> Score:
-    """Score a model on tokens (n, window), int64; `store` is that of a run of this model on these tokens, if it may be stopped.
+def perplexity(
+    model: nn.Module,
+    tokens: Tensor,
+    batch_size: int = 8,
+    progress: Progress = silent,
+    store: Store = NOWHERE,
+) -> Score:
+    """Score a model on tokens (n, window), int64; `store` is that of a run of this model on these
+    tokens, if it may be stopped.
 
-    Raises EvaluationError if the windows do not fit the model, if a batch is not finite (it is named) or the result overflows.
+    Raises EvaluationError if the windows do not fit the model, if a batch is not finite (it is
+    named) or the result overflows.
     """
     _check_windows(model, tokens, "the model")
     nll = 0.0
@@ -72,19 +90,32 @@ def _likelihood(model: nn.Module, batch: Tensor, place: str) -> float:
 
 
 def compare(
-    original: nn.Module, model: nn.Module, tokens: Tensor, batch_size: int = 8, progress: Progress = silent, store: Store = NOWHERE
+    original: nn.Module,
+    model: nn.Module,
+    tokens: Tensor,
+    batch_size: int = 8,
+    progress: Progress = silent,
+    store: Store = NOWHERE,
 ) -> Comparison:
-    """Score the original and the model on tokens (n, window), int64, batch by batch, so that no log-probabilities are kept.
+    """Score the original and the model on tokens (n, window), int64, batch by batch, so that no
+    log-probabilities are kept.
 
-    The two may live on different devices and may be the same module. Raises EvaluationError as `perplexity` does.
+    The two may live on different devices and may be the same module. Raises EvaluationError as
+    `perplexity` does.
     """
     _check_windows(original, tokens, "the original")
     _check_windows(model, tokens, "the model")
     nll_original = nll_model = divergence = 0.0
     with in_float32(original), in_float32(model):
         for place, batch in progress(_batches(tokens, batch_size), "evaluate"):
-            sums = store.recall("comparison", place, partial(_compare, original, model, batch, place))
-            nll_original, nll_model, divergence = nll_original + sums[0], nll_model + sums[1], divergence + sums[2]
+            sums = store.recall(
+                "comparison", place, partial(_compare, original, model, batch, place)
+            )
+            nll_original, nll_model, divergence = (
+                nll_original + sums[0],
+                nll_model + sums[1],
+                divergence + sums[2],
+            )
     return Comparison(
         original=_score(nll_original, tokens, "the original"),
         model=_score(nll_model, tokens, "the model"),
@@ -92,12 +123,17 @@ def compare(
     )
 
 
-def _compare(original: nn.Module, model: nn.Module, batch: Tensor, place: str) -> tuple[float, float, float]:
-    """Sums over one batch: negative log-likelihood of the original and of the model, and KL(original‖model)."""
+def _compare(
+    original: nn.Module, model: nn.Module, batch: Tensor, place: str
+) -> tuple[float, float, float]:
+    """Sums over one batch: negative log-likelihood of the original and of the model, and
+    KL(original‖model).
+    """
     expected, found = _logits(original, batch), _logits(model, batch)
     if expected.shape != found.shape:
         raise EvaluationError(
-            f"the models cannot be compared: logits {tuple(expected.shape)} of the original and {tuple(found.shape)} of the model"
+            f"the models cannot be compared: logits {tuple(expected.shape)} of the original and "
+            f"{tuple(found.shape)} of the model"
         )
     return (
         _finite(nll_sum(expected, batch), f"the original: log-likelihood of {place}"),
@@ -107,23 +143,29 @@ def _compare(original: nn.Module, model: nn.Module, batch: Tensor, place: str) -
 
 
 def nll_sum(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Negative log-likelihood, summed over the W − 1 predicted tokens of each window: float64 (), nats.
+    """Negative log-likelihood, summed over the W − 1 predicted tokens of each window: float64 (),
+    nats.
 
     logits: (windows, W, vocabulary); tokens: (windows, W), int64.
     """
     predictions = logits[:, :-1].flatten(0, 1)  # (windows · (W − 1), vocabulary)
     targets = tokens[:, 1:].flatten().to(logits.device)
     total = torch.zeros((), dtype=torch.float64, device=logits.device)
-    for rows, wanted in zip(*(part.split(_rows(logits)) for part in (predictions, targets)), strict=True):
-        total += functional.nll_loss(functional.log_softmax(rows.double(), dim=-1), wanted, reduction="sum")
+    for rows, wanted in zip(
+        *(part.split(_rows(logits)) for part in (predictions, targets)), strict=True
+    ):
+        total += functional.nll_loss(
+            functional.log_softmax(rows.double(), dim=-1), wanted, reduction="sum"
+        )
     return total
 
 
 def kl_sum(log_p: Tensor, log_q: Tensor, temperature: float = 1.0, skip: int = 0) -> Tensor:
     """KL(p‖q) summed over the positions of all windows: float64 (), nats.
 
-    log_p, log_q: (windows, W, vocabulary), log-probabilities or logits alike, since both are normalised here in float64 after
-    division by `temperature`. The first `skip` positions of each window are left out. A token with p = 0 adds nothing.
+    log_p, log_q: (windows, W, vocabulary), log-probabilities or logits alike, since both are
+    normalised here in float64 after division by `temperature`. The first `skip` positions of each
+    window are left out. A token with p = 0 adds nothing.
     """
     total = torch.zeros((), dtype=torch.float64, device=log_p.device)
     parts = (logits[:, skip:].flatten(0, 1).split(_rows(logits)) for logits in (log_p, log_q))
@@ -136,13 +178,20 @@ def kl_sum(log_p: Tensor, log_q: Tensor, temperature: float = 1.0, skip: int = 0
 
 @contextmanager
 def in_float32(model: nn.Module) -> Iterator[nn.Module]:
-    """Let a model compute in float32, in evaluation mode and without autograd; everything is restored on leaving.
+    """Let a model compute in float32, in evaluation mode and without autograd; everything is
+    restored on leaving.
 
-    Parameters and buffers narrower than float32 are widened in place, tensor by tensor, and cast back: exact, because float32
-    holds every float16 and bfloat16 value. Memory: 4 bytes per parameter while inside (twice a bfloat16 model), no second copy.
-    Tensors that accelerate has offloaded are widened as they are loaded.
+    Parameters and buffers narrower than float32 are widened in place, tensor by tensor, and cast
+    back: exact, because float32 holds every float16 and bfloat16 value. Memory: 4 bytes per
+    parameter while inside (twice a bfloat16 model), no second copy. Tensors that accelerate has
+    offloaded are widened as they are loaded.
     """
-    narrow = [(module, name, tensor.dtype) for module in model.modules() for name, tensor in _own(module) if _narrow(tensor)]
+    narrow = [
+        (module, name, tensor.dtype)
+        for module in model.modules()
+        for name, tensor in _own(module)
+        if _narrow(tensor)
+    ]
     modes = [(module, module.training) for module in model.modules()]
     try:
         for module, name, _ in narrow:
@@ -167,13 +216,17 @@ def _narrow(tensor: Tensor) -> bool:
 
 
 def _cast(module: nn.Module, name: str, dtype: torch.dtype) -> None:
-    """Cast a tensor of a module in place; it is looked up by name, because accelerate puts new objects in place while it offloads."""
+    """Cast a tensor of a module in place; it is looked up by name, because accelerate puts new
+    objects in place while it offloads.
+    """
     tensor = getattr(module, name)
     tensor.data = tensor.data.to(dtype)
 
 
 def _logits(model: nn.Module, batch: Tensor) -> Tensor:
-    device = "cpu" if model.device.type == "meta" else model.device  # offloaded: accelerate moves the inputs
+    device = (
+        "cpu" if model.device.type == "meta" else model.device
+    )  # offloaded: accelerate moves the inputs
     return model(input_ids=batch.to(device), use_cache=False).logits
 
 
@@ -184,14 +237,20 @@ def _rows(logits: Tensor) -> int:
 def _batches(tokens: Tensor, batch_size: int) -> list[tuple[str, Tensor]]:
     """Batches of windows, each with its place among them for messages."""
     parts = tokens.split(batch_size)
-    places = (f"batch {i + 1} of {len(parts)} (windows {i * batch_size + 1}–{i * batch_size + len(part)})" for i, part in enumerate(parts))
+    places = (
+        f"batch {i + 1} of {len(parts)} (windows {i * batch_size + 1}–{i * batch_size + len(part)})"
+        for i, part in enumerate(parts)
+    )
     return list(zip(places, parts, strict=True))
 
 
 def _finite(value: Tensor, what: str) -> float:
     number = value.item()
     if not math.isfinite(number):
-        raise EvaluationError(f"{what} is {number}: the forward pass gave NaN or infinity; look for the cause with `compressor verify`")
+        raise EvaluationError(
+            f"{what} is {number}: the forward pass gave NaN or infinity; look for the cause with "
+            "`compressor verify`"
+        )
     return number
 
 
@@ -201,21 +260,33 @@ def _score(nll: float, tokens: Tensor, who: str) -> Score:
     try:
         return Score(perplexity=math.exp(mean), nll_sum=nll, tokens=tokens.numel(), window=window)
     except OverflowError:
-        raise EvaluationError(f"{who}: {mean:.4g} nats per token overflow as a perplexity; the model is broken") from None
+        raise EvaluationError(
+            f"{who}: {mean:.4g} nats per token overflow as a perplexity; the model is broken"
+        ) from None
 
 
 def _check_windows(model: nn.Module, tokens: Tensor, who: str) -> None:
     if tokens.ndim != 2 or tokens.dtype != torch.int64:
-        raise EvaluationError(f"evaluation needs windows of token ids, int64 (n, window), not {tokens.dtype} {tuple(tokens.shape)}")
+        raise EvaluationError(
+            f"evaluation needs windows of token ids, int64 (n, window), not {tokens.dtype} "
+            f"{tuple(tokens.shape)}"
+        )
     windows, window = tokens.shape
     if windows < 1 or window < 2:
-        raise EvaluationError(f"nothing to evaluate: {windows} windows of {window} tokens; give a longer text or a shorter window")
+        raise EvaluationError(
+            f"nothing to evaluate: {windows} windows of {window} tokens; give a longer text or a "
+            "shorter window"
+        )
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and window > positions:
-        raise EvaluationError(f"{who} has {positions} positions, the window {window} tokens; use a window of at most {positions}")
+        raise EvaluationError(
+            f"{who} has {positions} positions, the window {window} tokens; use a window of at "
+            f"most {positions}"
+        )
     lowest, highest, vocabulary = tokens.min().item(), tokens.max().item(), config.vocab_size
     if lowest < 0 or highest >= vocabulary:
         raise EvaluationError(
-            f"token ids {lowest}…{highest} do not fit the vocabulary of {who} ({vocabulary}); was the text tokenised for another model?"
+            f"token ids {lowest}…{highest} do not fit the vocabulary of {who} ({vocabulary}); was "
+            "the text tokenised for another model?"
         )

@@ -1,4 +1,5 @@
-"""manifest.json of a finished model folder: sha256 and size of every file, so that a changed byte is noticed.
+"""manifest.json of a finished model folder: sha256 and size of every file, so that a changed byte
+is noticed.
 
 The manifest leaves out itself and timings.json, which differs from run to run.
 """
@@ -23,7 +24,10 @@ DOCUMENTS = frozenset({"README.md", "recipe.yaml", "plan.json", "curves.json", "
 def digest(path: Path) -> dict[str, Any]:
     """Return {sha256, bytes} of a file."""
     with path.open("rb") as stream:
-        return {"sha256": hashlib.file_digest(stream, "sha256").hexdigest(), "bytes": path.stat().st_size}
+        return {
+            "sha256": hashlib.file_digest(stream, "sha256").hexdigest(),
+            "bytes": path.stat().st_size,
+        }
 
 
 def digest_of(data: bytes) -> dict[str, Any]:
@@ -39,7 +43,10 @@ def listed(folder: Path) -> list[str]:
 
 def render(files: dict[str, dict[str, Any]]) -> str:
     """Text of the manifest for files given as name → {sha256, bytes}."""
-    return json.dumps({"format": FORMAT, "version": 1, "files": files}, indent=2, sort_keys=True) + "\n"
+    return (
+        json.dumps({"format": FORMAT, "version": 1, "files": files}, indent=2, sort_keys=True)
+        + "\n"
+    )
 
 
 def build(folder: Path) -> str:
@@ -48,20 +55,31 @@ def build(folder: Path) -> str:
 
 
 def read(folder: Path) -> dict[str, dict[str, Any]] | None:
-    """Return name → {sha256, bytes}, or None if the folder has no manifest of ours. Raises CheckpointError if it is damaged."""
+    """Return name → {sha256, bytes}, or None if the folder has no manifest of ours. Raises
+    CheckpointError if it is damaged.
+    """
     if not (folder / NAME).exists():
         return None
     data = read_json(inside(folder, NAME))
     if data.get("format") != FORMAT:
         return None
     files = data.get("files")
-    if not isinstance(files, dict) or not all(isinstance(entry, dict) and entry.keys() == {"sha256", "bytes"} for entry in files.values()):
-        raise CheckpointError(f"{folder / NAME}: expected 'files' with sha256 and bytes of each file; the manifest is damaged")
+    if not isinstance(files, dict) or not all(
+        isinstance(entry, dict) and entry.keys() == {"sha256", "bytes"} for entry in files.values()
+    ):
+        raise CheckpointError(
+            f"{folder / NAME}: expected 'files' with sha256 and bytes of each file; the manifest "
+            "is damaged"
+        )
     return files
 
 
-def problems(folder: Path, files: dict[str, dict[str, Any]], progress: Progress = silent) -> list[str]:
-    """Compare files with their entries, and name each that is missing, leads out of the folder or has changed."""
+def problems(
+    folder: Path, files: dict[str, dict[str, Any]], progress: Progress = silent
+) -> list[str]:
+    """Compare files with their entries, and name each that is missing, leads out of the folder or
+    has changed.
+    """
     found = []
     for name, entry in progress(sorted(files.items()), "compare with manifest.json"):
         try:

@@ -1,8 +1,9 @@
 """Strict YAML: what is read is what was meant, or one line says where and why not.
 
-Numbers, booleans and null are those of the YAML 1.2 core schema (`1e-3` is a number; `on`, `no`, `2024-01-01` are text). Refused
-with their position: repeated keys, keys that are not text, tags, aliases, infinities and NaN, numbers with a leading zero,
-documents that are empty, too long or nested too deeply.
+Numbers, booleans and null are those of the YAML 1.2 core schema (`1e-3` is a number; `on`, `no`,
+`2024-01-01` are text). Refused with their position: repeated keys, keys that are not text, tags,
+aliases, infinities and NaN, numbers with a leading zero, documents that are empty, too long or
+nested too deeply.
 """
 
 import re
@@ -37,7 +38,9 @@ class Document:
 
 
 def read_text(path: Path) -> str:
-    """Read a UTF-8 text file of at most `MAX_BYTES`. Raises ConfigError naming the file, and the byte that is not UTF-8."""
+    """Read a UTF-8 text file of at most `MAX_BYTES`. Raises ConfigError naming the file, and the
+    byte that is not UTF-8.
+    """
     if not path.is_file():
         raise ConfigError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
     with path.open("rb") as file:
@@ -56,12 +59,16 @@ def _within_size(data: bytes, where: str) -> bytes:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Parse strict YAML to dicts, lists, str, int, float, bool and None. `where` names the source in messages."""
+    """Parse strict YAML to dicts, lists, str, int, float, bool and None. `where` names the source
+    in messages.
+    """
     return parse_document(text, where).value
 
 
 def parse_document(text: str, where: str) -> Document:
-    """Parse strict YAML and remember where each key stands. Raises ConfigError with `where:line` for everything refused."""
+    """Parse strict YAML and remember where each key stands. Raises ConfigError with `where:line`
+    for everything refused.
+    """
     _within_size(text.encode("utf-8", "surrogatepass"), where)
     try:
         node = _Composer(text, where).get_single_node()
@@ -71,7 +78,9 @@ def parse_document(text: str, where: str) -> Document:
         raise ConfigError(f"{where}:{mark.line + 1}: not YAML: {reason}") from None
     except yaml.reader.ReaderError as error:
         line = text[: error.position].count("\n") + 1
-        raise ConfigError(f"{where}:{line}: character #x{error.character:04x} is not allowed in YAML") from None
+        raise ConfigError(
+            f"{where}:{line}: character #x{error.character:04x} is not allowed in YAML"
+        ) from None
     if node is None:
         raise ConfigError(f"{where}:1: empty, expected a mapping of recipe sections")
     places: dict[Keys, str] = {}
@@ -79,7 +88,9 @@ def parse_document(text: str, where: str) -> Document:
 
 
 class _Composer(yaml.SafeLoader):
-    """PyYAML's node composer, which stops at tags, aliases and deep nesting as soon as it meets them."""
+    """PyYAML's node composer, which stops at tags, aliases and deep nesting as soon as it meets
+    them.
+    """
 
     def __init__(self, text: str, where: str):
         super().__init__(text)
@@ -89,9 +100,14 @@ class _Composer(yaml.SafeLoader):
         event = self.peek_event()
         at = f"{self.where}:{event.start_mark.line + 1}"
         if isinstance(event, yaml.AliasEvent):
-            raise ConfigError(f"{at}: '*{event.anchor}' is a YAML alias, which recipes do not use; put a pattern in quotes")
+            raise ConfigError(
+                f"{at}: '*{event.anchor}' is a YAML alias, which recipes do not use; put a "
+                "pattern in quotes"
+            )
         if event.tag is not None:
-            raise ConfigError(f"{at}: the tag '{event.tag}' is refused; recipes hold plain values only")
+            raise ConfigError(
+                f"{at}: the tag '{event.tag}' is refused; recipes hold plain values only"
+            )
         if self.depth == MAX_DEPTH:
             raise ConfigError(f"{at}: nested deeper than {MAX_DEPTH} levels")
         self.depth += 1
@@ -106,27 +122,38 @@ def _construct(node: yaml.Node, where: str, path: Keys, places: dict[Keys, str])
     if isinstance(node, yaml.ScalarNode):
         return node.value if node.style else _plain(node.value, at)
     if isinstance(node, yaml.SequenceNode):
-        return [_construct(item, where, (*path, index), places) for index, item in enumerate(node.value)]
+        return [
+            _construct(item, where, (*path, index), places) for index, item in enumerate(node.value)
+        ]
     mapping = {}
     for key_node, value_node in node.value:
         key, at = key_node.value, f"{where}:{key_node.start_mark.line + 1}"
         if not isinstance(key_node, yaml.ScalarNode):
             raise ConfigError(f"{at}: a key must be text")
         if key in mapping:
-            raise ConfigError(f"{at}: key '{key}' is repeated; it stands at {places[(*path, key)]} already")
+            raise ConfigError(
+                f"{at}: key '{key}' is repeated; it stands at {places[(*path, key)]} already"
+            )
         places[(*path, key)] = at
         mapping[key] = _construct(value_node, where, (*path, key), places)
     return mapping
 
 
 def _plain(text: str, at: str) -> Any:
-    """Resolve an unquoted scalar by the YAML 1.2 core schema. Raises ConfigError for numbers that are ambiguous or not finite."""
+    """Resolve an unquoted scalar by the YAML 1.2 core schema. Raises ConfigError for numbers that
+    are ambiguous or not finite.
+    """
     if text in _WORDS:
         return _WORDS[text]
     if len(text) > MAX_DIGITS and (_FLOAT.fullmatch(text) or _INTEGER.fullmatch(text)):
-        raise ConfigError(f"{at}: a number of {len(text)} characters; at most {MAX_DIGITS} are read")
+        raise ConfigError(
+            f"{at}: a number of {len(text)} characters; at most {MAX_DIGITS} are read"
+        )
     if _LEADING_ZERO.fullmatch(text):
-        raise ConfigError(f"{at}: '{text}' is ambiguous; write {int(text)} for a decimal number or quotes for text")
+        raise ConfigError(
+            f"{at}: '{text}' is ambiguous; write {int(text)} for a decimal number or quotes for "
+            "text"
+        )
     if _NOT_FINITE.fullmatch(text):
         raise ConfigError(f"{at}: '{text}' is not a finite number")
     if _INTEGER.fullmatch(text):
@@ -143,7 +170,9 @@ BREAKS = set("\x85\u2028\u2029")  # line breaks to YAML, which only a double-quo
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes what the reader above reads back: text that would be taken for something else is quoted."""
+    """Writes what the reader above reads back: text that would be taken for something else is
+    quoted.
+    """
 
     def represent_str(self, text: str) -> yaml.Node:
         try:
@@ -157,5 +186,7 @@ _Dumper.add_representer(str, _Dumper.represent_str)
 
 
 def dump(value: Any) -> str:
-    """Write plain values as YAML that `parse_yaml` reads back to the same values; keys keep their order."""
+    """Write plain values as YAML that `parse_yaml` reads back to the same values; keys keep their
+    order.
+    """
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

@@ -8,10 +8,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Metric:
-    """M = scale · moment − mean meanᵀ + shift · I, a positive semi-definite (in, in) matrix that is never formed.
+    """M = scale · moment − mean meanᵀ + shift · I, a positive semi-definite (in, in) matrix that is
+    never formed.
 
-    The moment is shared by every linear that reads the same inputs, so scaling, centring and shrinking must not copy it.
-    moment: (in, in), its diagonal (in,), or None for the identity; mean: (in,) or None.
+    The moment is shared by every linear that reads the same inputs, so scaling, centring and
+    shrinking must not copy it. moment: (in, in), its diagonal (in,), or None for the identity;
+    mean: (in,) or None.
     """
 
     moment: Tensor | None = None
@@ -20,7 +22,9 @@ class Metric:
     shift: float = 0.0
 
     def shrunk(self, fraction: float) -> "Metric":
-        """(1 − a) M + a · mean(diag M) · I: shrinkage towards the scaled identity (low-rank card 1.4), a in [0, 1]."""
+        """(1 − a) M + a · mean(diag M) · I: shrinkage towards the scaled identity (low-rank card
+        1.4), a in [0, 1].
+        """
         level = self.scale * self.moment.diagonal().double().mean().item()
         return Metric(self.moment, (1 - fraction) * self.scale, shift=fraction * level)
 
@@ -41,8 +45,15 @@ class Metric:
         return (self.weigh(weight) * weight).sum(dtype=torch.float64).item()
 
 
-def relative_error(weight: Tensor, approximation: Tensor, metric: Metric, root: Tensor | None = None, whole: float | None = None) -> float:
-    """tr(H D M Dᵀ) / tr(H W M Wᵀ) with D = W − Ŵ: the error that plans and reports speak of. 0 when the weight has no energy.
+def relative_error(
+    weight: Tensor,
+    approximation: Tensor,
+    metric: Metric,
+    root: Tensor | None = None,
+    whole: float | None = None,
+) -> float:
+    """tr(H D M Dᵀ) / tr(H W M Wᵀ) with D = W − Ŵ: the error that plans and reports speak of. 0 when
+    the weight has no energy.
 
     root: L (out, out) with L Lᵀ = H, or None for H = I; whole: the denominator, where it is known.
     """
@@ -54,8 +65,12 @@ def relative_error(weight: Tensor, approximation: Tensor, metric: Metric, root: 
 
 
 def shrink(moment: Tensor, fraction: float) -> Tensor:
-    """Shrinkage as in `Metric.shrunk`, for a matrix that is to be factorised: (n, n), a new tensor unless a = 0."""
+    """Shrinkage as in `Metric.shrunk`, for a matrix that is to be factorised: (n, n), a new tensor
+    unless a = 0.
+    """
     if fraction == 0:
         return moment
     mean = moment.diagonal().mean()
-    return torch.diagonal_scatter((1 - fraction) * moment, (1 - fraction) * moment.diagonal() + fraction * mean)
+    return torch.diagonal_scatter(
+        (1 - fraction) * moment, (1 - fraction) * moment.diagonal() + fraction * mean
+    )

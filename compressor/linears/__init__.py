@@ -21,8 +21,12 @@ KINDS: dict[str, type[CompressedLinear]] = {kind.kind: kind for kind in _ALL}
 __all__ = ["KINDS", "CompressedLinear", "Dense", "build_empty", *(kind.__name__ for kind in _ALL)]
 
 
-def build_empty(spec: dict[str, Any], dtype: torch.dtype, device: torch.device | str = "meta") -> CompressedLinear:
-    """Allocate the module that `spec` describes. Raises CheckpointError for a kind this version does not know."""
+def build_empty(
+    spec: dict[str, Any], dtype: torch.dtype, device: torch.device | str = "meta"
+) -> CompressedLinear:
+    """Allocate the module that `spec` describes. Raises CheckpointError for a kind this version
+    does not know.
+    """
     kind = spec.get("kind")
     if kind not in KINDS:
         raise CheckpointError(f"storage kind '{kind}' is unknown; {did_you_mean(str(kind), KINDS)}")

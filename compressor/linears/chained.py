@@ -1,13 +1,15 @@
 """Chained: a low-rank pair of integers, Ŵ = up · down, each factor packed with scales of its own.
 
-References: SVD-LLM with GPTQ on both factors (arXiv 2403.07378); the factors of LQER (arXiv 2402.02446) and of CALDERA (arXiv 2405.18886)
-are integers as well.
+References: SVD-LLM with GPTQ on both factors (arXiv 2403.07378); the factors of LQER (arXiv
+2402.02446) and of CALDERA (arXiv 2405.18886) are integers as well.
 
 Glossary
-    weight, scales, zeros           codes, scales and zero points of the down factor (r, in), as in `packed`
+    weight, scales, zeros           codes, scales and zero points of the down factor (r, in), as in
+                                    `packed`
     up_codes, up_scales, up_zeros   the same of the up factor (out, r)
 
-Execution: both factors are rebuilt as `packed` rebuilds its weight, and multiplied one after the other.
+Execution: both factors are rebuilt as `packed` rebuilds its weight, and multiplied one after the
+other.
 """
 
 from typing import Any, Self
@@ -26,7 +28,8 @@ class Chained(CompressedLinear):
     kind = "chained"
 
     def __init__(self, down: Packed, up: Packed):
-        """Take the tensors of two packed weights as they are (no copy, no cast); the bias is that of `up`.
+        """Take the tensors of two packed weights as they are (no copy, no cast); the bias is that
+        of `up`.
 
         down: (r, in), no bias; up: (out, r).
         """
@@ -41,10 +44,17 @@ class Chained(CompressedLinear):
         self.register_parameter("bias", up.bias)
 
     def spec(self) -> dict[str, Any]:
-        def factor(scales: nn.Parameter, zeros: Tensor | None, bits: int, width: int, bias: bool) -> dict[str, Any]:
+        def factor(
+            scales: nn.Parameter, zeros: Tensor | None, bits: int, width: int, bias: bool
+        ) -> dict[str, Any]:
             height, groups = scales.shape
             sizes = {"kind": Packed.kind, "in_features": width, "out_features": height}
-            return sizes | {"bits": bits, "group": width // groups, "symmetric": zeros is None, "bias": bias}
+            return sizes | {
+                "bits": bits,
+                "group": width // groups,
+                "symmetric": zeros is None,
+                "bias": bias,
+            }
 
         return {
             "kind": self.kind,
@@ -52,12 +62,16 @@ class Chained(CompressedLinear):
             "out_features": self.out_features,
             "rank": self.rank,
             "down": factor(self.scales, self.zeros, self.code_bits[0], self.in_features, False),
-            "up": factor(self.up_scales, self.up_zeros, self.code_bits[1], self.rank, self.bias is not None),
+            "up": factor(
+                self.up_scales, self.up_zeros, self.code_bits[1], self.rank, self.bias is not None
+            ),
         }
 
     @classmethod
     def empty(cls, spec: dict[str, Any], dtype: torch.dtype, device: torch.device | str) -> Self:
-        return cls(Packed.empty(spec["down"], dtype, device), Packed.empty(spec["up"], dtype, device))
+        return cls(
+            Packed.empty(spec["down"], dtype, device), Packed.empty(spec["up"], dtype, device)
+        )
 
     def stored(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Arguments of `decode` and `executed` for down and up."""

@@ -1,4 +1,6 @@
-"""Bit masks as storage kinds keep them: one bit for each position, most significant bit first, in whole bytes."""
+"""Bit masks as storage kinds keep them: one bit for each position, most significant bit first, in
+whole bytes.
+"""
 
 import torch
 from torch import Tensor

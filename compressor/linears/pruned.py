@@ -1,16 +1,19 @@
 """Pruned: whole outputs and inputs of a linear are gone; what is left is a smaller dense matrix.
 
-References: channels of feed-forward blocks, LoRAP (arXiv 2404.09695) and OSSCAR (arXiv 2403.12983); dimensions of attention heads, MoDeGPT
-(arXiv 2408.09632). A removed channel of a gated block gives zero, act(0) · 0, to the linear behind it, which does not read it.
+References: channels of feed-forward blocks, LoRAP (arXiv 2404.09695) and OSSCAR (arXiv 2403.12983);
+dimensions of attention heads, MoDeGPT (arXiv 2408.09632). A removed channel of a gated block gives
+zero, act(0) · 0, to the linear behind it, which does not read it.
 
 Glossary
     weight    (outputs · inputs,) the matrix of the kept outputs and inputs, row-major
-    rows      bit mask of the kept outputs, most significant bit first, ⌈out / 8⌉ bytes; absent where all are kept
+    rows      bit mask of the kept outputs, most significant bit first, ⌈out / 8⌉ bytes; absent
+              where all are kept
     columns   bit mask of the kept inputs, ⌈in / 8⌉ bytes; absent where all are kept
     bias      (outputs,) of the kept outputs
 
-Execution: inputs are gathered, multiplied by the small matrix, and scattered among zeros: the model around it sees the widths it expects,
-so any architecture runs as it is. Gathering and scattering move one number for each channel and token, the product saves thousands.
+Execution: inputs are gathered, multiplied by the small matrix, and scattered among zeros: the model
+around it sees the widths it expects, so any architecture runs as it is. Gathering and scattering
+move one number for each channel and token, the product saves thousands.
 """
 
 from typing import Any, Self
@@ -40,19 +43,33 @@ class Pruned(CompressedLinear):
     ):
         """Wrap stored tensors as they are (no copy, no cast).
 
-        weight: (outputs · inputs,) of the kept ones; inputs: how many are kept; rows, columns: packed masks, uint8, or None.
+        weight: (outputs · inputs,) of the kept ones; inputs: how many are kept; rows, columns:
+        packed masks, uint8, or None.
         """
         super().__init__(in_features, out_features)
         self.inputs, self.outputs = inputs, weight.numel() // inputs
         self.weight = nn.Parameter(weight, requires_grad=weight.requires_grad)
         self.register_buffer("rows", rows)
         self.register_buffer("columns", columns)
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=bias.requires_grad))
-        self._places: dict[str, Tensor] = {}  # indices behind the masks; derived from them on first use
+        self.register_parameter(
+            "bias", None if bias is None else nn.Parameter(bias, requires_grad=bias.requires_grad)
+        )
+        self._places: dict[
+            str, Tensor
+        ] = {}  # indices behind the masks; derived from them on first use
 
     @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None, rows: Tensor | None, columns: Tensor | None, dtype: torch.dtype) -> Self:
-        """Cut a dense weight (out, in), with a bias (out,), down to boolean masks rows (out,) and columns (in,); None keeps all."""
+    def of(
+        cls,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: Tensor | None,
+        columns: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Self:
+        """Cut a dense weight (out, in), with a bias (out,), down to boolean masks rows (out,) and
+        columns (in,); None keeps all.
+        """
         height, width = weight.shape
         kept = weight if rows is None else weight[rows]
         kept = kept if columns is None else kept[:, columns]
@@ -75,22 +92,31 @@ class Pruned(CompressedLinear):
     def empty(cls, spec: dict[str, Any], dtype: torch.dtype, device: torch.device | str) -> Self:
         height, width = spec["out_features"], spec["in_features"]
         outputs, inputs = spec["outputs"], spec["inputs"]
-        kept_height, kept_width = height if outputs is None else outputs, width if inputs is None else inputs
+        kept_height, kept_width = (
+            height if outputs is None else outputs,
+            width if inputs is None else inputs,
+        )
         return cls(
             weight=torch.empty(kept_height * kept_width, dtype=dtype, device=device),
             bias=torch.empty(kept_height, dtype=dtype, device=device) if spec["bias"] else None,
             in_features=width,
             out_features=height,
             inputs=kept_width,
-            rows=None if outputs is None else torch.empty((height + 7) // 8, dtype=torch.uint8, device=device),
-            columns=None if inputs is None else torch.empty((width + 7) // 8, dtype=torch.uint8, device=device),
+            rows=None
+            if outputs is None
+            else torch.empty((height + 7) // 8, dtype=torch.uint8, device=device),
+            columns=None
+            if inputs is None
+            else torch.empty((width + 7) // 8, dtype=torch.uint8, device=device),
         )
 
     def places(self, side: str) -> Tensor:
         """Indices, int64 and ascending, of the kept `rows` or `columns`."""
         mask = getattr(self, side)
         if side not in self._places or self._places[side].device != mask.device:
-            with torch.inference_mode(False):  # an inference tensor could not be used by a training step later
+            with torch.inference_mode(
+                False
+            ):  # an inference tensor could not be used by a training step later
                 length = self.out_features if side == "rows" else self.in_features
                 self._places[side] = unpack_mask(mask.clone(), length).nonzero().flatten()
         return self._places[side]
@@ -114,7 +140,9 @@ class Pruned(CompressedLinear):
     def dense_bias(self) -> Tensor | None:
         if self.bias is None or self.rows is None:
             return self.bias
-        return self.bias.new_zeros(self.out_features).index_copy(0, self.places("rows"), self.bias.detach())
+        return self.bias.new_zeros(self.out_features).index_copy(
+            0, self.places("rows"), self.bias.detach()
+        )
 
     def multiply_adds(self) -> int:
         return self.weight.numel()

@@ -7,19 +7,25 @@ from torch import Tensor
 
 
 def kept(tensors: Sequence[Tensor], build: Callable[[], Tensor]) -> Tensor:
-    """What `build` makes of the stored `tensors`, without autograd; built again when one of them is not what it was.
+    """What `build` makes of the stored `tensors`, without autograd; built again when one of them is
+    not what it was.
 
-    The result lives on the first tensor's own object: casts, moves and in-place writes change the key, and whoever puts another object
-    in place (assignment while loading, accelerate while offloading) takes the result away with the old one. Only in-place writes through
-    `.data` go unseen, since PyTorch does not count them.
+    The result lives on the first tensor's own object: casts, moves and in-place writes change the
+    key, and whoever puts another object in place (assignment while loading, accelerate while
+    offloading) takes the result away with the old one. Only in-place writes through `.data` go
+    unseen, since PyTorch does not count them.
     """
     if any(tensor.is_inference() for tensor in tensors):  # such tensors do not count their versions
         return build()
     key = [(tensor.data_ptr(), tensor._version, tensor.dtype, tensor.device) for tensor in tensors]
     known, result, _ = getattr(tensors[0], "_kept", (None, None, None))
     if known != key:
-        with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be used by a training step later
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):  # an inference tensor could not be used by a training step later
             result = build()
-        # Holding the storages keeps their addresses from being given to what a cast or `.data =` puts in their place.
+        # Holding the storages keeps their addresses from being given to what a cast or `.data =`
+        # puts in their place.
         tensors[0]._kept = key, result, [tensor.untyped_storage() for tensor in tensors]
     return result

@@ -3,13 +3,16 @@
 References: ARMOR (arXiv 2510.05528).
 
 Glossary
-    weight     (out · in / 2,) the two values of every four consecutive entries of a row of S, row-major
-    positions  their places within the four, ascending, two bits each, most significant bits first, ⌈out · in / 8⌉ bytes
+    weight     (out · in / 2,) the two values of every four consecutive entries of a row of S,
+               row-major
+    positions  their places within the four, ascending, two bits each, most significant bits first,
+               ⌈out · in / 8⌉ bytes
     left       (out / b, b, b) diagonal blocks of A
     right      (in / c, c, c) diagonal blocks of B
 
-Execution: the wrappers are two batched small products, S is rebuilt and multiplied as a dense matrix, and kept as `sparse` keeps its
-weight. Four rows of positions and values are what sparse tensor cores read, after a permutation of their own.
+Execution: the wrappers are two batched small products, S is rebuilt and multiplied as a dense
+matrix, and kept as `sparse` keeps its weight. Four rows of positions and values are what sparse
+tensor cores read, after a permutation of their own.
 """
 
 from typing import Any, Self
@@ -25,9 +28,13 @@ KEPT, GROUP = 2, 4  # of every four consecutive entries two are stored
 
 
 def pack_positions(positions: Tensor) -> Tensor:
-    """Pack positions (n,) from 0 to 3 into uint8 (⌈n / 4⌉,), the first one into the most significant bits."""
+    """Pack positions (n,) from 0 to 3 into uint8 (⌈n / 4⌉,), the first one into the most
+    significant bits.
+    """
     padded = functional.pad(positions.to(torch.uint8), (0, -positions.numel() % 4)).view(-1, 4)
-    return (padded << torch.tensor([6, 4, 2, 0], dtype=torch.uint8, device=positions.device)).sum(1, dtype=torch.uint8)
+    return (padded << torch.tensor([6, 4, 2, 0], dtype=torch.uint8, device=positions.device)).sum(
+        1, dtype=torch.uint8
+    )
 
 
 def unpack_positions(packed: Tensor, length: int) -> Tensor:
@@ -37,7 +44,9 @@ def unpack_positions(packed: Tensor, length: int) -> Tensor:
 
 
 def through(blocks: Tensor, x: Tensor) -> Tensor:
-    """Every row of x (…, n) multiplied by the block-diagonal matrix of `blocks` (n / b, b, b): x · blocksᵀ."""
+    """Every row of x (…, n) multiplied by the block-diagonal matrix of `blocks` (n / b, b, b): x ·
+    blocksᵀ.
+    """
     parts = x.reshape(-1, *blocks.shape[:2]).transpose(0, 1)  # (n / b, rows, b)
     return torch.bmm(parts, blocks.mT).transpose(0, 1).reshape(x.shape)
 
@@ -47,24 +56,50 @@ class Wrapped(CompressedLinear):
 
     kind = "wrapped"
 
-    def __init__(self, weight: Tensor, positions: Tensor, left: Tensor, right: Tensor, bias: Tensor | None):
+    def __init__(
+        self, weight: Tensor, positions: Tensor, left: Tensor, right: Tensor, bias: Tensor | None
+    ):
         """Wrap stored tensors as they are (no copy, no cast).
 
-        weight: (out · in / 2,); positions: packed, uint8; left: (out / b, b, b); right: (in / c, c, c); bias: (out,) or None.
+        weight: (out · in / 2,); positions: packed, uint8; left: (out / b, b, b); right: (in / c, c,
+        c); bias: (out,) or None.
         """
         super().__init__(right.shape[0] * right.shape[1], left.shape[0] * left.shape[1])
         for name, tensor in (("weight", weight), ("left", left), ("right", right)):
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=tensor.requires_grad))
         self.register_buffer("positions", positions)
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=bias.requires_grad))
+        self.register_parameter(
+            "bias", None if bias is None else nn.Parameter(bias, requires_grad=bias.requires_grad)
+        )
 
     @classmethod
-    def of(cls, core: Tensor, mask: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Self:
-        """Store a core (out, in) whose mask holds two of every four consecutive entries of a row; everything cast to `dtype`."""
-        kept = mask.view(-1, GROUP).to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :KEPT]
+    def of(
+        cls,
+        core: Tensor,
+        mask: Tensor,
+        left: Tensor,
+        right: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Self:
+        """Store a core (out, in) whose mask holds two of every four consecutive entries of a row;
+        everything cast to `dtype`.
+        """
+        kept = (
+            mask.view(-1, GROUP)
+            .to(torch.uint8)
+            .sort(dim=1, descending=True, stable=True)
+            .indices[:, :KEPT]
+        )
         values = core.reshape(-1, GROUP).gather(1, kept).flatten().to(dtype)
         stored = None if bias is None else bias.to(dtype, copy=True)
-        return cls(values, pack_positions(kept.flatten()), left.to(dtype, copy=True), right.to(dtype, copy=True), stored)
+        return cls(
+            values,
+            pack_positions(kept.flatten()),
+            left.to(dtype, copy=True),
+            right.to(dtype, copy=True),
+            stored,
+        )
 
     def spec(self) -> dict[str, Any]:
         return {
@@ -80,7 +115,10 @@ class Wrapped(CompressedLinear):
     def empty(cls, spec: dict[str, Any], dtype: torch.dtype, device: torch.device | str) -> Self:
         height, width, b, c = spec["out_features"], spec["in_features"], spec["left"], spec["right"]
         if b < 1 or c < 1 or height % b or width % c or width % GROUP:
-            raise ValueError(f"wrappers of {b} and {c} around groups of {GROUP} do not make {height} outputs of {width} inputs")
+            raise ValueError(
+                f"wrappers of {b} and {c} around groups of {GROUP} do not make {height} outputs "
+                f"of {width} inputs"
+            )
         return cls(
             weight=torch.empty(height * width // 2, dtype=dtype, device=device),
             positions=torch.empty((height * width // 2 + 3) // 4, dtype=torch.uint8, device=device),
@@ -91,12 +129,16 @@ class Wrapped(CompressedLinear):
 
     def places(self) -> Tensor:
         """Places of the stored entries within their fours, (out, in / 4, 2) int64."""
-        return unpack_positions(self.positions, self.out_features * self.in_features // 2).view(self.out_features, -1, KEPT)
+        return unpack_positions(self.positions, self.out_features * self.in_features // 2).view(
+            self.out_features, -1, KEPT
+        )
 
     def core(self) -> Tensor:
         """S (out, in) in the dtype of the values, differentiable in them."""
         values = self.weight.view(self.out_features, -1, KEPT)
-        return values.new_zeros(*values.shape[:2], GROUP).scatter(2, self.places(), values).flatten(1)
+        return (
+            values.new_zeros(*values.shape[:2], GROUP).scatter(2, self.places(), values).flatten(1)
+        )
 
     def forward(self, input: Tensor) -> Tensor:
         learning = torch.is_grad_enabled() and self.weight.requires_grad
@@ -110,4 +152,6 @@ class Wrapped(CompressedLinear):
     @torch.no_grad()
     def to_dense(self) -> Tensor:
         wide = torch.promote_types(self.weight.dtype, torch.float32)
-        return through(self.right.to(wide).mT, through(self.left.to(wide), self.core().to(wide).T).T)
+        return through(
+            self.right.to(wide).mT, through(self.left.to(wide), self.core().to(wide).T).T
+        )

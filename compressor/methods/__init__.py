@@ -1,4 +1,6 @@
-"""Decompositions. Importing this package imports every module below it, which registers the methods by decorator."""
+"""Decompositions. Importing this package imports every module below it, which registers the methods
+by decorator.
+"""
 
 import importlib
 import pkgutil

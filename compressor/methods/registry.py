@@ -20,15 +20,22 @@ def register(method: type[Method]) -> type[Method]:
 
 
 def build(name: str, options: dict[str, Any]) -> Method:
-    """Construct a method from recipe options. Raises ConfigError naming the nearest method or option, or the bad value."""
+    """Construct a method from recipe options. Raises ConfigError naming the nearest method or
+    option, or the bad value.
+    """
     if name not in METHODS:
         raise ConfigError(f"method '{name}' does not exist; {did_you_mean(name, METHODS)}")
     valid = [field.name for field in fields(METHODS[name])]
     for key in options:
         if key not in valid:
-            raise ConfigError(f"method '{name}' has no option '{key}'; {did_you_mean(key, valid) if valid else 'it has none'}")
+            raise ConfigError(
+                f"method '{name}' has no option '{key}'; "
+                f"{did_you_mean(key, valid) if valid else 'it has none'}"
+            )
     try:
         return TypeAdapter(METHODS[name]).validate_python(options)
     except ValidationError as error:
         first = error.errors()[0]
-        raise ConfigError(f"method '{name}', option '{'.'.join(map(str, first['loc']))}': {first['msg']}") from None
+        raise ConfigError(
+            f"method '{name}', option '{'.'.join(map(str, first['loc']))}': {first['msg']}"
+        ) from None

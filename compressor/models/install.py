@@ -10,18 +10,24 @@ from transformers import PreTrainedModel
 
 
 def fitted(model: PreTrainedModel, name: str, module: nn.Module) -> nn.Module:
-    """`module` in the floating dtype and on the device of what stands at `name`: itself, or a copy if it must change."""
+    """`module` in the floating dtype and on the device of what stands at `name`: itself, or a copy
+    if it must change.
+    """
     old = model.get_submodule(name)
     with align_module_device(old):
         first = next(old.parameters(recurse=False))
         device, dtype = first.device, first.dtype
-    if any(tensor.device != device or (tensor.is_floating_point() and tensor.dtype != dtype) for tensor in module.state_dict().values()):
+    if any(
+        tensor.device != device or (tensor.is_floating_point() and tensor.dtype != dtype)
+        for tensor in module.state_dict().values()
+    ):
         return deepcopy(module).to(device=device, dtype=dtype)
     return module
 
 
 def replace(model: PreTrainedModel, name: str, module: nn.Module) -> None:
-    """Install `module` in place of what stands at `name`, in its floating dtype and on its device; copied if it must change.
+    """Install `module` in place of what stands at `name`, in its floating dtype and on its device;
+    copied if it must change.
 
     A tied lm_head is untied: the embedding keeps the dense weight and the model's config says so.
     """
@@ -32,7 +38,9 @@ def replace(model: PreTrainedModel, name: str, module: nn.Module) -> None:
 
 @contextmanager
 def installed(model: PreTrainedModel, modules: dict[str, nn.Module]) -> Iterator[None]:
-    """Have `modules` (name → module) in the model inside the `with`; the former modules are back afterwards, whatever happens."""
+    """Have `modules` (name → module) in the model inside the `with`; the former modules are back
+    afterwards, whatever happens.
+    """
     former = {name: model.get_submodule(name) for name in modules}
     tied, tie = dict(model.all_tied_weights_keys), model.config.tie_word_embeddings
     try:

@@ -1,7 +1,9 @@
-"""From statistics to the modules that are stored: allocated, solved again in order, given residuals, trained.
+"""From statistics to the modules that are stored: allocated, solved again in order, given
+residuals, trained.
 
-In a run that searches, what follows the allocation must earn its place too: solving in order is kept where the divergence on the held-out
-windows falls, as repair and healing are in every run, and what comes out last is measured against the plan as it was allocated.
+In a run that searches, what follows the allocation must earn its place too: solving in order is
+kept where the divergence on the held-out windows falls, as repair and healing are in every run, and
+what comes out last is measured against the plan as it was allocated.
 """
 
 import logging
@@ -24,14 +26,20 @@ from compressor.runtime.stopwatch import Stopwatch
 from compressor.statistics import LinearStats
 
 IN_ORDER = 0.3  # of the time that is left once the search has ended, at most, for solving in order
-PASSES = 2.5  # comparisons of two models on the calibration windows, which the passes of solving in order cost as much as
+# comparisons of two models on the calibration windows, which the passes of solving in order cost as
+# much as
+PASSES = 2.5
 
 
 log = logging.getLogger(__name__)
 
 
 def plan_and_build(
-    job: Job, stats: dict[str, LinearStats], edited: Plan | None, watch: Stopwatch, progress: Progress
+    job: Job,
+    stats: dict[str, LinearStats],
+    edited: Plan | None,
+    watch: Stopwatch,
+    progress: Progress,
 ) -> tuple[Plan, Modules]:
     """The plan with its measured errors, and the modules as they will be stored."""
     if job.clock.limited:
@@ -47,13 +55,17 @@ def plan_and_build(
             if searched:
                 job, made, modules = solved_if_better(start, stats, progress)
             else:
-                made, modules = sequential_solve.finish(job, made, modules, found, stats, edited, progress)
+                made, modules = sequential_solve.finish(
+                    job, made, modules, found, stats, edited, progress
+                )
     if residual_rival.wanted(job.recipe):
         with watch("evaluate"):
             made = residual_rival.judged(job, made, (start.plan, start.modules), found, stats)
     if job.recipe.trains:
         with watch("train"):
-            again = partial(sequential_solve.in_order, job, start.plan, start.modules, found, stats, edited)
+            again = partial(
+                sequential_solve.in_order, job, start.plan, start.modules, found, stats, edited
+            )
             made, modules = train.recover(job, made, modules, found, progress, again)
     if searched:
         made, modules = better(start, made, modules)
@@ -61,7 +73,13 @@ def plan_and_build(
     return replace(made, curves=tuple(curves.summary(found))), modules
 
 
-def allocated(job: Job, stats: dict[str, LinearStats], edited: Plan | None, watch: Stopwatch, progress: Progress) -> Allocated:
+def allocated(
+    job: Job,
+    stats: dict[str, LinearStats],
+    edited: Plan | None,
+    watch: Stopwatch,
+    progress: Progress,
+) -> Allocated:
     """The plan and its modules: as edited, as searched for, or as the recipe says."""
     if edited is None:
         searches = job.recipe.allocation.search is not None
@@ -72,10 +90,16 @@ def allocated(job: Job, stats: dict[str, LinearStats], edited: Plan | None, watc
     return Allocated(job, found, None, *contest.build_plan(job, edited, found, progress))
 
 
-def solved_if_better(start: Allocated, stats: dict[str, LinearStats], progress: Progress) -> tuple[Job, Plan, Modules]:
-    """The plan solved in order where that lasts no longer than it may and lowers the held-out divergence, else as it was allocated."""
+def solved_if_better(
+    start: Allocated, stats: dict[str, LinearStats], progress: Progress
+) -> tuple[Job, Plan, Modules]:
+    """The plan solved in order where that lasts no longer than it may and lowers the held-out
+    divergence, else as it was allocated.
+    """
     job, seconds = start.job, start.job.clock.left * IN_ORDER
-    solve = partial(sequential_solve.finish, job, start.plan, start.modules, start.found, stats, None)
+    solve = partial(
+        sequential_solve.finish, job, start.plan, start.modules, start.found, stats, None
+    )
     made: list[tuple[Plan, Modules]] = []
 
     def outcome() -> tuple[float | None, str | None]:
@@ -90,25 +114,37 @@ def solved_if_better(start: Allocated, stats: dict[str, LinearStats], progress: 
             return None, str(error)
         return start.divergence(made[0][1]), None
 
-    heldout, dropped = job.store.within(start.plan.to_json()).recall("in order", search.depends(job.recipe), outcome)
+    heldout, dropped = job.store.within(start.plan.to_json()).recall(
+        "in order", search.depends(job.recipe), outcome
+    )
     kept = heldout is not None and heldout < start.heldout
     tried = {"heldout": heldout, "kept": kept} | ({"dropped": dropped} if dropped else {})
     found = start.plan.search | {"in order": tried}
     if not kept:
-        return replace(job, recipe=search.not_in_order(job.recipe)), replace(start.plan, search=found), start.modules
+        return (
+            replace(job, recipe=search.not_in_order(job.recipe)),
+            replace(start.plan, search=found),
+            start.modules,
+        )
     plan, modules = made[0] if made else solve(progress)
     return job, replace(plan, search=found), modules
 
 
 def expected(start: Allocated, stats: dict[str, LinearStats]) -> float:
-    """Seconds that solving in order takes, about; its first block, which has the dense model's inputs, does not show them."""
+    """Seconds that solving in order takes, about; its first block, which has the dense model's
+    inputs, does not show them.
+    """
     job = start.job
-    solving = sequential_solve.in_order(job, start.plan, start.modules, start.found, stats, None, NOWHERE).seconds()
+    solving = sequential_solve.in_order(
+        job, start.plan, start.modules, start.found, stats, None, NOWHERE
+    ).seconds()
     return solving + PASSES * job.calibration.tokens.numel() * jobs.seconds_per_token(job)
 
 
 def better(start: Allocated, plan: Plan, modules: Modules) -> tuple[Plan, Modules]:
-    """What a run with a search ends with: the modules that diverge less, now that both are measured alike."""
+    """What a run with a search ends with: the modules that diverge less, now that both are measured
+    alike.
+    """
     final = start.divergence(modules)
     kept = final < start.heldout
     found: dict[str, Any] = plan.search | {"final": {"heldout": final, "kept": kept}}

@@ -1,8 +1,10 @@
-"""`compress` in several processes that `accelerate launch` has started with the same command: healing is shared, data-parallel.
+"""`compress` in several processes that `accelerate launch` has started with the same command:
+healing is shared, data-parallel.
 
-The main process runs as it would alone. The others wait until it has come to healing; then they bring themselves to the same state, from
-the pieces of its journal, which they read and never change (what they cannot find they make again, in memory), take the same steps, each
-on windows of its own, and end. They write and show nothing.
+The main process runs as it would alone. The others wait until it has come to healing; then they
+bring themselves to the same state, from the pieces of its journal, which they read and never change
+(what they cannot find they make again, in memory), take the same steps, each on windows of its own,
+and end. They write and show nothing.
 """
 
 import sys
@@ -32,16 +34,24 @@ def compress(
     progress: Progress = silent,
     restart: bool = False,
 ) -> dict[str, Any] | None:
-    """`pipeline.compress`; None in all processes but the main one. Raises ConfigError for a model that is spread over devices."""
+    """`pipeline.compress`; None in all processes but the main one. Raises ConfigError for a model
+    that is spread over devices.
+    """
     count, rank = launched.count(), launched.rank()
     given = {"plan": plan, "stats": stats, "progress": progress, "restart": restart}
     if not (recipe.heal.enabled or rank):
         return run.compress(recipe, output, **given)
     if not recipe.heal.enabled:
-        print(f"process {rank} of {count} ends: only healing is shared, and heal.enabled is false", file=sys.stderr)
+        print(
+            f"process {rank} of {count} ends: only healing is shared, and heal.enabled is false",
+            file=sys.stderr,
+        )
         return None
     if recipe.model.device_map is not None:
-        raise ConfigError("model.device_map spreads the model over devices that other processes use; leave it out, or launch one process")
+        raise ConfigError(
+            "model.device_map spreads the model over devices that other processes use; leave it "
+            "out, or launch one process"
+        )
     team = Team(count, rank, jobs.choose_device(recipe.model.device).partition(":")[0])
     if rank == 0:
         return run.compress(recipe, output, **given, team=team)
@@ -51,17 +61,29 @@ def compress(
 
 
 def assist(recipe: Recipe, output: Path, plan: Path | None, stats: Path | None, team: Team) -> None:
-    """Come to where the main process is, and heal with it. Raises ConfigError where what its clock has decided cannot be known."""
+    """Come to where the main process is, and heal with it. Raises ConfigError where what its clock
+    has decided cannot be known.
+    """
     pieces = Store(Journal(output).folder / "store", frozen=True)
     if recipe.budget is not None and not pieces.folder.is_dir():
         raise ConfigError(
-            f"process {team.rank} does not see {pieces.folder}, where the main one keeps what its clock has decided; leave budget out, "
+            f"process {team.rank} does not see {pieces.folder}, where the main one keeps what its "
+            "clock has decided; leave budget out, "
             "or give an output on a disk that all processes share"
         )
     job = jobs.start(recipe, jobs.open_source(recipe.model.name, recipe.model.revision))
     job = replace(jobs.keeping(job, pieces), clock=Clock(recipe.budget_seconds), team=team)
     try:
-        plan_and_build(job, run.statistics(job, stats), None if plan is None else run.read_plan(plan), Stopwatch(), silent)
+        plan_and_build(
+            job,
+            run.statistics(job, stats),
+            None if plan is None else run.read_plan(plan),
+            Stopwatch(),
+            silent,
+        )
     except Dismissed:
         return
-    raise CompressorError(f"process {team.rank} has come to no healing, unlike the main one; are their files the same?")
+    raise CompressorError(
+        f"process {team.rank} has come to no healing, unlike the main one; are their files the "
+        "same?"
+    )

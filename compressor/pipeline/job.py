@@ -1,4 +1,6 @@
-"""The stages of a run, each a function of what the stages before it made: job → statistics → curves → probes → plan → modules."""
+"""The stages of a run, each a function of what the stages before it made: job → statistics → curves
+→ probes → plan → modules.
+"""
 
 import logging
 import time
@@ -26,7 +28,10 @@ from compressor.runtime.deadline import NO_LIMIT, Clock
 from compressor.runtime.progress import Progress, silent
 from compressor.training.team import ALONE, Team
 
-WRITING, SLOWER = 5.0, 1.3  # seconds; times a comparison of the dense model with itself: compressed linears may be slower
+WRITING, SLOWER = (
+    5.0,
+    1.3,
+)  # seconds; times a comparison of the dense model with itself: compressed linears may be slower
 log = logging.getLogger(__name__)
 
 
@@ -58,23 +63,33 @@ class Job:
         return blocks | {name: blocks[group.members[0]] for name, group in self.groups.items()}
 
     def computing(self) -> AbstractContextManager:
-        """Forward passes in float32 on a CPU, where half precision is slow and coarse; in the stored dtype on an accelerator."""
+        """Forward passes in float32 on a CPU, where half precision is slow and coarse; in the
+        stored dtype on an accelerator.
+        """
         return in_float32(self.model) if self.device.type == "cpu" else nullcontext()
 
 
 def choose_device(name: str) -> str:
-    """Resolve `auto` to CUDA where there is one. Raises ConfigError for a device that is not here."""
+    """Resolve `auto` to CUDA where there is one. Raises ConfigError for a device that is not
+    here.
+    """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device '{name}' cannot be used here: {str(error).splitlines()[0]}") from None
+        raise ConfigError(
+            f"device '{name}' cannot be used here: {str(error).splitlines()[0]}"
+        ) from None
     return name
 
 
-def open_source(name: str, revision: str | None, progress: Progress = silent) -> model_folder.ModelFolder:
-    """Find and check a dense model folder: damaged, quantised, already compressed or non-finite ones are refused."""
+def open_source(
+    name: str, revision: str | None, progress: Progress = silent
+) -> model_folder.ModelFolder:
+    """Find and check a dense model folder: damaged, quantised, already compressed or non-finite
+    ones are refused.
+    """
     source = model_folder.read(model_folder.resolve(name, revision), progress)
     model_folder.refuse_quantised(source)
     model_folder.check_finite(source, progress)
@@ -88,7 +103,12 @@ def start(recipe: Recipe, source: model_folder.ModelFolder, progress: Progress =
     assignments = assign(recipe, model)
     if experts := linears.fused(model):
         share = sum(experts.values()) / sum(parameter.numel() for parameter in model.parameters())
-        log.warning("%d fused weights of experts, %.1f %% of the model, are no linears and stay as they are", len(experts), 100 * share)
+        log.warning(
+            "%d fused weights of experts, %.1f %% of the model, are no linears and stay as they "
+            "are",
+            len(experts),
+            100 * share,
+        )
     section = recipe.calibration
     windows = data.load_windows(
         section.source or str(data.bundled("calibration")),
@@ -103,11 +123,23 @@ def start(recipe: Recipe, source: model_folder.ModelFolder, progress: Progress =
     )
     fit, heldout = data.split_heldout(windows, section.heldout)
     cache = Cache(size_in_bytes(section.cache))
-    return Job(recipe, source, model, tokenizer, assignments, groups(recipe, assignments), fit, heldout, cache=cache)
+    return Job(
+        recipe,
+        source,
+        model,
+        tokenizer,
+        assignments,
+        groups(recipe, assignments),
+        fit,
+        heldout,
+        cache=cache,
+    )
 
 
 def checked(job: Job) -> Job:
-    """The job. Raises ConfigError if its recipe measures something on held-out windows, and there are none."""
+    """The job. Raises ConfigError if its recipe measures something on held-out windows, and there
+    are none.
+    """
     recipe, cure = job.recipe, "set calibration.heldout above 0, or give more windows"
     if len(job.heldout.tokens):
         return job
@@ -122,11 +154,22 @@ def evaluation_windows(job: Job, progress: Progress = silent) -> data.Windows:
     """The windows that original and compressed model are compared on."""
     section, window, seed = job.recipe.evaluation, job.recipe.evaluation_window, job.recipe.seed
     text = section.source or str(data.bundled("evaluation"))
-    return data.load_windows(text, job.tokenizer, window, section.windows, section.column, seed=seed, model=job.model, progress=progress)
+    return data.load_windows(
+        text,
+        job.tokenizer,
+        window,
+        section.windows,
+        section.column,
+        seed=seed,
+        model=job.model,
+        progress=progress,
+    )
 
 
 def seconds_per_token(job: Job) -> float:
-    """Of comparing two models, timed on a batch of held-out windows and the model as it is, the second time."""
+    """Of comparing two models, timed on a batch of held-out windows and the model as it is, the
+    second time.
+    """
     tokens = job.heldout.tokens[: job.recipe.calibration.batch_size]
     with job.computing():
         for _ in range(2):
@@ -139,12 +182,16 @@ def seconds_per_token(job: Job) -> float:
 def reserve(job: Job) -> float:
     """Seconds that writing takes, and the evaluation that ends a run, on all its windows."""
     tokens = evaluation_windows(job).tokens.numel() if job.recipe.evaluation.enabled else 0
-    tokens += job.heldout.tokens.numel() + (job.calibration.tokens.numel() if job.recipe.trains else 0)
+    tokens += job.heldout.tokens.numel() + (
+        job.calibration.tokens.numel() if job.recipe.trains else 0
+    )
     return SLOWER * seconds_per_token(job) * tokens + WRITING
 
 
 def needing(job: Job, others: Sequence[Recipe]) -> Job:
-    """The job with everything that other recipes need collected too; of use for its statistics only."""
+    """The job with everything that other recipes need collected too; of use for its statistics
+    only.
+    """
     found = dict(job.assignments)
     for recipe in others:
         for name, other in assign(recipe, job.model).items():
@@ -167,7 +214,8 @@ def fingerprint(job: Job) -> dict[str, Any]:
 
 
 def keeping(job: Job, store: Store, scratch: Path | None = None) -> Job:
-    """The job with a store for its pieces, which all depend on the source, the windows (held-out ones too) and the calibration.
+    """The job with a store for its pieces, which all depend on the source, the windows (held-out
+    ones too) and the calibration.
 
     scratch: folder for what its cache does not hold in memory; None: with temporary files.
     """
@@ -177,4 +225,6 @@ def keeping(job: Job, store: Store, scratch: Path | None = None) -> Job:
 
 def collected_as(recipe: Recipe) -> dict[str, Any]:
     """The part of the calibration that statistics of the dense model depend on."""
-    return recipe.calibration.model_dump(mode="json", exclude={"sequential", "anchor", "anchor_damping", "cache"})
+    return recipe.calibration.model_dump(
+        mode="json", exclude={"sequential", "anchor", "anchor_damping", "cache"}
+    )

@@ -1,6 +1,8 @@
-"""The story of a run, top to bottom, for callers: `compress`, `plan`, `calibrate`, `evaluate`, `inspect`, `verify`, `export`, `load`.
+"""The story of a run, top to bottom, for callers: `compress`, `plan`, `calibrate`, `evaluate`,
+`inspect`, `verify`, `export`, `load`.
 
-compress   source → statistics → curves → probes → plan → modules → checkpoint, committed whole → scores, added to its report
+compress   source → statistics → curves → probes → plan → modules → checkpoint, committed whole →
+           scores, added to its report
 """
 
 from collections.abc import Sequence
@@ -52,8 +54,12 @@ PENDING = "not evaluated yet"
 ROOM = 2**20  # bytes beside the weights that a checkpoint may need
 
 
-def load(path: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """Load a checkpoint, compressed or dense: (model, tokenizer or None). Its files are checked first; code in it never runs."""
+def load(
+    path: str | Path, device: str = "cpu", dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Load a checkpoint, compressed or dense: (model, tokenizer or None). Its files are checked
+    first; code in it never runs.
+    """
     return models.load(path, device=device, dtype=dtype)
 
 
@@ -69,10 +75,12 @@ def compress(
 ) -> dict[str, Any]:
     """Run a recipe and write the checkpoint folder `output`; return its report (`report.json`).
 
-    plan: an edited plan.json to build as it stands; stats: statistics collected by `calibrate`. The scores are measured after the
-    folder is in place: if that fails the folder stays, the scores are null, and `failure` says why. A run that was stopped goes on from
-    its journal, or from nothing with `restart`; `shared` is a store that this run has in common with others; `team` shares healing with
-    this process, its main one. Raises CompressorError before anything is written or changed at `output`.
+    plan: an edited plan.json to build as it stands; stats: statistics collected by `calibrate`. The
+    scores are measured after the folder is in place: if that fails the folder stays, the scores are
+    null, and `failure` says why. A run that was stopped goes on from its journal, or from nothing
+    with `restart`; `shared` is a store that this run has in common with others; `team` shares
+    healing with this process, its main one. Raises CompressorError before anything is written or
+    changed at `output`.
     """
     output, watch, clock = Path(output), Stopwatch(), Clock(recipe.budget_seconds)
     train.require_optimizers(recipe)
@@ -84,14 +92,20 @@ def compress(
         source = jobs.open_source(recipe.model.name, recipe.model.revision, progress)
         preflight(output, source.path, overwrite, source.weight_bytes + ROOM)
         job = replace(jobs.checked(jobs.start(recipe, source, progress)), clock=clock, team=team)
-        job = jobs.keeping(job, journal.begin(described(job, edited, stats), shared), journal.scratch)
+        job = jobs.keeping(
+            job, journal.begin(described(job, edited, stats), shared), journal.scratch
+        )
         with watch("calibrate"):
             collected = statistics(job, stats, progress)
         made, modules = plan_and_build(job, collected, edited, watch, progress)
         team.dismiss()
         with watch("write"):
             stages.install(job, modules)
-            found = described_report(job, made, output) if journal.committed else write(job, made, output, watch, journal, progress)
+            found = (
+                described_report(job, made, output)
+                if journal.committed
+                else write(job, made, output, watch, journal, progress)
+            )
         if recipe.evaluation.enabled:
             with watch("evaluate"):
                 found = score(job, output, found, made, progress)
@@ -100,32 +114,55 @@ def compress(
 
 
 def statistics(job: Job, stats: Path | None, progress: Progress = silent) -> dict[str, LinearStats]:
-    """What `calibrate` has collected in the folder `stats`, or (None) collected now; on the devices of the linears.
+    """What `calibrate` has collected in the folder `stats`, or (None) collected now; on the devices
+    of the linears.
 
     Raises ConfigError for settings of a search that do not fit, before anything is computed.
     """
     whole = jobs.needing(job, search.recipes(job.recipe))
-    found = stages.statistics(whole, progress) if stats is None else statistics_folder.load_statistics(stats, jobs.fingerprint(job))
+    found = (
+        stages.statistics(whole, progress)
+        if stats is None
+        else statistics_folder.load_statistics(stats, jobs.fingerprint(job))
+    )
     return beside(whole.assignments, found)
 
 
 def described(job: Job, edited: Plan | None, stats: Path | None) -> dict[str, Any]:
-    """What a run depends on, JSON: a run that was stopped goes on only where all of it is the same."""
+    """What a run depends on, JSON: a run that was stopped goes on only where all of it is the
+    same.
+    """
     recipe = job.recipe.model_dump(mode="json", exclude={"output": {"overwrite"}})
-    given = {"plan": edited and digest(edited.to_json()), "statistics": stats and manifest.digest(stats / manifest.NAME)["sha256"]}
-    return {"fingerprint": jobs.fingerprint(job), "digest of the held-out windows": job.heldout.digest, "recipe": recipe} | given
+    given = {
+        "plan": edited and digest(edited.to_json()),
+        "statistics": stats and manifest.digest(stats / manifest.NAME)["sha256"],
+    }
+    return {
+        "fingerprint": jobs.fingerprint(job),
+        "digest of the held-out windows": job.heldout.digest,
+        "recipe": recipe,
+    } | given
 
 
-def write(job: Job, made: Plan, output: Path, watch: Stopwatch, journal: Journal, progress: Progress) -> dict[str, Any]:
-    """Write the folder of the compressed model, prove that it reloads bit for bit, and put it in place; return the report so far."""
+def write(
+    job: Job, made: Plan, output: Path, watch: Stopwatch, journal: Journal, progress: Progress
+) -> dict[str, Any]:
+    """Write the folder of the compressed model, prove that it reloads bit for bit, and put it in
+    place; return the report so far.
+    """
     with Staging(output, job.recipe.output.overwrite) as staging:
         shard_size = size_in_bytes(job.recipe.output.shard_size)
-        checkpoint.write_model(staging.folder, job.model, job.tokenizer, job.source.path, shard_size, progress)
+        checkpoint.write_model(
+            staging.folder, job.model, job.tokenizer, job.source.path, shard_size, progress
+        )
         checkpoint.compare_reload(staging.folder, job.model, progress)
         found = described_report(job, made, staging.folder)
         written, limit = found["bytes"]["compressed"], job.recipe.allocation.target_size
         if limit is not None and written > size_in_bytes(limit):
-            raise CheckpointError(f"{output}: the weights take {written:,} bytes, target_size {limit} allows less; lower it by the excess")
+            raise CheckpointError(
+                f"{output}: the weights take {written:,} bytes, target_size {limit} allows less; "
+                "lower it by the excess"
+            )
         for name, text in documents(job.recipe, made, found).items():
             replace_text(staging.folder / name, text)
         replace_text(staging.folder / "timings.json", report.to_json(watch.to_json()))
@@ -134,7 +171,9 @@ def write(job: Job, made: Plan, output: Path, watch: Stopwatch, journal: Journal
 
 
 def described_report(job: Job, made: Plan, weights: Path) -> dict[str, Any]:
-    """The report of a model that is written but not evaluated. weights: the folder that holds it."""
+    """The report of a model that is written but not evaluated. weights: the folder that holds
+    it.
+    """
     original_bytes = sum((job.source.path / name).stat().st_size for name in job.source.files)
     written = sum(path.stat().st_size for path in weights.glob("*.safetensors"))
     return report.build(
@@ -159,22 +198,42 @@ def documents(recipe: Recipe, made: Plan, found: dict[str, Any]) -> dict[str, st
 
 
 def sizes_of(job: Job, made: Plan, original_bytes: int, written: int) -> report.Sizes:
-    """Bytes of the files, and what the model stores besides the targets, from the installed model."""
+    """Bytes of the files, and what the model stores besides the targets, from the installed
+    model.
+    """
     tensors = stored_tensors(job.model)
-    bits = sum(tensor.nbytes * 8 for tensor in tensors.values()) - sum(choice.bits for choice in made.linears.values())
+    bits = sum(tensor.nbytes * 8 for tensor in tensors.values()) - sum(
+        choice.bits for choice in made.linears.values()
+    )
     parameters = sum(t.numel() for t in tensors.values() if t.is_floating_point())
-    return report.Sizes(original_bytes, written, bits, parameters - sum(choice.parameters for choice in made.linears.values()))
+    return report.Sizes(
+        original_bytes,
+        written,
+        bits,
+        parameters - sum(choice.parameters for choice in made.linears.values()),
+    )
 
 
-def score(job: Job, output: Path, found: dict[str, Any], made: Plan, progress: Progress) -> dict[str, Any]:
-    """Evaluate the committed folder against its source and amend its report; a failure leaves null scores and a reason."""
+def score(
+    job: Job, output: Path, found: dict[str, Any], made: Plan, progress: Progress
+) -> dict[str, Any]:
+    """Evaluate the committed folder against its source and amend its report; a failure leaves null
+    scores and a reason.
+    """
     failure = None
     try:
         found = evaluation.measure(job, found, job.store.within(made.to_json()), progress)
     except CompressorError as error:
         failure = f"the checkpoint is written, its evaluation failed: {error}"
         found = found | {"reason": str(error)}
-    amend(output, {name: text for name, text in documents(job.recipe, made, found).items() if name in ("report.json", "README.md")})
+    amend(
+        output,
+        {
+            name: text
+            for name, text in documents(job.recipe, made, found).items()
+            if name in ("report.json", "README.md")
+        },
+    )
     return found | ({"failure": failure} if failure else {})
 
 
@@ -183,27 +242,42 @@ def read_plan(path: Path) -> Plan:
     try:
         return Plan.from_json(read_json(path))
     except (CheckpointError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path}: is not a plan ({error}); start from the plan.json of a checkpoint") from None
+        raise ConfigError(
+            f"{path}: is not a plan ({error}); start from the plan.json of a checkpoint"
+        ) from None
 
 
 def plan(recipe: Recipe, stats: Path | None = None, progress: Progress = silent) -> dict[str, Any]:
-    """What `compress` would do; writes nothing but temporary files. Reads headers only, unless `stats` is given: then it decomposes and
-    allocates too, with a search within the budget. Errors are those before solving in order, repair and healing, which change no size."""
+    """What `compress` would do; writes nothing but temporary files. Reads headers only, unless
+    `stats` is given: then it decomposes and allocates too, with a search within the budget. Errors
+    are those before solving in order, repair and healing, which change no size."""
     clock = Clock(recipe.budget_seconds)
-    source = model_folder.read_headers(model_folder.resolve(recipe.model.name, recipe.model.revision))
+    source = model_folder.read_headers(
+        model_folder.resolve(recipe.model.name, recipe.model.revision)
+    )
     model_folder.refuse_quantised(source)
     found = dry_run.outline(recipe, source)
     if stats is None:
         return found
-    job = jobs.checked(jobs.start(recipe, jobs.open_source(recipe.model.name, recipe.model.revision, progress), progress))
+    job = jobs.checked(
+        jobs.start(
+            recipe, jobs.open_source(recipe.model.name, recipe.model.revision, progress), progress
+        )
+    )
     sizing = search.not_in_order(recipe).model_copy(update={"repair": Repair(), "heal": Heal()})
     job = replace(job, recipe=sizing, clock=clock)
     collected = statistics(job, stats, progress)
     with TemporaryDirectory(prefix="plan-") as pieces:  # which the trials of a search share
         job = jobs.keeping(job, Store(None if recipe.allocation.search is None else Path(pieces)))
         made, _ = plan_and_build(job, collected, None, Stopwatch(), progress)
-    chosen = {name: {"method": c.method, "setting": c.setting, "bits": c.bits, "error": c.error} for name, c in made.linears.items()}
-    return found | {"price": made.price, "linears": [linear | chosen[linear["name"]] for linear in found["linears"]]}
+    chosen = {
+        name: {"method": c.method, "setting": c.setting, "bits": c.bits, "error": c.error}
+        for name, c in made.linears.items()
+    }
+    return found | {
+        "price": made.price,
+        "linears": [linear | chosen[linear["name"]] for linear in found["linears"]],
+    }
 
 
 def calibrate(
@@ -214,7 +288,8 @@ def calibrate(
     restart: bool = False,
     others: Sequence[Recipe] = (),
 ) -> dict[str, Any]:
-    """Collect the statistics that a recipe needs into a new folder, with a fingerprint of what they depend on.
+    """Collect the statistics that a recipe needs into a new folder, with a fingerprint of what they
+    depend on.
 
     others: recipes with the same model and calibration, whose needs are met too.
     """
@@ -223,7 +298,9 @@ def calibrate(
         source = jobs.open_source(recipe.model.name, recipe.model.revision, progress)
         preflight(output, source.path, overwrite, 0)
         job = jobs.start(recipe, source, progress)
-        job = jobs.needing(job, [every for one in (recipe, *others) for every in (one, *search.recipes(one))])
+        job = jobs.needing(
+            job, [every for one in (recipe, *others) for every in (one, *search.recipes(one))]
+        )
         job = jobs.keeping(job, journal.begin(described(job, None, None)))
         collected = stages.statistics(job, progress)
         mark = jobs.fingerprint(job)
@@ -249,15 +326,23 @@ def verify(path: str | Path, progress: Progress = silent) -> list[str]:
 
 
 def export(
-    path: str | Path, output: str | Path, format: str = "dense", overwrite: bool = False, progress: Progress = silent
+    path: str | Path,
+    output: str | Path,
+    format: str = "dense",
+    overwrite: bool = False,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Write a compressed checkpoint in a layout that loads without this package: `dense` (equal in quality, not smaller),
-    `compressed-tensors` (integers), or `peft` (a base with residuals as an adapter)."""
+    """Write a compressed checkpoint in a layout that loads without this package: `dense` (equal in
+    quality, not smaller), `compressed-tensors` (integers), or `peft` (a base with residuals as an
+    adapter)."""
     path, output = model_folder.resolve(path), Path(output)
     if format == "dense":
         note = exporting.export_dense(path, output, overwrite, progress=progress)
     elif format in packed.FORMATS:
         note = packed.export_packed(path, output, packed.FORMATS[format], overwrite)
     else:
-        raise ConfigError(f"there is no export format '{format}'; {did_you_mean(format, ['dense', *packed.FORMATS])}")
+        raise ConfigError(
+            f"there is no export format '{format}'; "
+            f"{did_you_mean(format, ['dense', *packed.FORMATS])}"
+        )
     return {"output": str(output), "format": format, "note": note}

@@ -1,4 +1,6 @@
-"""Scores of a compressed model beside its original: within a run, and of any model folder for the verb `evaluate`."""
+"""Scores of a compressed model beside its original: within a run, and of any model folder for the
+verb `evaluate`.
+"""
 
 from collections.abc import Sequence
 from functools import partial
@@ -19,39 +21,61 @@ from compressor.resume.journal import Journal, cache
 from compressor.resume.store import Store, digest
 from compressor.runtime.progress import Progress, silent
 
-WINDOW = 512  # tokens of an evaluation window where nothing says otherwise and the model has as many positions
+# tokens of an evaluation window where nothing says otherwise and the model has as many positions
+WINDOW = 512
 
 
 def measure(job: Job, found: dict[str, Any], store: Store, progress: Progress) -> dict[str, Any]:
-    """The report `found` with the scores of the model that the job has become, bit for bit what a reload gives, against its source."""
+    """The report `found` with the scores of the model that the job has become, bit for bit what a
+    reload gives, against its source.
+    """
     recipe, model = job.recipe, job.model
     section = recipe.evaluation
     original, tokenizer = models.load(job.source.path, device=job.device)
     windows = jobs.evaluation_windows(job, progress)
     store = store.within(windows.digest)
-    result = perplexity.compare(original, model, windows.tokens, section.batch_size, progress, store)
-    other = {"heldout": job.heldout.tokens} | ({"calibration": job.calibration.tokens} if recipe.trains else {})
+    result = perplexity.compare(
+        original, model, windows.tokens, section.batch_size, progress, store
+    )
+    other = {"heldout": job.heldout.tokens} | (
+        {"calibration": job.calibration.tokens} if recipe.trains else {}
+    )
     for which, tokens in other.items():
         if len(tokens):
-            held = perplexity.compare(original, model, tokens, section.batch_size, progress, store.within(which))
+            held = perplexity.compare(
+                original, model, tokens, section.batch_size, progress, store.within(which)
+            )
             found = found | {which: report.scores(held.to_json())}
     tasks = {
-        key: store.recall("tasks", [key, *section.tasks], partial(tasks_of, each, tokenizer, recipe, progress))
+        key: store.recall(
+            "tasks", [key, *section.tasks], partial(tasks_of, each, tokenizer, recipe, progress)
+        )
         for key, each in (("lm_eval", model), ("lm_eval_original", original))
         if section.tasks
     }
     shared = data.overlap(job.calibration, windows)
-    warnings = [f"{shared:.1%} of the evaluation windows repeat text of the calibration windows"] if shared else []
+    warnings = (
+        [f"{shared:.1%} of the evaluation windows repeat text of the calibration windows"]
+        if shared
+        else []
+    )
     found = found | {"reason": None, "warnings": found["warnings"] + warnings}
     found |= report.scores(result.to_json()) | tasks
     return found | {"fingerprints": found["fingerprints"] | {"evaluation": windows.digest}}
 
 
-def tasks_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, recipe: Recipe, progress: Progress) -> dict[str, Any]:
+def tasks_of(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    recipe: Recipe,
+    progress: Progress,
+) -> dict[str, Any]:
     """Scores of one model on the lm-eval tasks of a recipe."""
     section = recipe.evaluation
     names, window = list(section.tasks), recipe.evaluation_window
-    return lm_eval.scores(model, tokenizer, names, section.limit, section.batch_size, window, progress)
+    return lm_eval.scores(
+        model, tokenizer, names, section.limit, section.batch_size, window, progress
+    )
 
 
 def evaluate(
@@ -69,17 +93,34 @@ def evaluate(
     progress: Progress = silent,
     restart: bool = False,
 ) -> dict[str, Any]:
-    """Perplexity per token, KL(original‖model) with `against`, lm-eval tasks, and speed: the keys of `evaluate --json`.
+    """Perplexity per token, KL(original‖model) with `against`, lm-eval tasks, and speed: the keys
+    of `evaluate --json`.
 
-    An evaluation that was stopped goes on where it was, or from nothing with `restart`; its journal is in the user's cache.
+    An evaluation that was stopped goes on where it was, or from nothing with `restart`; its journal
+    is in the user's cache.
     """
     device = jobs.choose_device(device)
-    paths = {"compressed": model_folder.resolve(name)} | ({} if against is None else {"original": model_folder.resolve(against)})
+    paths = {"compressed": model_folder.resolve(name)} | (
+        {} if against is None else {"original": model_folder.resolve(against)}
+    )
     model, tokenizer = models.load(paths["compressed"], device=device)
-    window = window or min(WINDOW, getattr(model.config.get_text_config(), "max_position_embeddings", WINDOW))
-    loaded = data.load_windows(text or str(data.bundled("evaluation")), tokenizer, window, windows, column, model=model, progress=progress)
+    window = window or min(
+        WINDOW, getattr(model.config.get_text_config(), "max_position_embeddings", WINDOW)
+    )
+    loaded = data.load_windows(
+        text or str(data.bundled("evaluation")),
+        tokenizer,
+        window,
+        windows,
+        column,
+        model=model,
+        progress=progress,
+    )
     run = {
-        "models": {which: model_folder.content_digest(model_folder.read(path)) for which, path in paths.items()},
+        "models": {
+            which: model_folder.content_digest(model_folder.read(path))
+            for which, path in paths.items()
+        },
         "windows": loaded.digest,
         "options": [device, batch_size, [*tasks], limit],
     }
@@ -88,18 +129,33 @@ def evaluate(
         original = None if against is None else models.load(paths["original"], device=device)[0]
         found = _scores(original, model, loaded, batch_size, progress, store)
         if tasks:
-            score = partial(lm_eval.scores, model, tokenizer, list(tasks), limit, batch_size, window, progress)
+            score = partial(
+                lm_eval.scores, model, tokenizer, list(tasks), limit, batch_size, window, progress
+            )
             found["lm_eval"] = store.recall("tasks", window, score)
     if speed:
-        found["speed"] = {which: measure_speed(path, device).to_json() for which, path in progress(paths.items(), "speed")}
+        found["speed"] = {
+            which: measure_speed(path, device).to_json()
+            for which, path in progress(paths.items(), "speed")
+        }
     return found
 
 
 def _scores(
-    original: PreTrainedModel | None, model: PreTrainedModel, windows: data.Windows, batch_size: int, progress: Progress, store: Store
+    original: PreTrainedModel | None,
+    model: PreTrainedModel,
+    windows: data.Windows,
+    batch_size: int,
+    progress: Progress,
+    store: Store,
 ) -> dict[str, Any]:
     if original is None:
         score = perplexity.perplexity(model, windows.tokens, batch_size, progress, store)
     else:
         score = perplexity.compare(original, model, windows.tokens, batch_size, progress, store)
-    return score.to_json() | {"text": windows.source, "unit": "token", "lm_eval": None, "fingerprint": windows.digest}
+    return score.to_json() | {
+        "text": windows.source,
+        "unit": "token",
+        "lm_eval": None,
+        "fingerprint": windows.digest,
+    }

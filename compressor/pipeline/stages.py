@@ -7,7 +7,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from compressor.allocation.decompose import Decomposition, decompose_group, decompose_one, gram_error
+from compressor.allocation.decompose import (
+    Decomposition,
+    decompose_group,
+    decompose_one,
+    gram_error,
+)
 from compressor.allocation.probe import Prober, ProbeResult, probe
 from compressor.allocation.solve import Found
 from compressor.calibrate.collect import collect
@@ -43,18 +48,28 @@ def statistics(job: Job, progress: Progress = silent) -> dict[str, LinearStats]:
 
 
 def left_dense(job: Job, stats: Mapping[str, LinearStats]) -> dict[str, str]:
-    """Why targets stay dense, by name: the text says nothing about them, or about one that they can only be compressed together with."""
+    """Why targets stay dense, by name: the text says nothing about them, or about one that they can
+    only be compressed together with.
+    """
     found = {name: reason for name in job.assignments if (reason := stats[name].silence)}
     silenced = set(found)
     for group in job.groups.values():
         if cause := next((name for name in group.members if name in silenced), None):
-            bound = [name for name in group.members if group.tied or not job.assignments[name].methods]
-            found |= {name: f"{cause}, which it is compressed with, stays dense" for name in bound if name not in silenced}
+            bound = [
+                name for name in group.members if group.tied or not job.assignments[name].methods
+            ]
+            found |= {
+                name: f"{cause}, which it is compressed with, stays dense"
+                for name in bound
+                if name not in silenced
+            }
     return found
 
 
 def decompositions(job: Job, stats: dict[str, LinearStats], progress: Progress = silent) -> Found:
-    """One decomposition for each method and each linear or group that it decomposes; it serves every size. None of what stays dense."""
+    """One decomposition for each method and each linear or group that it decomposes; it serves
+    every size. None of what stays dense.
+    """
     dense = left_dense(job, stats)
     for line in dense_lines(dense) + blind_spots(stats):
         log.warning(line)
@@ -72,7 +87,9 @@ def decompositions(job: Job, stats: dict[str, LinearStats], progress: Progress =
 
 @dataclass(frozen=True)
 class Probes:
-    """What the probes found; keys are the linear or group and the index of its method. The prober can measure any other modules."""
+    """What the probes found; keys are the linear or group and the index of its method. The prober
+    can measure any other modules.
+    """
 
     results: dict[tuple[str, int], ProbeResult]
     prober: Prober | None
@@ -85,29 +102,48 @@ def probes(job: Job, found: Found, progress: Progress = silent) -> Probes:
         return Probes({}, None)
     section, tokens = allocation.probe, job.heldout.tokens
     if section.skip >= tokens.shape[1]:
-        raise ConfigError(f"allocation.probe.skip {section.skip} leaves no position of windows of {tokens.shape[1]} tokens")
+        raise ConfigError(
+            f"allocation.probe.skip {section.skip} leaves no position of windows of "
+            f"{tokens.shape[1]} tokens"
+        )
     tokens = tokens[-(section.windows or len(tokens)) :]
-    keys = [(name, index) for name, parts in found.items() for index, part in enumerate(parts) if part.curve.candidates]
+    keys = [
+        (name, index)
+        for name, parts in found.items()
+        for index, part in enumerate(parts)
+        if part.curve.candidates
+    ]
     blocks = job.block_of
     with job.computing(), torch.no_grad():
-        prober = Prober(job.model, tokens, job.recipe.calibration.batch_size, section.temperature, section.skip)
+        prober = Prober(
+            job.model, tokens, job.recipe.calibration.batch_size, section.temperature, section.skip
+        )
         store = job.store.within(section.model_dump(mode="json"))
         results = {}
         for name, index in progress(keys, "probe"):
             part = found[name][index]
-            results[name, index] = store.recall("probe", part.key, partial(probe, prober, part, blocks[name], section.rank))
+            results[name, index] = store.recall(
+                "probe", part.key, partial(probe, prober, part, blocks[name], section.rank)
+            )
         return Probes(results, prober)
 
 
-def other_bytes(tensors: Mapping[str, Tensor], targets: Container[str], dtype: torch.dtype | None) -> int:
-    """Bytes of a checkpoint besides its targets, stored in `dtype` (None: as they are), with room for every tensor's header entry."""
+def other_bytes(
+    tensors: Mapping[str, Tensor], targets: Container[str], dtype: torch.dtype | None
+) -> int:
+    """Bytes of a checkpoint besides its targets, stored in `dtype` (None: as they are), with room
+    for every tensor's header entry.
+    """
     total = 0
     for name, tensor in tensors.items():
         total += HEADER_BYTES + len(name)
         if name.rpartition(".")[0] in targets:
             total += 2 * (HEADER_BYTES + len(name))  # a target may be stored as several tensors
         else:
-            total += tensor.numel() * (dtype if dtype and tensor.is_floating_point() else tensor.dtype).itemsize
+            total += (
+                tensor.numel()
+                * (dtype if dtype and tensor.is_floating_point() else tensor.dtype).itemsize
+            )
     return total
 
 
@@ -116,26 +152,43 @@ def output_dtype(recipe: Recipe) -> torch.dtype | None:
     return None if recipe.output.dtype == "auto" else getattr(torch, recipe.output.dtype)
 
 
-def with_gram_errors(plan: Plan, job: Job, modules: Mapping[str, nn.Module], stats: dict[str, LinearStats]) -> Plan:
+def with_gram_errors(
+    plan: Plan, job: Job, modules: Mapping[str, nn.Module], stats: dict[str, LinearStats]
+) -> Plan:
     """Add the error of every module in the one metric that reports share.
 
-    Linears of a pruned module are in a basis of their own and say nothing one by one: they have the error of the module.
+    Linears of a pruned module are in a basis of their own and say nothing one by one: they have the
+    error of the module.
     """
     errors = {
-        name: plan.linears[name].measured if isinstance(module, Pruned) else gram_error(job.assignments[name], module, stats[name])
+        name: plan.linears[name].measured
+        if isinstance(module, Pruned)
+        else gram_error(job.assignments[name], module, stats[name])
         for name, module in modules.items()
         if name in plan.linears
     }
-    return replace(plan, linears={n: replace(choice, error=errors.get(n, 0.0)) for n, choice in plan.linears.items()})
+    return replace(
+        plan,
+        linears={
+            n: replace(choice, error=errors.get(n, 0.0)) for n, choice in plan.linears.items()
+        },
+    )
 
 
 def with_reasons(plan: Plan, reasons: Mapping[str, str]) -> Plan:
     """Add why linears stay dense. reasons: as `left_dense` gives them."""
-    return replace(plan, linears={name: replace(choice, reason=reasons.get(name)) for name, choice in plan.linears.items()})
+    return replace(
+        plan,
+        linears={
+            name: replace(choice, reason=reasons.get(name)) for name, choice in plan.linears.items()
+        },
+    )
 
 
 def install(job: Job, modules: Mapping[str, nn.Module]) -> None:
-    """Turn the loaded model into the compressed one, in the output dtype. The original weights of the targets are let go."""
+    """Turn the loaded model into the compressed one, in the output dtype. The original weights of
+    the targets are let go.
+    """
     if dtype := output_dtype(job.recipe):
         for parameter in job.model.parameters():
             parameter.data = parameter.data.to(dtype)

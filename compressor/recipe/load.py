@@ -1,6 +1,8 @@
-"""From YAML to a `Recipe`: defaults < file or preset < `--set a.b=value` < named options; every message says where.
+"""From YAML to a `Recipe`: defaults < file or preset < `--set a.b=value` < named options; every
+message says where.
 
-A size given in a stronger layer takes the place of a size of the other kind (`keep`, `target_size`) in a weaker one.
+A size given in a stronger layer takes the place of a size of the other kind (`keep`, `target_size`)
+in a weaker one.
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,7 +18,15 @@ from compressor.recipe.quantities import size_in_bytes
 from compressor.recipe.sections import Recipe
 from compressor.recipe.training import Section
 
-__all__ = ["Recipe", "dump_yaml", "find_recipe", "load_recipe", "parse_size", "parse_yaml", "schema"]
+__all__ = [
+    "Recipe",
+    "dump_yaml",
+    "find_recipe",
+    "load_recipe",
+    "parse_size",
+    "parse_yaml",
+    "schema",
+]
 
 _RIVALS: dict[Keys, Keys] = {
     ("allocation", "keep"): ("allocation", "target_size"),
@@ -39,47 +49,66 @@ def parse_size(size: str | int) -> int:
 
 
 def dump_yaml(recipe: Recipe) -> str:
-    """Write a recipe with every default spelled out, so that it means the same to later versions."""
+    """Write a recipe with every default spelled out, so that it means the same to later
+    versions.
+    """
     return dump(recipe.model_dump(mode="json"))
 
 
 def find_recipe(config: str | Path | None) -> Path:
-    """Return the file of a preset name (None for `default`) or of a path. Raises ConfigError naming the nearest preset."""
+    """Return the file of a preset name (None for `default`) or of a path. Raises ConfigError naming
+    the nearest preset.
+    """
     name = "default" if config is None else str(config)
     known = presets()
     path = known.get(name, Path(name))
     if not path.exists():
-        raise ConfigError(f"'{name}' is neither a recipe file nor a preset; {did_you_mean(name, known)}")
+        raise ConfigError(
+            f"'{name}' is neither a recipe file nor a preset; {did_you_mean(name, known)}"
+        )
     return path
 
 
-def load_recipe(config: str | Path | None = None, overrides: Iterable[str] = (), options: dict[str, Any] | None = None) -> Recipe:
+def load_recipe(
+    config: str | Path | None = None,
+    overrides: Iterable[str] = (),
+    options: dict[str, Any] | None = None,
+) -> Recipe:
     """Read and check a recipe.
 
-    config: preset name, file, or None for the preset `default`; overrides: `a.b=value` with the value in YAML, list items by
-    number; options: dotted key to value, None meaning not given, `method` meaning one engine for everything.
-    Raises ConfigError: one line with the place, the key, and what would be right.
+    config: preset name, file, or None for the preset `default`; overrides: `a.b=value` with the
+    value in YAML, list items by number; options: dotted key to value, None meaning not given,
+    `method` meaning one engine for everything. Raises ConfigError: one line with the place, the
+    key, and what would be right.
     """
     return assemble(config, [list(map(_override, overrides)), list(_named(options or {}))])
 
 
 def assemble(config: str | Path | None, layers: Iterable[list[Entry]]) -> Recipe:
-    """A preset or file with layers of settings over it, stronger ones last. Raises ConfigError that names the place of the setting."""
+    """A preset or file with layers of settings over it, stronger ones last. Raises ConfigError that
+    names the place of the setting.
+    """
     path = find_recipe(config)
     document = parse_document(read_text(path), str(path))
     if not isinstance(document.value, dict):
-        raise ConfigError(f"{path}:1: expected a mapping of recipe sections: {', '.join(Recipe.model_fields)}")
+        raise ConfigError(
+            f"{path}:1: expected a mapping of recipe sections: {', '.join(Recipe.model_fields)}"
+        )
     data, origins = document.value, dict(document.places)
     return _laid_over(data, origins, layers)
 
 
 def changed(recipe: Recipe, settings: dict[str, Any], where: str) -> Recipe:
-    """A recipe with other settings, by dotted key. where: what messages name. Raises ConfigError as `assemble`."""
+    """A recipe with other settings, by dotted key. where: what messages name. Raises ConfigError as
+    `assemble`.
+    """
     layer = [(keys_of(key, where), value, where) for key, value in settings.items()]
     return _laid_over(recipe.model_dump(mode="json"), {(): where}, [layer])
 
 
-def _laid_over(data: dict[str, Any], origins: dict[Keys, str], layers: Iterable[list[Entry]]) -> Recipe:
+def _laid_over(
+    data: dict[str, Any], origins: dict[Keys, str], layers: Iterable[list[Entry]]
+) -> Recipe:
     for layer in layers:
         _overlay(data, origins, layer)
     try:
@@ -98,12 +127,16 @@ def _override(text: str) -> Entry:
 
 
 def keys_of(dotted: str, origin: str) -> Keys:
-    """The path that a dotted key means. Raises ConfigError naming the nearest one if a recipe has no such path."""
+    """The path that a dotted key means. Raises ConfigError naming the nearest one if a recipe has
+    no such path.
+    """
     path = tuple(int(key) if key.isdecimal() else key for key in dotted.split("."))
     for depth, key in enumerate(path):
         section = _section(path[:depth])
         if section and isinstance(key, str) and key not in section.model_fields:
-            raise ConfigError(f"{origin}: there is no '{dotted}' in a recipe; {_nearest_path(dotted)}")
+            raise ConfigError(
+                f"{origin}: there is no '{dotted}' in a recipe; {_nearest_path(dotted)}"
+            )
     return path
 
 
@@ -133,7 +166,10 @@ def _put(data: Any, path: Keys, value: Any, origin: str) -> None:
     for depth, key in enumerate(path):
         above = ".".join(map(str, path[:depth])) or "the recipe"
         if isinstance(data, list) and not (isinstance(key, int) and key < len(data)):
-            raise ConfigError(f"{origin}: {above} is a list; name one of its items by a number from 0 to {len(data) - 1}")
+            raise ConfigError(
+                f"{origin}: {above} is a list; name one of its items by a number from 0 to "
+                f"{len(data) - 1}"
+            )
         if not isinstance(data, dict | list) or (isinstance(data, dict) and isinstance(key, int)):
             raise ConfigError(f"{origin}: {above} holds no '{key}'")
         default = _item(default, key)
@@ -152,30 +188,48 @@ def _item(node: Any, key: str | int) -> Any:
 
 
 def _explain(error: ValidationError, origins: dict[Keys, str]) -> str:
-    problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
+    problems = sorted(
+        error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden"
+    )
     first, more = problems[0], len(problems) - 1
     path, reason = tuple(first["loc"]), first["msg"].removeprefix("Value error, ")
-    named = path or tuple(reason.partition(" ")[0].split("."))  # what is wrong between sections begins with the key to change
-    where = next(origins[named[:depth]] for depth in range(len(named), -1, -1) if named[:depth] in origins)
+    named = path or tuple(
+        reason.partition(" ")[0].split(".")
+    )  # what is wrong between sections begins with the key to change
+    where = next(
+        origins[named[:depth]] for depth in range(len(named), -1, -1) if named[:depth] in origins
+    )
     suffix = f" (and {more} more)" if more else ""
     if first["type"] == "extra_forbidden":
         above = ".".join(map(str, path[:-1])) or "the recipe"
         return f"{where}: unknown key '{path[-1]}' in {above}; {_nearest_key(path)}{suffix}"
     reason = reason.replace("Input should", "should").replace("valid tuple", "list")
-    reason = {"model_type": "should be a mapping", "too_short": "must not be empty"}.get(first["type"], reason)
+    reason = {"model_type": "should be a mapping", "too_short": "must not be empty"}.get(
+        first["type"], reason
+    )
     shown = repr(first["input"])[:60]
     given = "" if isinstance(first["input"], dict | list) or shown in reason else f", not {shown}"
-    quote = "; put it in quotes" if first["type"] == "string_type" and isinstance(first["input"], int | float) else ""
+    quote = (
+        "; put it in quotes"
+        if first["type"] == "string_type" and isinstance(first["input"], int | float)
+        else ""
+    )
     what = " ".join(filter(None, (".".join(map(str, path)), reason)))
     return f"{where}: {what}{given}{quote}{suffix}"
 
 
 def _section(path: Keys) -> type[Section] | None:
-    """Return the model of the section at a path, or None where the recipe holds a value or anything goes."""
+    """Return the model of the section at a path, or None where the recipe holds a value or anything
+    goes.
+    """
     section: type[Section] | None = Recipe
     for key in path:
         if isinstance(key, str):
-            section = _model_in(section.model_fields[key].annotation) if section and key in section.model_fields else None
+            section = (
+                _model_in(section.model_fields[key].annotation)
+                if section and key in section.model_fields
+                else None
+            )
     return section
 
 
@@ -190,13 +244,19 @@ def _paths(section: type[Section], above: str = "") -> Iterator[str]:
     for name, field in section.model_fields.items():
         yield above + name
         if inner := _model_in(field.annotation):
-            yield from _paths(inner, f"{above}{name}." + ("" if field.annotation is inner else "0."))
+            yield from _paths(
+                inner, f"{above}{name}." + ("" if field.annotation is inner else "0.")
+            )
 
 
 def _nearest_path(dotted: str) -> str:
     paths = list(_paths(Recipe))
     same_leaf = [path for path in paths if path.split(".")[-1] == dotted.split(".")[-1]]
-    return f"did you mean '{same_leaf[0]}'?" if len(same_leaf) == 1 else did_you_mean(dotted, same_leaf or paths)
+    return (
+        f"did you mean '{same_leaf[0]}'?"
+        if len(same_leaf) == 1
+        else did_you_mean(dotted, same_leaf or paths)
+    )
 
 
 def _nearest_key(path: Keys) -> str:

@@ -13,4 +13,7 @@ def presets() -> dict[str, Path]:
 
 def preset_titles() -> dict[str, str]:
     """First line of the header of each preset."""
-    return {name: read_text(path).partition("\n")[0].removeprefix("# ") for name, path in presets().items()}
+    return {
+        name: read_text(path).partition("\n")[0].removeprefix("# ")
+        for name, path in presets().items()
+    }

@@ -10,10 +10,15 @@ _UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
 def size_in_bytes(size: str | int) -> int:
-    """Turn `3.2GiB`, `500 MB` or a number of bytes into bytes. Raises ValueError saying which units exist."""
+    """Turn `3.2GiB`, `500 MB` or a number of bytes into bytes. Raises ValueError saying which units
+    exist.
+    """
     match = re.fullmatch(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([A-Za-z]*)", str(size).strip())
     if type(size) not in (str, int) or match is None or match[2] not in _UNITS:
-        raise ValueError(f"must be a number with a unit ({', '.join(filter(None, _UNITS))}) such as 3.2GiB, not {size!r}")
+        raise ValueError(
+            f"must be a number with a unit ({', '.join(filter(None, _UNITS))}) such as 3.2GiB, "
+            f"not {size!r}"
+        )
     if (count := int(float(match[1]) * _UNITS[match[2]])) < 1:
         raise ValueError(f"must be at least one byte, not {size!r}")
     return count

@@ -8,16 +8,28 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from compressor.plan import DENSE
-from compressor.reporting.report import HEADINGS, MIX, before_after, least_kept, method_mix, residuals, searched
+from compressor.reporting.report import (
+    HEADINGS,
+    MIX,
+    before_after,
+    least_kept,
+    method_mix,
+    residuals,
+    searched,
+)
 from compressor.reporting.tables import kept_removed
 
 TEMPLATE = Path(__file__).parent / "templates" / "card.md.j2"
 
 
-def model_card(report: dict[str, Any], recipe_yaml: str, source_name: str, license: str | None = None) -> str:
-    """README.md of the checkpoint: front matter, how to load it, what it is, figures, recipe, limits.
+def model_card(
+    report: dict[str, Any], recipe_yaml: str, source_name: str, license: str | None = None
+) -> str:
+    """README.md of the checkpoint: front matter, how to load it, what it is, figures, recipe,
+    limits.
 
-    source_name: hub id, `reference` or folder of the original; of an absolute folder only the last part is shown.
+    source_name: hub id, `reference` or folder of the original; of an absolute folder only the last
+    part is shown.
     """
     name = PurePath(source_name).name if PurePath(source_name).is_absolute() else source_name
     methods = sorted({linear["method"] for linear in report["linears"]} - {DENSE})

@@ -1,4 +1,6 @@
-"""Which figures a page shows of one checkpoint, from its report and its curves; `plots` draws them."""
+"""Which figures a page shows of one checkpoint, from its report and its curves; `plots` draws
+them.
+"""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -14,28 +16,59 @@ Entry = Mapping[str, Any]
 def of(report: Mapping[str, Any], curves: Sequence[Entry]) -> list[tuple[str, str]]:
     """Captions and figures, as inline SVG."""
     linears = report["linears"]
-    found = [("Allocation, and the errors predicted and measured", plots.allocation(linears))] if linears else []
+    found = (
+        [("Allocation, and the errors predicted and measured", plots.allocation(linears))]
+        if linears
+        else []
+    )
     found += heat_maps(linears)
     lines = lines_of(linears, curves)
     for method in dict.fromkeys(curve["method"] for curve in curves):
         mine = [line for line in lines if line["method"] == method]
         shapes = thinned([line for line in mine if len(line["kept"]) > 1])
         if shapes:
-            caption = f"What each linear could have been: error of {method} against the size kept; dots are the choices"
-            found.append((caption, plots.panels(shapes, "kept", "error", "kept (bits)", "relative error", marks=True)))
+            caption = (
+                f"What each linear could have been: error of {method} against the size kept; dots "
+                "are the choices"
+            )
+            found.append(
+                (
+                    caption,
+                    plots.panels(
+                        shapes, "kept", "error", "kept (bits)", "relative error", marks=True
+                    ),
+                )
+            )
         spectra = thinned([line for line in mine if len(line.get("ranks", ())) > 1])
         if spectra:
-            caption = f"Singular values, weighted by the metric of {method}: share of the energy in each"
-            found.append((caption, plots.panels(spectra, "ranks", "spectrum", "singular value, by size", "share of energy")))
+            caption = (
+                f"Singular values, weighted by the metric of {method}: share of the energy in each"
+            )
+            found.append(
+                (
+                    caption,
+                    plots.panels(
+                        spectra, "ranks", "spectrum", "singular value, by size", "share of energy"
+                    ),
+                )
+            )
     return found
 
 
 def heat_maps(linears: Sequence[Entry]) -> list[tuple[str, str]]:
     """Size, error and damage by block and projection; those that were not measured are left out."""
     maps = {
-        "Share of bits removed": ("removed", "viridis", lambda part: 1 - _sum(part, "bits") / _sum(part, "dense_bits")),
+        "Share of bits removed": (
+            "removed",
+            "viridis",
+            lambda part: 1 - _sum(part, "bits") / _sum(part, "dense_bits"),
+        ),
         "Error of the output": ("relative error", "YlOrRd", lambda part: _largest(part, "error")),
-        "Damage counted by the allocation": ("nats per token", "YlOrRd", lambda part: _largest(part, "kl")),
+        "Damage counted by the allocation": (
+            "nats per token",
+            "YlOrRd",
+            lambda part: _largest(part, "kl"),
+        ),
     }
     found = []
     for caption, (label, colours, value) in maps.items():
@@ -46,7 +79,9 @@ def heat_maps(linears: Sequence[Entry]) -> list[tuple[str, str]]:
 
 
 def lines_of(linears: Sequence[Entry], curves: Sequence[Entry]) -> list[dict[str, Any]]:
-    """The curves with the panel and block they belong to, and with the choice that was made if it was of that method, (kept, error)."""
+    """The curves with the panel and block they belong to, and with the choice that was made if it
+    was of that method, (kept, error).
+    """
     chosen = {linear["name"]: linear for linear in linears}
     lines = []
     for curve in curves:
@@ -56,12 +91,18 @@ def lines_of(linears: Sequence[Entry], curves: Sequence[Entry]) -> list[dict[str
             continue
         mark = None
         if all(member["method"] == curve["method"] for member in members):
-            error = members[0]["predicted"] if members[0]["measured"] is None else members[0]["measured"]
+            error = (
+                members[0]["predicted"]
+                if members[0]["measured"] is None
+                else members[0]["measured"]
+            )
             mark = _sum(members, "bits") / _sum(members, "dense_bits"), error
         names = [name.rpartition(".")[2] for name in curve["members"]]
         together = len(set(names)) > 1
         panel = f"{place[1].rpartition('.')[0]}.{{{','.join(names)}}}" if together else place[1]
-        lines.append({**curve, "panel": panel, "block": place[0], "name": curve["linear"], "mark": mark})
+        lines.append(
+            {**curve, "panel": panel, "block": place[0], "name": curve["linear"], "mark": mark}
+        )
     return lines
 
 
@@ -74,7 +115,9 @@ def thinned(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def place_of(name: str) -> tuple[int, str] | None:
-    """Block and projection of a linear; experts of one block share a place. None outside the blocks."""
+    """Block and projection of a linear; experts of one block share a place. None outside the
+    blocks.
+    """
     match = re.search(r"(?:^|\.)(\d+)\.(.+)", name)
     return match and (int(match[1]), re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", match[2]))
 

@@ -1,9 +1,13 @@
-"""The quality gate: hold a report against a baseline report and name every score that left its limits.
+"""The quality gate: hold a report against a baseline report and name every score that left its
+limits.
 
-A score is a number of `report.json`: `perplexity`, `kl` and `bytes` of the compressed model, or `task.metric` of lm-eval. Its limits:
+A score is a number of `report.json`: `perplexity`, `kl` and `bytes` of the compressed model, or
+`task.metric` of lm-eval. Its limits:
 
-    max, min                     the score itself: a number (0.05), or a multiple of the baseline (0.95x)
-    max_increase, max_decrease   what it may rise or fall: a number (0.5), or a share of the baseline (2%)
+    max, min                     the score itself: a number (0.05), or a multiple of the baseline
+                                 (0.95x)
+    max_increase, max_decrease   what it may rise or fall: a number (0.5), or a share of the
+                                 baseline (2%)
     tolerance                    both of these, so that an improvement that large is named too
 """
 
@@ -67,7 +71,9 @@ DEFAULT: Mapping[str, Limits] = {"perplexity": Limits(max_increase="2%")}
 
 
 def read_limits(path: Path) -> dict[str, Limits]:
-    """Read a YAML file with one section, `limits`. Raises ConfigError with the place of what is not right."""
+    """Read a YAML file with one section, `limits`. Raises ConfigError with the place of what is not
+    right.
+    """
     document = parse_document(read_text(path), str(path))
     try:
         return LimitsFile.model_validate(document.value).limits
@@ -76,27 +82,43 @@ def read_limits(path: Path) -> dict[str, Limits]:
 
 
 def _explain(error: ValidationError, places: Mapping[tuple, str], where: str) -> str:
-    first = min(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
+    first = min(
+        error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden"
+    )
     at = tuple(first["loc"])
-    place = next((places[at[:depth]] for depth in range(len(at), -1, -1) if at[:depth] in places), where)
+    place = next(
+        (places[at[:depth]] for depth in range(len(at), -1, -1) if at[:depth] in places), where
+    )
     dotted = ".".join(map(str, at))
     if first["type"] == "extra_forbidden":
-        return f"{place}: unknown key '{dotted}'; {did_you_mean(str(at[-1]), (LimitsFile if len(at) == 1 else Limits).model_fields)}"
+        return (
+            f"{place}: unknown key '{dotted}'; "
+            f"{did_you_mean(str(at[-1]), (LimitsFile if len(at) == 1 else Limits).model_fields)}"
+        )
     if first["type"] in ("missing", "model_type", "dict_type"):
         return f"{place}: expected a mapping such as limits: {{kl: {{max: 0.05}}}}"
     return f"{place}: {dotted} {first['msg'].removeprefix('Value error, ')}"
 
 
 def named_limits(
-    max: Sequence[str] = (), min: Sequence[str] = (), tolerance: Sequence[str] = (), perplexity_increase: str | None = None
+    max: Sequence[str] = (),
+    min: Sequence[str] = (),
+    tolerance: Sequence[str] = (),
+    perplexity_increase: str | None = None,
 ) -> dict[str, Limits]:
     """Limits from `score=value` texts of the command line. Raises ConfigError naming the option."""
-    given = [("max", text) for text in max] + [("min", text) for text in min] + [("tolerance", text) for text in tolerance]
+    given = (
+        [("max", text) for text in max]
+        + [("min", text) for text in min]
+        + [("tolerance", text) for text in tolerance]
+    )
     found: dict[str, dict[str, str]] = {}
     for kind, text in given:
         score, equals, value = text.rpartition("=")
         if not equals or not score:
-            raise ConfigError(f"--{kind} {text}: expected score=value, such as kl=0.05 or task.metric=0.95x")
+            raise ConfigError(
+                f"--{kind} {text}: expected score=value, such as kl=0.05 or task.metric=0.95x"
+            )
         found.setdefault(score, {})[kind] = value
     if perplexity_increase is not None:
         found.setdefault("perplexity", {})["max_increase"] = perplexity_increase
@@ -110,7 +132,9 @@ def named_limits(
 
 
 def merge(weaker: Mapping[str, Limits], stronger: Mapping[str, Limits]) -> dict[str, Limits]:
-    """Limits of both; where they bound one score from the same side by the same kind, the stronger ones."""
+    """Limits of both; where they bound one score from the same side by the same kind, the stronger
+    ones.
+    """
     both = {score: weaker[score].model_dump(exclude_none=True) for score in weaker}
     for score, limits in stronger.items():
         both[score] = both.get(score, {}) | limits.model_dump(exclude_none=True)
@@ -120,60 +144,97 @@ def merge(weaker: Mapping[str, Limits], stronger: Mapping[str, Limits]) -> dict[
 def read_report(path: Path) -> dict[str, Any]:
     """Read `report.json`, or that of a checkpoint folder.
 
-    Raises CheckpointError if there is none, if it is not a report, or if perplexity or KL are missing; ConfigError for a wrong path.
+    Raises CheckpointError if there is none, if it is not a report, or if perplexity or KL are
+    missing; ConfigError for a wrong path.
     """
     if not path.exists():
         raise ConfigError(f"{path}: no such file or folder; give a checkpoint or its {REPORT}")
     path = path / REPORT if path.is_dir() else path
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; only checkpoints written by `compressor compress` hold a report")
+        raise CheckpointError(
+            f"{path}: no such file; only checkpoints written by `compressor compress` hold a report"
+        )
     report = read_json(path)
     if not _is_report(report):
         raise CheckpointError(f"{path}: is not a report of `compressor compress`")
     if report["perplexity"].get("compressed") is None or report["kl"] is None:
         reason = report.get("reason") or "no reason is given"
-        raise CheckpointError(f"{path}: has no scores ({reason}); compress again with evaluation.enabled=true")
+        raise CheckpointError(
+            f"{path}: has no scores ({reason}); compress again with evaluation.enabled=true"
+        )
     if not isinstance(report["fingerprints"].get("evaluation"), str):
-        raise CheckpointError(f"{path}: does not say which text it was evaluated on (fingerprints.evaluation); compress again")
+        raise CheckpointError(
+            f"{path}: does not say which text it was evaluated on (fingerprints.evaluation); "
+            "compress again"
+        )
     for score, value in scores(report).items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not math.isfinite(value)
+        ):
             raise CheckpointError(f"{path}: {score} is {value!r}, expected a finite number")
     return report
 
 
 def _is_report(data: Mapping[str, Any]) -> bool:
-    sections = all(isinstance(data.get(name), dict) for name in ("perplexity", "bytes", "fingerprints"))
+    sections = all(
+        isinstance(data.get(name), dict) for name in ("perplexity", "bytes", "fingerprints")
+    )
     tasks = data.get("lm_eval") or {}
-    return sections and "kl" in data and isinstance(tasks, dict) and all(isinstance(metrics, dict) for metrics in tasks.values())
+    return (
+        sections
+        and "kl" in data
+        and isinstance(tasks, dict)
+        and all(isinstance(metrics, dict) for metrics in tasks.values())
+    )
 
 
 def scores(report: Mapping[str, Any]) -> dict[str, float]:
     """Every score of a report that a limit can name."""
-    found = {"perplexity": report["perplexity"]["compressed"], "kl": report["kl"], "bytes": report["bytes"].get("compressed")}
+    found = {
+        "perplexity": report["perplexity"]["compressed"],
+        "kl": report["kl"],
+        "bytes": report["bytes"].get("compressed"),
+    }
     for task, metrics in (report.get("lm_eval") or {}).items():
-        found |= {f"{task}.{metric}": value for metric, value in metrics.items() if value is not None}
+        found |= {
+            f"{task}.{metric}": value for metric, value in metrics.items() if value is not None
+        }
     return found
 
 
-def compare(report: Path, baseline: Path, limits: Mapping[str, Limits] | None = None) -> dict[str, Any]:
-    """Hold a report against a baseline: {report, baseline, checks, broken}, a check for every limit, `broken` their messages.
+def compare(
+    report: Path, baseline: Path, limits: Mapping[str, Limits] | None = None
+) -> dict[str, Any]:
+    """Hold a report against a baseline: {report, baseline, checks, broken}, a check for every
+    limit, `broken` their messages.
 
-    limits: score → limits; None for at most 2 % more perplexity. Raises ConfigError if the two were not evaluated on the same
-    windows or tasks, or a limit names a score that one of them does not have.
+    limits: score → limits; None for at most 2 % more perplexity. Raises ConfigError if the two were
+    not evaluated on the same windows or tasks, or a limit names a score that one of them does not
+    have.
     """
     if not baseline.exists():
-        raise ConfigError(f"{baseline}: no such baseline; write one with `compressor gate --update {report} --baseline {baseline}`")
+        raise ConfigError(
+            f"{baseline}: no such baseline; write one with `compressor gate --update {report} "
+            f"--baseline {baseline}`"
+        )
     new, old = read_report(report), read_report(baseline)
     if new["fingerprints"]["evaluation"] != old["fingerprints"]["evaluation"]:
         raise ConfigError(
-            f"{report} and {baseline} were evaluated on different windows (fingerprints.evaluation), so their scores do not compare;"
-            f" evaluate on the same text and window, or write a new baseline with `compressor gate --update`"
+            f"{report} and {baseline} were evaluated on different windows "
+            "(fingerprints.evaluation), so their scores do not compare;"
+            " evaluate on the same text and window, or write a new baseline with `compressor "
+            "gate --update`"
         )
     checks = []
     for score, bounds in (DEFAULT if limits is None else limits).items():
         values = [_score(each, score, path) for each, path in ((new, report), (old, baseline))]
         _refuse_other_tasks(score, new, old, report, baseline)
-        checks += [_check(score, kind, limit, *values) for kind, limit in bounds.model_dump(exclude_none=True).items()]
+        checks += [
+            _check(score, kind, limit, *values)
+            for kind, limit in bounds.model_dump(exclude_none=True).items()
+        ]
     if not checks:
         raise ConfigError("the limits bound nothing; give at least one, such as kl: {max: 0.05}")
     return {
@@ -191,12 +252,17 @@ def _score(report: Mapping[str, Any], score: str, path: Path) -> float:
     return found[score]
 
 
-def _refuse_other_tasks(score: str, new: Mapping[str, Any], old: Mapping[str, Any], report: Path, baseline: Path) -> None:
+def _refuse_other_tasks(
+    score: str, new: Mapping[str, Any], old: Mapping[str, Any], report: Path, baseline: Path
+) -> None:
     task = next((name for name in new.get("lm_eval") or {} if score.startswith(f"{name}.")), None)
     for key in ("samples", "max_length") if task else ():
         counts = [each["lm_eval"].get(task, {}).get(key) for each in (new, old)]
         if counts[0] != counts[1]:
-            raise ConfigError(f"{task}: {key} is {counts[0]} in {report} and {counts[1]} in {baseline}, so {score} does not compare")
+            raise ConfigError(
+                f"{task}: {key} is {counts[0]} in {report} and {counts[1]} in {baseline}, so "
+                f"{score} does not compare"
+            )
 
 
 def _check(score: str, kind: str, limit: str, measured: float, baseline: float) -> dict[str, Any]:
@@ -204,9 +270,23 @@ def _check(score: str, kind: str, limit: str, measured: float, baseline: float) 
     passed = least <= measured <= most
     side, end = ("at most", most) if measured > most or least == -math.inf else ("at least", least)
     how = f"{kind.replace('_', ' ')} {limit}"
-    message = f"{score} is {number(measured)}, {side} {number(end)} is allowed ({how}, baseline {number(baseline)})"
-    ends = {"least": least if math.isfinite(least) else None, "most": most if math.isfinite(most) else None}
-    return {"score": score, "limit": how, "measured": measured, "baseline": baseline, **ends, "passed": passed, "message": message}
+    message = (
+        f"{score} is {number(measured)}, {side} {number(end)} is allowed ({how}, baseline "
+        f"{number(baseline)})"
+    )
+    ends = {
+        "least": least if math.isfinite(least) else None,
+        "most": most if math.isfinite(most) else None,
+    }
+    return {
+        "score": score,
+        "limit": how,
+        "measured": measured,
+        "baseline": baseline,
+        **ends,
+        "passed": passed,
+        "message": message,
+    }
 
 
 def _bounds(score: str, kind: str, limit: str, baseline: float) -> tuple[float, float]:
@@ -214,7 +294,10 @@ def _bounds(score: str, kind: str, limit: str, baseline: float) -> tuple[float, 
     value = float(limit.rstrip("x%"))
     if kind in ("max", "min"):
         if limit.endswith("x") and baseline < 0:
-            raise ConfigError(f"{score}: {limit} of the baseline {number(baseline)}, which is negative; limit its change instead")
+            raise ConfigError(
+                f"{score}: {limit} of the baseline {number(baseline)}, which is negative; limit "
+                "its change instead"
+            )
         bound = value * baseline if limit.endswith("x") else value
         return (-math.inf, bound) if kind == "max" else (bound, math.inf)
     change = value / 100 * abs(baseline) if limit.endswith("%") else value
@@ -223,7 +306,9 @@ def _bounds(score: str, kind: str, limit: str, baseline: float) -> tuple[float, 
 
 
 def update(report: Path, baseline: Path) -> dict[str, Any]:
-    """Write the scores of a report as the new baseline, whole or not at all. An existing file must be a report or a baseline."""
+    """Write the scores of a report as the new baseline, whole or not at all. An existing file must
+    be a report or a baseline.
+    """
     found = read_report(report)
     if baseline.is_file() and not _is_report(read_json(baseline)):
         raise ConfigError(f"{baseline}: is no baseline, so it is not replaced; choose another name")
@@ -239,8 +324,18 @@ def render(found: Mapping[str, Any]) -> RenderableType:
 
 
 def _row(check: Mapping[str, Any]) -> Iterator[str]:
-    bounds = [f"{sign} {number(check[key])}" for key, sign in (("least", "≥"), ("most", "≤")) if check[key] is not None]
-    yield from (check["score"], check["limit"], number(check["measured"]), number(check["baseline"]), ", ".join(bounds))
+    bounds = [
+        f"{sign} {number(check[key])}"
+        for key, sign in (("least", "≥"), ("most", "≤"))
+        if check[key] is not None
+    ]
+    yield from (
+        check["score"],
+        check["limit"],
+        number(check["measured"]),
+        number(check["baseline"]),
+        ", ".join(bounds),
+    )
 
 
 def write_junit(path: Path, found: Mapping[str, Any]) -> None:
@@ -248,21 +343,35 @@ def write_junit(path: Path, found: Mapping[str, Any]) -> None:
     counts = {"tests": str(len(found["checks"])), "failures": str(len(found["broken"]))}
     suite = ElementTree.Element("testsuite", {"name": "compressor gate", **counts})
     for check in found["checks"]:
-        case = ElementTree.SubElement(suite, "testcase", {"classname": "compressor.gate", "name": f"{check['score']} {check['limit']}"})
+        case = ElementTree.SubElement(
+            suite,
+            "testcase",
+            {"classname": "compressor.gate", "name": f"{check['score']} {check['limit']}"},
+        )
         if not check["passed"]:
             ElementTree.SubElement(case, "failure", {"message": check["message"]})
     ElementTree.indent(suite)
-    replace_text(path, '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(suite, encoding="unicode") + "\n")
+    replace_text(
+        path,
+        '<?xml version="1.0" encoding="utf-8"?>\n'
+        + ElementTree.tostring(suite, encoding="unicode")
+        + "\n",
+    )
 
 
 def line(message: str, github: bool) -> str:
     """A broken limit as one line: for people, or as GitHub Actions shows it beside the run."""
     if not github:
         return f"regression: {message}"
-    return "::error title=Quality gate::" + message.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+    return "::error title=Quality gate::" + message.replace("%", "%25").replace(
+        "\r", "%0D"
+    ).replace("\n", "%0A")
 
 
 def refuse_limits(*given: Any) -> None:
     """Raise ConfigError if anything is given that `--update` would not heed."""
     if any(given):
-        raise ConfigError("--update compares nothing, so it takes neither limits nor --junit nor --github; leave them out")
+        raise ConfigError(
+            "--update compares nothing, so it takes neither limits nor --junit nor --github; "
+            "leave them out"
+        )

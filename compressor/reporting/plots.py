@@ -1,4 +1,6 @@
-"""Figures as inline SVG: text stays text, ink takes the colour of the page around it, and every mark names itself when pointed at."""
+"""Figures as inline SVG: text stays text, ink takes the colour of the page around it, and every
+mark names itself when pointed at.
+"""
 
 import io
 import re
@@ -15,7 +17,13 @@ SERIES = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2", "#9d
 MARKERS = "osD^vP*X"
 PANELS = 3  # beside each other
 DEPTH = 1e-6  # of a logarithmic scale, below its top
-LEGEND = {"frameon": False, "ncols": 4, "fontsize": 8, "loc": "lower left", "bbox_to_anchor": (0, 1)}  # above the axes
+LEGEND = {
+    "frameon": False,
+    "ncols": 4,
+    "fontsize": 8,
+    "loc": "lower left",
+    "bbox_to_anchor": (0, 1),
+}  # above the axes
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "compressor",
@@ -26,7 +34,17 @@ STYLE = {
     "axes.spines.right": False,
     "grid.alpha": 0.2,
     "axes.axisbelow": True,
-    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color"), INK),
+    **dict.fromkeys(
+        (
+            "text.color",
+            "axes.edgecolor",
+            "axes.labelcolor",
+            "xtick.color",
+            "ytick.color",
+            "grid.color",
+        ),
+        INK,
+    ),
 }
 
 
@@ -38,7 +56,10 @@ def _styled(draw: Callable[..., str]) -> Callable[..., str]:
         try:
             import matplotlib
         except ImportError:
-            raise ConfigError("a report in HTML needs matplotlib; install it with `pip install compressor[report]`, or write .md") from None
+            raise ConfigError(
+                "a report in HTML needs matplotlib; install it with `pip install "
+                "compressor[report]`, or write .md"
+            ) from None
         with matplotlib.rc_context(STYLE):
             return draw(*arguments, **options)
 
@@ -46,7 +67,9 @@ def _styled(draw: Callable[..., str]) -> Callable[..., str]:
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points that no other one beats in both coordinates (smaller is better), by growing first coordinate."""
+    """Indices of the points that no other one beats in both coordinates (smaller is better), by
+    growing first coordinate.
+    """
     front, least = [], float("inf")
     for index in sorted(range(len(points)), key=lambda index: points[index]):
         if points[index][1] < least:
@@ -57,20 +80,43 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 @_styled
 def trade_off(points: Sequence[Mapping[str, Any]], label: str) -> str:
-    """Score against size: one mark for each of {name, series, mib, score}, one colour for each series, and a line along the best."""
+    """Score against size: one mark for each of {name, series, mib, score}, one colour for each
+    series, and a line along the best.
+    """
     axes = _axes(7, 4)
     places = [(point["mib"], point["score"]) for point in points]
     front = [places[index] for index in pareto_front(places)]
-    axes.plot(*zip(*front, strict=True), color=INK, linewidth=1, alpha=0.5, drawstyle="steps-post", zorder=1)
+    axes.plot(
+        *zip(*front, strict=True),
+        color=INK,
+        linewidth=1,
+        alpha=0.5,
+        drawstyle="steps-post",
+        zorder=1,
+    )
     titles = {}
     for order, series in enumerate(dict.fromkeys(point["series"] for point in points)):
         colour, marker = SERIES[order % len(SERIES)], MARKERS[order // len(SERIES) % len(MARKERS)]
         axes.plot([], [], marker, color=colour, label=series)
         for index, point in enumerate(points):
             if point["series"] == series:
-                axes.plot(point["mib"], point["score"], marker, color=colour, markersize=8, zorder=2, gid=f"point-{index}")
-                titles[f"point-{index}"] = f"{point['name']}: {point['mib']:,.4g} MiB, {point['score']:.4g}"
-    axes.set(xlabel="weight files, MiB", ylabel=label, yscale="log" if min(score for _, score in places) > 0 else "linear")
+                axes.plot(
+                    point["mib"],
+                    point["score"],
+                    marker,
+                    color=colour,
+                    markersize=8,
+                    zorder=2,
+                    gid=f"point-{index}",
+                )
+                titles[f"point-{index}"] = (
+                    f"{point['name']}: {point['mib']:,.4g} MiB, {point['score']:.4g}"
+                )
+    axes.set(
+        xlabel="weight files, MiB",
+        ylabel=label,
+        yscale="log" if min(score for _, score in places) > 0 else "linear",
+    )
     axes.grid(True, which="both")
     axes.legend(**LEGEND)
     return _to_svg(axes, titles)
@@ -84,13 +130,26 @@ def heat_map(cells: Mapping[tuple[int, str], float], label: str, colours: str) -
     from matplotlib.colors import Normalize
     from matplotlib.patches import Rectangle
 
-    blocks, rows = sorted({block for block, _ in cells}), list(dict.fromkeys(projection for _, projection in cells))
+    blocks, rows = (
+        sorted({block for block, _ in cells}),
+        list(dict.fromkeys(projection for _, projection in cells)),
+    )
     axes = _axes(max(7, 2.6 + 0.25 * len(blocks)), max(1.6, 0.9 + 0.3 * len(rows)))
     scale = ScalarMappable(Normalize(0, max(cells.values()) or 1.0), colormaps[colours])
     titles = {}
     for index, ((block, projection), value) in enumerate(cells.items()):
         place = (blocks.index(block) - 0.5, rows.index(projection) - 0.5)
-        axes.add_patch(Rectangle(place, 1, 1, facecolor=scale.to_rgba(value), edgecolor=INK, linewidth=0.2, gid=f"cell-{index}"))
+        axes.add_patch(
+            Rectangle(
+                place,
+                1,
+                1,
+                facecolor=scale.to_rgba(value),
+                edgecolor=INK,
+                linewidth=0.2,
+                gid=f"cell-{index}",
+            )
+        )
         titles[f"cell-{index}"] = f"block {block}, {projection}: {value:.4g}"
     every = max(1, len(blocks) // 16)
     axes.set(xlim=(-0.5, len(blocks) - 0.5), ylim=(len(rows) - 0.5, -0.5), xlabel="block")
@@ -102,7 +161,9 @@ def heat_map(cells: Mapping[tuple[int, str], float], label: str, colours: str) -
 
 @_styled
 def allocation(linears: Sequence[Mapping[str, Any]]) -> str:
-    """Fraction kept of each linear in the order of the model, coloured by method, above the error that it leaves."""
+    """Fraction kept of each linear in the order of the model, coloured by method, above the error
+    that it leaves.
+    """
     upper = _axes(max(7, 1.5 + 0.06 * len(linears)), 4.5, rows=2)
     lower = upper.figure.axes[1]
     methods = list(dict.fromkeys(linear["method"] for linear in linears))
@@ -117,9 +178,19 @@ def allocation(linears: Sequence[Mapping[str, Any]]) -> str:
     for key, marker in (("predicted", "-"), ("measured", "."), ("error", "--")):
         values = [linear.get(key) for linear in linears]
         if any(values):
-            lower.plot([value or None for value in values], marker, label=key, linewidth=1, color=SERIES["-.--".index(marker)])
+            lower.plot(
+                [value or None for value in values],
+                marker,
+                label=key,
+                linewidth=1,
+                color=SERIES["-.--".index(marker)],
+            )
     upper.set(ylabel="kept (bits)", ylim=(0, 1.02), xlim=(-1, len(linears)))
-    lower.set(ylabel="relative error", xlabel="linear, in the order of the model", yscale="log" if lower.lines else "linear")
+    lower.set(
+        ylabel="relative error",
+        xlabel="linear, in the order of the model",
+        yscale="log" if lower.lines else "linear",
+    )
     for axes in (upper, lower):
         axes.grid(True, axis="y")
         if axes.get_legend_handles_labels()[0]:
@@ -128,10 +199,19 @@ def allocation(linears: Sequence[Mapping[str, Any]]) -> str:
 
 
 @_styled
-def panels(lines: Sequence[Mapping[str, Any]], across: str, up: str, label: str, height: str, marks: bool = False) -> str:
-    """Lines {panel, block, name, mark, …} in a panel for each projection, coloured by block, heights on a logarithmic scale.
+def panels(
+    lines: Sequence[Mapping[str, Any]],
+    across: str,
+    up: str,
+    label: str,
+    height: str,
+    marks: bool = False,
+) -> str:
+    """Lines {panel, block, name, mark, …} in a panel for each projection, coloured by block,
+    heights on a logarithmic scale.
 
-    across, up: keys of their points; label, height: what these mean. marks: whether to put a dot at the `mark` (x, y) of a line.
+    across, up: keys of their points; label, height: what these mean. marks: whether to put a dot at
+    the `mark` (x, y) of a line.
     """
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
@@ -142,15 +222,21 @@ def panels(lines: Sequence[Mapping[str, Any]], across: str, up: str, label: str,
     axes = _axes(7.5, 0.6 + 1.9 * rows, rows, PANELS)
     every, titles = axes.figure.axes, {}
     last = max(line["block"] for line in lines)
-    scale = ScalarMappable(Normalize(0, max(last, 1)), colormaps["cool"])  # readable on light and dark
+    scale = ScalarMappable(
+        Normalize(0, max(last, 1)), colormaps["cool"]
+    )  # readable on light and dark
     for index, line in enumerate(lines):
         place, colour = every[names.index(line["panel"])], scale.to_rgba(line["block"])
         points = [(x, y) for x, y in zip(line[across], line[up], strict=True) if y > 0]
-        place.plot(*zip(*points, strict=True), color=colour, linewidth=1, gid=f"line-{index}") if points else None
+        place.plot(
+            *zip(*points, strict=True), color=colour, linewidth=1, gid=f"line-{index}"
+        ) if points else None
         titles[f"line-{index}"] = line["name"]
         if marks and line["mark"] and line["mark"][1]:
             place.plot(*line["mark"], "o", color=colour, markersize=4, gid=f"mark-{index}")
-            titles[f"mark-{index}"] = f"{line['name']}: {100 * line['mark'][0]:.1f} % kept, {line['mark'][1]:.3g}"
+            titles[f"mark-{index}"] = (
+                f"{line['name']}: {100 * line['mark'][0]:.1f} % kept, {line['mark'][1]:.3g}"
+            )
     for place, name in zip(every, names, strict=False):
         place.set_title(name, fontsize=8)
         place.set_yscale("log")
@@ -163,7 +249,15 @@ def panels(lines: Sequence[Mapping[str, Any]], across: str, up: str, label: str,
     axes.figure.supxlabel(label, fontsize=10, color=INK)
     axes.figure.supylabel(height, fontsize=10, color=INK)
     if last:
-        axes.figure.colorbar(scale, ax=every[: len(names)], label="block", fraction=0.03, aspect=30, shrink=0.5, ticks=[0, last])
+        axes.figure.colorbar(
+            scale,
+            ax=every[: len(names)],
+            label="block",
+            fraction=0.03,
+            aspect=30,
+            shrink=0.5,
+            ticks=[0, last],
+        )
     return _to_svg(axes, titles)
 
 
@@ -181,15 +275,21 @@ def _to_svg(axes: Any, titles: Mapping[str, str]) -> str:
         if each.get_yscale() == "log":
             each.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
             low, high = each.get_ylim()
-            few = high < 30 * low  # then there may be one power of ten or none, and a label at 2 and 5 as well
-            each.yaxis.set_minor_formatter(lambda value, _, few=few: f"{value:g}" if few and f"{value:e}"[0] in "25" else "")
+            few = (
+                high < 30 * low
+            )  # then there may be one power of ten or none, and a label at 2 and 5 as well
+            each.yaxis.set_minor_formatter(
+                lambda value, _, few=few: f"{value:g}" if few and f"{value:e}"[0] in "25" else ""
+            )
     written = io.StringIO()
     axes.figure.savefig(written, format="svg", transparent=True, metadata={"Date": None})
     return inline(written.getvalue(), titles)
 
 
 def inline(svg: str, titles: Mapping[str, str]) -> str:
-    """Turn an SVG document into an element of a page: titles added, metadata and fixed sizes removed, ink in the page's colour."""
+    """Turn an SVG document into an element of a page: titles added, metadata and fixed sizes
+    removed, ink in the page's colour.
+    """
     ElementTree.register_namespace("", SVG)
     ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
     root = ElementTree.fromstring(svg)

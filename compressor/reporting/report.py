@@ -1,6 +1,7 @@
 """The report of a run: what was kept, what it cost, and the same as a table and as a model card.
 
-Fractions are fractions kept. Sizes count what the linears store in the output dtype, bias included; `bytes` are the files themselves.
+Fractions are fractions kept. Sizes count what the linears store in the output dtype, bias included;
+`bytes` are the files themselves.
 """
 
 import json
@@ -29,7 +30,8 @@ class Sizes:
 
     original_bytes: int  # files of the source model
     compressed_bytes: int  # files written
-    other_bits: int  # tensors outside the targeted linears, as stored in the output (before and after alike)
+    # tensors outside the targeted linears, as stored in the output (before and after alike)
+    other_bits: int
     other_parameters: int
 
 
@@ -48,17 +50,26 @@ def build(
 ) -> dict[str, Any]:
     """Gather `report.json`.
 
-    plan: with measured errors. unit: "bits" or "parameters", what `kept.targets` and `kept.model` count. evaluation, calibration,
-    heldout: `Comparison.to_json()` on the three texts, None where not measured; `reason` says why the scores are null.
-    lm_eval: of `lm_eval_bridge.scores`, for the compressed model and for the original.
+    plan: with measured errors. unit: "bits" or "parameters", what `kept.targets` and `kept.model`
+    count. evaluation, calibration, heldout: `Comparison.to_json()` on the three texts, None where
+    not measured; `reason` says why the scores are null. lm_eval: of `lm_eval_bridge.scores`, for
+    the compressed model and for the original.
     """
-    counts = {count: _count(plan, count, getattr(sizes, f"other_{count}")) for count in ("bits", "parameters")}
+    counts = {
+        count: _count(plan, count, getattr(sizes, f"other_{count}"))
+        for count in ("bits", "parameters")
+    }
     kept = {count: _kept(found["targets"]) for count, found in counts.items()}
     kept_model = {f"model_{count}": _kept(found["model"]) for count, found in counts.items()}
     return {
-        "kept": {"unit": unit, "targets": kept[unit], "model": kept_model[f"model_{unit}"]} | kept | kept_model,
+        "kept": {"unit": unit, "targets": kept[unit], "model": kept_model[f"model_{unit}"]}
+        | kept
+        | kept_model,
         "bytes": {"original": sizes.original_bytes, "compressed": sizes.compressed_bytes},
-        "sizes": {scope: {count: counts[count][scope] for count in counts} for scope in ("targets", "model")},
+        "sizes": {
+            scope: {count: counts[count][scope] for count in counts}
+            for scope in ("targets", "model")
+        },
         **scores(evaluation),
         "reason": reason,
         "calibration": None if calibration is None else scores(calibration),
@@ -70,7 +81,10 @@ def build(
         "search": plan.search,
         "trained": plan.trained,
         "linears": [{"name": name} | asdict(choice) for name, choice in plan.linears.items()],
-        "warnings": dense_lines({name: choice.reason for name, choice in plan.linears.items() if choice.reason}) + list(warnings),
+        "warnings": dense_lines(
+            {name: choice.reason for name, choice in plan.linears.items() if choice.reason}
+        )
+        + list(warnings),
         "fingerprints": dict(fingerprints or {}),
     }
 
@@ -93,7 +107,10 @@ def scores(evaluation: dict[str, Any] | None) -> dict[str, Any]:
     """The entries of a report that one `Comparison.to_json()` fills; null where there is none."""
     found = evaluation or {}
     return {
-        "perplexity": {"original": found.get("perplexity_original"), "compressed": found.get("perplexity")},
+        "perplexity": {
+            "original": found.get("perplexity_original"),
+            "compressed": found.get("perplexity"),
+        },
         "kl": found.get("kl"),
         "tokens": found.get("tokens"),
         "window": found.get("window"),
@@ -101,17 +118,30 @@ def scores(evaluation: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def before_after(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    """Rows (quantity, original, compressed, kept or change) of the table that tables and model cards show."""
+    """Rows (quantity, original, compressed, kept or change) of the table that tables and model
+    cards show.
+    """
     found = []
     for scope, label in (("targets", "Targeted linears"), ("model", "Whole model")):
         for count, shown in (("bits", lambda bits: size(bits / 8)), ("parameters", number)):
             counted = report["sizes"][scope][count]
             found.append(
-                (f"{label}, stored {count}", shown(counted["original"]), shown(counted["compressed"]), kept_removed(_kept(counted)))
+                (
+                    f"{label}, stored {count}",
+                    shown(counted["original"]),
+                    shown(counted["compressed"]),
+                    kept_removed(_kept(counted)),
+                )
             )
     files = report["bytes"]
-    found.append(("Files", size(files["original"]), size(files["compressed"]), kept_removed(_kept(files))))
-    for label, scores in (("", report), ("held-out ", report["heldout"]), ("calibration ", report["calibration"])):
+    found.append(
+        ("Files", size(files["original"]), size(files["compressed"]), kept_removed(_kept(files)))
+    )
+    for label, scores in (
+        ("", report),
+        ("held-out ", report["heldout"]),
+        ("calibration ", report["calibration"]),
+    ):
         if scores is not None:
             found += _score_rows(label, scores)
     found += [
@@ -123,7 +153,9 @@ def before_after(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
 
 def _score_rows(label: str, scores: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     original, compressed = scores["perplexity"]["original"], scores["perplexity"]["compressed"]
-    shown = [ABSENT if value is None else number(value) for value in (original, compressed, scores["kl"])]
+    shown = [
+        ABSENT if value is None else number(value) for value in (original, compressed, scores["kl"])
+    ]
     window = "" if scores["window"] is None else f", window {scores['window']}"
     first = f"{label}perplexity per token{window}"
     second = f"{label}KL(original‖compressed), nats per token"
@@ -134,26 +166,48 @@ def _score_rows(label: str, scores: dict[str, Any]) -> list[tuple[str, str, str,
 
 
 def _change(original: float | None, compressed: float | None) -> str:
-    return "" if original is None or compressed is None or original == 0 else f"{100 * (compressed / original - 1):+.1f} %"
+    return (
+        ""
+        if original is None or compressed is None or original == 0
+        else f"{100 * (compressed / original - 1):+.1f} %"
+    )
 
 
 def method_mix(report: dict[str, Any]) -> list[tuple[str, ...]]:
     """Rows of `MIX`, one for each method chosen."""
     found = []
-    for method in sorted({linear["method"] for linear in report["linears"]}, key=lambda name: (name == DENSE, name)):
+    for method in sorted(
+        {linear["method"] for linear in report["linears"]}, key=lambda name: (name == DENSE, name)
+    ):
         linears = [linear for linear in report["linears"] if linear["method"] == method]
         dense, bits = (sum(linear[key] for linear in linears) for key in ("dense_bits", "bits"))
         errors = [linear["error"] for linear in linears if linear["error"] is not None]
         least = min(linear["bits"] / linear["dense_bits"] for linear in linears)
         worst = number(max(errors)) if errors else ABSENT
-        found.append((method, str(len(linears)), size(dense / 8), size(bits / 8), percent(bits / dense), percent(least), worst))
+        found.append(
+            (
+                method,
+                str(len(linears)),
+                size(dense / 8),
+                size(bits / 8),
+                percent(bits / dense),
+                percent(least),
+                worst,
+            )
+        )
     return found
 
 
 def least_kept(report: dict[str, Any]) -> str:
     """A sentence naming the linear that keeps the smallest fraction of its bits."""
-    least = min(report["linears"], key=lambda linear: linear["bits"] / linear["dense_bits"], default=None)
-    return "no linear was targeted" if least is None else f"least kept: {least['name']}, {percent(least['bits'] / least['dense_bits'])}"
+    least = min(
+        report["linears"], key=lambda linear: linear["bits"] / linear["dense_bits"], default=None
+    )
+    return (
+        "no linear was targeted"
+        if least is None
+        else f"least kept: {least['name']}, {percent(least['bits'] / least['dense_bits'])}"
+    )
 
 
 def searched(report: dict[str, Any]) -> str | None:
@@ -161,20 +215,36 @@ def searched(report: dict[str, Any]) -> str | None:
     if not (found := report["search"]):
         return None
     first, *others = found["trials"]
-    start = "a size it could not meet" if first["heldout"] is None else f"held-out KL {number(first['heldout'])}"
+    start = (
+        "a size it could not meet"
+        if first["heldout"] is None
+        else f"held-out KL {number(first['heldout'])}"
+    )
     stayed = sum(one["kept"] for one in others)
     left = sum(one["heldout"] is None for one in others)
-    whole = f"search: from {start} to {number(found['heldout'])}; of {len(others)} trials {stayed} stayed"
+    whole = (
+        f"search: from {start} to {number(found['heldout'])}; of {len(others)} trials {stayed} "
+        "stayed"
+    )
     return f"{whole}, {left} were dropped, plan.json says why" if left else whole
 
 
 def residuals(report: dict[str, Any]) -> str | None:
-    """A sentence on what the low-rank residuals of a report are worth; None if it has none, or if they were not measured."""
+    """A sentence on what the low-rank residuals of a report are worth; None if it has none, or if
+    they were not measured.
+    """
     if WITH_RESIDUALS not in report["contest"]:
         return None
     kept, finer = (report["contest"][name] for name in (WITH_RESIDUALS, FINER_BASES))
-    verdict = "the residuals are worth their bytes" if kept < finer else "a finer base is the better use of these bytes"
-    return f"low-rank residuals: held-out KL {number(kept)}, with finer bases of no more bytes instead {number(finer)}; {verdict}"
+    verdict = (
+        "the residuals are worth their bytes"
+        if kept < finer
+        else "a finer base is the better use of these bytes"
+    )
+    return (
+        f"low-rank residuals: held-out KL {number(kept)}, with finer bases of no more bytes "
+        f"instead {number(finer)}; {verdict}"
+    )
 
 
 def render(report: dict[str, Any]) -> RenderableType:
@@ -186,26 +256,40 @@ def render(report: dict[str, Any]) -> RenderableType:
     notes += [f"warning: {warning}" for warning in report["warnings"]]
     notes += [f"pushed to {report['pushed']['url']}"] if report.get("pushed") else []
     mix = tables.columns("Linears", MIX, method_mix(report))
-    return Group(tables.columns("Before and after", HEADINGS, before_after(report)), mix, *map(Text, notes))
+    return Group(
+        tables.columns("Before and after", HEADINGS, before_after(report)), mix, *map(Text, notes)
+    )
 
 
 def to_json(data: dict[str, Any]) -> str:
-    """JSON text with keys in the order given. Raises EvaluationError naming the entry that is NaN or infinite."""
+    """JSON text with keys in the order given. Raises EvaluationError naming the entry that is NaN
+    or infinite.
+    """
     try:
         return json.dumps(data, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     except ValueError:
-        raise EvaluationError(f"{_not_finite(data, '')} is not finite, and JSON has no number for that") from None
+        raise EvaluationError(
+            f"{_not_finite(data, '')} is not finite, and JSON has no number for that"
+        ) from None
 
 
 def _not_finite(data: Any, place: str) -> str | None:
     """Dotted place of the first NaN or infinity."""
     if isinstance(data, float):
         return place if data != data or data in (float("inf"), float("-inf")) else None
-    entries = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, (list, tuple)) else ()
+    entries = (
+        data.items()
+        if isinstance(data, dict)
+        else enumerate(data)
+        if isinstance(data, (list, tuple))
+        else ()
+    )
     places = (_not_finite(value, f"{place}.{key}" if place else str(key)) for key, value in entries)
     return next((found for found in places if found), None)
 
 
 def dump_json(path: Path, data: dict[str, Any]) -> None:
-    """Write JSON so that a reader sees the old or the new file. Raises EvaluationError as `to_json`, CheckpointError if it cannot."""
+    """Write JSON so that a reader sees the old or the new file. Raises EvaluationError as
+    `to_json`, CheckpointError if it cannot.
+    """
     replace_text(path, to_json(data))

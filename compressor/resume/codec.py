@@ -1,11 +1,14 @@
-"""Values of this package as JSON and tensors, and back, without pickles: what a stopped run has finished can be read by the next one.
+"""Values of this package as JSON and tensors, and back, without pickles: what a stopped run has
+finished can be read by the next one.
 
-Encoded are numbers, text, None, dtypes, lists, tuples, dictionaries, tensors, compressed linears, and the dataclasses and named tuples of
-this package. A tensor that occurs twice is stored once and is one tensor again; tensors that are at hand anyway are not stored at all.
+Encoded are numbers, text, None, dtypes, lists, tuples, dictionaries, tensors, compressed linears,
+and the dataclasses and named tuples of this package. A tensor that occurs twice is stored once and
+is one tensor again; tensors that are at hand anyway are not stored at all.
 
-Decoded tensors are contiguous copies in memory of their own, whichever way they were laid out before: products of matrices depend on
-the layout in their last bits, and a run that goes on must see the very layout that an unbroken one sees. Each is on the device that it
-was on, wherever it has been meanwhile: what is computed with it is there too.
+Decoded tensors are contiguous copies in memory of their own, whichever way they were laid out
+before: products of matrices depend on the layout in their last bits, and a run that goes on must
+see the very layout that an unbroken one sees. Each is on the device that it was on, wherever it has
+been meanwhile: what is computed with it is there too.
 """
 
 from collections.abc import Iterator
@@ -22,7 +25,8 @@ PACKAGE = __name__.partition(".")[0]
 
 
 def encode(value: Any, known: Any = None) -> tuple[Any, dict[str, Tensor]]:
-    """JSON and contiguous tensors by name for a value. known: a value whose tensors `decode` is given again; they are stored as references.
+    """JSON and contiguous tensors by name for a value. known: a value whose tensors `decode` is
+    given again; they are stored as references.
 
     Raises TypeError for anything that is not listed above.
     """
@@ -32,9 +36,11 @@ def encode(value: Any, known: Any = None) -> tuple[Any, dict[str, Tensor]]:
 
 
 def decode(data: Any, tensors: dict[str, Tensor], known: Any = None, foreign: bool = False) -> Any:
-    """The value behind `encode`'s answer, its tensors on the devices they were on, wherever those given are.
+    """The value behind `encode`'s answer, its tensors on the devices they were on, wherever those
+    given are.
 
-    foreign: whether another process has encoded it; each tensor then goes to this process's own device of that type.
+    foreign: whether another process has encoded it; each tensor then goes to this process's own
+    device of that type.
     """
     return _Decoder(tensors, known, foreign).decode(data)
 
@@ -68,7 +74,9 @@ def _kind(value: Any) -> str:
 class _Encoder:
     def __init__(self, known: Any):
         self.tensors: dict[str, Tensor] = {}
-        self.seen = {_place(tensor): {"known": index} for index, tensor in enumerate(tensors_in(known))}
+        self.seen = {
+            _place(tensor): {"known": index} for index, tensor in enumerate(tensors_in(known))
+        }
         self.modules: dict[int, dict[str, int]] = {}
 
     def encode(self, value: Any) -> Any:
@@ -83,10 +91,20 @@ class _Encoder:
         if isinstance(value, dict):
             return {"dict": [[self.encode(key), self.encode(item)] for key, item in value.items()]}
         if isinstance(value, (list, tuple)):
-            name = "list" if isinstance(value, list) else "tuple" if type(value) is tuple else _kind(value)
+            name = (
+                "list"
+                if isinstance(value, list)
+                else "tuple"
+                if type(value) is tuple
+                else _kind(value)
+            )
             return {name: [self.encode(item) for item in value]}
         if is_dataclass(value):
-            return {_kind(value): {field.name: self.encode(getattr(value, field.name)) for field in fields(value)}}
+            return {
+                _kind(value): {
+                    field.name: self.encode(getattr(value, field.name)) for field in fields(value)
+                }
+            }
         raise TypeError(f"{type(value).__qualname__} cannot be stored")
 
     def tensor(self, value: Tensor) -> dict[str, Any]:
@@ -101,10 +119,18 @@ class _Encoder:
         if id(value) in self.modules:
             return self.modules[id(value)]
         spec, state = value.spec(), value.state_dict()
-        names = build_empty(spec, torch.float32).state_dict()  # a lender that was given a residual shares its table of tensors
+        names = build_empty(
+            spec, torch.float32
+        ).state_dict()  # a lender that was given a residual shares its table of tensors
         lent = self.encode(part.lent) if (part := borrower(value)) else None
         self.modules[id(value)] = {"module": len(self.modules)}
-        return {"new": {"spec": spec, "state": {name: self.encode(state[name]) for name in names}, "lent": lent}}
+        return {
+            "new": {
+                "spec": spec,
+                "state": {name: self.encode(state[name]) for name in names},
+                "lent": lent,
+            }
+        }
 
 
 class _Decoder:
@@ -139,8 +165,12 @@ class _Decoder:
 
     def tensor(self, name: str, where: str) -> Tensor:
         if name not in self.decoded:
-            device = torch.device(where).type if self.foreign else where  # a type stands for the current device of that type
-            self.decoded[name] = self.tensors[name].to(device, copy=True, memory_format=torch.contiguous_format)
+            device = (
+                torch.device(where).type if self.foreign else where
+            )  # a type stands for the current device of that type
+            self.decoded[name] = self.tensors[name].to(
+                device, copy=True, memory_format=torch.contiguous_format
+            )
         return self.decoded[name]
 
     def record(self, kind: str, content: Any) -> Any:
@@ -155,7 +185,9 @@ class _Decoder:
 
     def module(self, content: dict[str, Any]) -> CompressedLinear:
         state = {name: self.decode(tensor) for name, tensor in content["state"].items()}
-        floating = next((tensor.dtype for tensor in state.values() if tensor.is_floating_point()), torch.float32)
+        floating = next(
+            (tensor.dtype for tensor in state.values() if tensor.is_floating_point()), torch.float32
+        )
         made = build_empty(content["spec"], floating)
         made.load_state_dict(state, assign=True)
         if content["lent"] is not None:

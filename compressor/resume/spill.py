@@ -1,9 +1,11 @@
-"""Lists of what blocks return, batch by batch, within a stated memory: what does not fit lies in files until it is asked for.
+"""Lists of what blocks return, batch by batch, within a stated memory: what does not fit lies in
+files until it is asked for.
 
-A value comes back bit for bit, in the same layout in memory and on the same device, wherever it has been: products of matrices depend on
-the layout in their last bits.
+A value comes back bit for bit, in the same layout in memory and on the same device, wherever it has
+been: products of matrices depend on the layout in their last bits.
 
-Memory: the budget, for all lists of a cache together, and a copy of one value while it is written or read.
+Memory: the budget, for all lists of a cache together, and a copy of one value while it is written
+or read.
 """
 
 import json
@@ -26,9 +28,11 @@ class Cache:
     """What several lists of batches share: a budget in bytes, and a folder for what exceeds it."""
 
     def __init__(self, budget: float = float("inf"), folder: Path | None = None):
-        """budget: bytes of tensors held in memory; folder: where a folder for files is made once there is one, None: with temporary files.
+        """budget: bytes of tensors held in memory; folder: where a folder for files is made once
+        there is one, None: with temporary files.
 
-        The files of a list go with it, the folder with the cache, and at the latest with the process.
+        The files of a list go with it, the folder with the cache, and at the latest with the
+        process.
         """
         self.budget, self.parent = budget, folder
         self.held = self.written = 0  # bytes in memory now; files so far
@@ -59,7 +63,7 @@ class OnDisk:
     def read(self) -> Any:
         with safe_open(self.path, "pt") as file:
             data = json.loads(file.metadata()["value"])
-            return decode(data, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+            return decode(data, {name: file.get_tensor(name) for name in file.keys()})
 
 
 class Batches:
@@ -78,7 +82,9 @@ class Batches:
         return slot.read() if isinstance(slot, OnDisk) else slot
 
     def __setitem__(self, index: int, value: Any) -> None:
-        """Put a value in the place of the former one. Raises CheckpointError if it does not fit in memory and cannot be written."""
+        """Put a value in the place of the former one. Raises CheckpointError if it does not fit in
+        memory and cannot be written.
+        """
         _let_go(self.cache, self.slots, index)
         value = _laid_out(value)
         size = _bytes(value)

@@ -1,8 +1,10 @@
-"""Finished pieces of work in a folder, each found again by what it depends on: a run that was stopped does nothing twice.
+"""Finished pieces of work in a folder, each found again by what it depends on: a run that was
+stopped does nothing twice.
 
-A piece is one file: its value (see `codec`) as safetensors, and a sha256 behind it. It appears whole or not at all; one that is damaged
-is made again, with a warning. Names are digests of everything that the value depends on, so no piece is ever taken for another: several
-runs may work in one folder, also at the same time.
+A piece is one file: its value (see `codec`) as safetensors, and a sha256 behind it. It appears
+whole or not at all; one that is damaged is made again, with a warning. Names are digests of
+everything that the value depends on, so no piece is ever taken for another: several runs may work
+in one folder, also at the same time.
 """
 
 import hashlib
@@ -35,12 +37,21 @@ def digest(data: Any) -> str:
 
 
 class Store:
-    """Pieces in `folder`; without one nothing is kept. `scope`: what all pieces made through this object depend on, JSON."""
+    """Pieces in `folder`; without one nothing is kept. `scope`: what all pieces made through this
+    object depend on, JSON.
+    """
 
-    def __init__(self, folder: Path | None = None, scope: Any = VERSIONS, shared: bool = False, frozen: bool = False):
-        """shared: whether other processes may work in the folder now; then the first to need a piece makes it and the others wait.
-        frozen: nothing in the folder, which belongs to another process, is changed; a piece that is missing is made and not kept, and
-        one that is read is on this process's devices."""
+    def __init__(
+        self,
+        folder: Path | None = None,
+        scope: Any = VERSIONS,
+        shared: bool = False,
+        frozen: bool = False,
+    ):
+        """shared: whether other processes may work in the folder now; then the first to need a
+        piece makes it and the others wait. frozen: nothing in the folder, which belongs to another
+        process, is changed; a piece that is missing is made and not kept, and one that is read is
+        on this process's devices."""
         self.folder, self.scope, self.shared, self.frozen = folder, scope, shared, frozen
 
     def within(self, *scope: Any) -> Self:
@@ -50,8 +61,9 @@ class Store:
     def recall(self, kind: str, key: Any, make: Callable[[], T], known: Any = None) -> T:
         """The value of a piece: read if it is there, else made and kept.
 
-        kind: a word for file names; key: what tells the piece apart within the scope, JSON; known: a value whose tensors are at hand
-        whenever this piece is asked for, and need not be stored with it.
+        kind: a word for file names; key: what tells the piece apart within the scope, JSON; known:
+        a value whose tensors are at hand whenever this piece is asked for, and need not be stored
+        with it.
         """
         if self.folder is None:
             return make()
@@ -80,7 +92,9 @@ def _recall(path: Path, make: Callable[[], T], known: Any, keep: bool = True) ->
     data, tensors = encode(make(), known)
     if keep:
         _write(path, data, tensors)
-    return decode(data, tensors, known)  # not what was made: the next run must see the same layout in memory
+    return decode(
+        data, tensors, known
+    )  # not what was made: the next run must see the same layout in memory
 
 
 def _read(path: Path) -> tuple[Any, dict[str, torch.Tensor]] | None:

@@ -11,11 +11,15 @@ EIGHTH = 8  # of its items, after which a stage shows how long it will take
 
 
 class OutOfTime(Exception):
-    """Work was dropped because it would have taken longer than it may; whoever gave it that time goes on without."""
+    """Work was dropped because it would have taken longer than it may; whoever gave it that time
+    goes on without.
+    """
 
 
 class Clock:
-    """Seconds that are left of a budget, from construction on, less what is kept back; without a budget they never end."""
+    """Seconds that are left of a budget, from construction on, less what is kept back; without a
+    budget they never end.
+    """
 
     def __init__(self, seconds: float | None = None):
         self._end = float("inf") if seconds is None else time.monotonic() + seconds
@@ -37,7 +41,9 @@ NO_LIMIT = Clock()
 
 
 def paced(progress: Progress, seconds: float) -> Progress:
-    """The same progress, whose stages raise OutOfTime between two items once it shows that they would end later than in `seconds`."""
+    """The same progress, whose stages raise OutOfTime between two items once it shows that they
+    would end later than in `seconds`.
+    """
     end = time.monotonic() + seconds
 
     def limited(items: Iterable[T], title: str, total: int | None = None) -> Iterator[T]:

@@ -1,4 +1,6 @@
-"""Which process this is, where `accelerate launch` or torchrun has started several with the same command."""
+"""Which process this is, where `accelerate launch` or torchrun has started several with the same
+command.
+"""
 
 import os
 

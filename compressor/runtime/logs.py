@@ -1,7 +1,9 @@
-"""What is written down about a run beside its results: messages on stderr, `--log-file` for people, `--events` for machines.
+"""What is written down about a run beside its results: messages on stderr, `--log-file` for people,
+`--events` for machines.
 
-An events file holds one JSON object for each line; README.md lists the keys. Both files are appended to, a line at a time, so that
-whoever follows them is up to date and a run that is killed has lost nothing.
+An events file holds one JSON object for each line; README.md lists the keys. Both files are
+appended to, a line at a time, so that whoever follows them is up to date and a run that is killed
+has lost nothing.
 """
 
 import json
@@ -25,16 +27,22 @@ log = logging.getLogger(__name__)
 
 
 class Appended:
-    """A file that whole lines are appended to. Raises ConfigError at once if that is impossible, CheckpointError when it becomes so."""
+    """A file that whole lines are appended to. Raises ConfigError at once if that is impossible,
+    CheckpointError when it becomes so.
+    """
 
     def __init__(self, path: Path):
         self.path = path
         if path.is_dir():
             raise ConfigError(f"{path}: is a folder; give a file to append to")
         try:
-            self.descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self.descriptor = os.open(
+                path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666
+            )
         except OSError as error:
-            raise ConfigError(f"{path}: cannot be written ({error.strerror}); choose another file") from None
+            raise ConfigError(
+                f"{path}: cannot be written ({error.strerror}); choose another file"
+            ) from None
 
     def write(self, line: str) -> None:
         """Append a line. After the first failure, which ends the run, nothing more is written."""
@@ -44,7 +52,9 @@ class Appended:
                 left = left[os.write(self.descriptor, left) :]
             except OSError as error:
                 self.close()
-                raise CheckpointError(f"{self.path}: could not be written ({error.strerror})") from None
+                raise CheckpointError(
+                    f"{self.path}: could not be written ({error.strerror})"
+                ) from None
 
     def close(self) -> None:
         if self.descriptor is not None:
@@ -53,7 +63,9 @@ class Appended:
 
 
 class Events:
-    """Writes what happens as JSON objects, `advance` of a stage not more often than every EVERY seconds."""
+    """Writes what happens as JSON objects, `advance` of a stage not more often than every EVERY
+    seconds.
+    """
 
     def __init__(self, file: Appended, verb: str):
         self.file, self.verb = file, verb
@@ -61,7 +73,9 @@ class Events:
 
     def write(self, event: str, **entries: Any) -> None:
         now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        self.file.write(json.dumps({"time": now, "verb": self.verb, "event": event, **entries}, allow_nan=False))
+        self.file.write(
+            json.dumps({"time": now, "verb": self.verb, "event": event, **entries}, allow_nan=False)
+        )
 
     def watch(self, event: Event, stage: Stage) -> None:
         now = time.monotonic()
@@ -74,7 +88,9 @@ class Events:
 
 
 class Record:
-    """The files that one run of a verb is written down in, if any, and who watches its stages for them."""
+    """The files that one run of a verb is written down in, if any, and who watches its stages for
+    them.
+    """
 
     def __init__(self, events: Events | None, watchers: Sequence[Watcher]):
         self.events, self.watchers = events, watchers
@@ -90,7 +106,9 @@ class Record:
 
 
 class _Messages(logging.Handler):
-    """Hands log records to a function. What that raises ends the run, unlike with the handlers of the standard library."""
+    """Hands log records to a function. What that raises ends the run, unlike with the handlers of
+    the standard library.
+    """
 
     def __init__(self, level: int, write: Callable[[logging.LogRecord], None]):
         super().__init__(level)
@@ -101,12 +119,19 @@ class _Messages(logging.Handler):
 
 
 @contextmanager
-def recorded(verb: str, verbose: bool, quiet: bool, log_file: Path | None, events: Path | None) -> Iterator[Record]:
-    """Send messages where the flags of a verb say, and note how the block is left. Raises ConfigError for files that cannot be written."""
+def recorded(
+    verb: str, verbose: bool, quiet: bool, log_file: Path | None, events: Path | None
+) -> Iterator[Record]:
+    """Send messages where the flags of a verb say, and note how the block is left. Raises
+    ConfigError for files that cannot be written.
+    """
     if log_file and events and log_file.resolve() == events.resolve():
         raise ConfigError(f"{events}: cannot hold both the log and the events; give two files")
     with ExitStack() as stack:
-        _listen(stack, _on_stderr(logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING))
+        _listen(
+            stack,
+            _on_stderr(logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING),
+        )
         written, watchers = None, []
         if log_file:
             _listen(stack, _in_file(_opened(stack, log_file)), APART)
@@ -146,7 +171,9 @@ def _noting_errors(record: Record) -> Iterator[None]:
 
 def _note(event: Event, stage: Stage) -> None:
     if event == "start":
-        log.info("stage %s begins%s", stage.title, "" if stage.total is None else f" ({stage.total})")
+        log.info(
+            "stage %s begins%s", stage.title, "" if stage.total is None else f" ({stage.total})"
+        )
     elif event == "end":
         log.info("stage %s ends: %s in %.1f s", stage.title, stage.count, stage.seconds)
 
@@ -165,14 +192,24 @@ def _listen(stack: ExitStack, handler: logging.Handler, *apart: str) -> None:
 
 
 def _on_stderr(level: int) -> logging.Handler:
-    """Messages on whatever stderr is at the time; what is written down about stages and the run itself is on the screen already."""
-    handler = _Messages(level, lambda record: print(f"{record.levelname}: {_one_line(record.getMessage())}", file=sys.stderr))
+    """Messages on whatever stderr is at the time; what is written down about stages and the run
+    itself is on the screen already.
+    """
+    handler = _Messages(
+        level,
+        lambda record: print(
+            f"{record.levelname}: {_one_line(record.getMessage())}", file=sys.stderr
+        ),
+    )
     handler.addFilter(_not_ours)
     return handler
 
 
 def _in_events(events: Events) -> logging.Handler:
-    handler = _Messages(logging.WARNING, lambda record: events.write("warning", message=_one_line(record.getMessage())))
+    handler = _Messages(
+        logging.WARNING,
+        lambda record: events.write("warning", message=_one_line(record.getMessage())),
+    )
     handler.addFilter(_not_ours)  # which are events of their own
     return handler
 

@@ -1,6 +1,8 @@
-"""Progress of the long stages, on stderr: a bar with rate and time left on a terminal, plain lines elsewhere; and for whoever else watches.
+"""Progress of the long stages, on stderr: a bar with rate and time left on a terminal, plain lines
+elsewhere; and for whoever else watches.
 
-A stage wraps what it iterates over: `for batch in progress(batches, "calibrate"): ...`. Stages may nest.
+A stage wraps what it iterates over: `for batch in progress(batches, "calibrate"): ...`. Stages may
+nest.
 """
 
 import sys
@@ -11,11 +13,15 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 
 T = TypeVar("T")
-QUIET_SECONDS = 30.0  # a stage that takes longer says how far it is, where there is no bar to show it
+QUIET_SECONDS = (
+    30.0  # a stage that takes longer says how far it is, where there is no bar to show it
+)
 
 
 class Progress(Protocol):
-    """Hand on `items`, one by one, while showing how many of `total` (by default their number) have been taken."""
+    """Hand on `items`, one by one, while showing how many of `total` (by default their number) have
+    been taken.
+    """
 
     def __call__(self, items: Iterable[T], title: str, total: int | None = None) -> Iterable[T]: ...
 
@@ -27,7 +33,9 @@ def silent(items: Iterable[T], title: str, total: int | None = None) -> Iterable
 
 @dataclass(eq=False)
 class Stage:
-    """A stage that has begun: how many of its items have been dealt with, and since when (seconds of a monotonic clock)."""
+    """A stage that has begun: how many of its items have been dealt with, and since when (seconds
+    of a monotonic clock).
+    """
 
     title: str
     total: int | None
@@ -48,11 +56,19 @@ class Stage:
         if not self.done or not (seconds := self.seconds):
             return ""
         fast = self.done / seconds
-        return f"{fast:,.0f}/s" if fast >= 100 else f"{fast:.3g}/s" if fast >= 1 else f"{1 / fast:.3g} s each"
+        return (
+            f"{fast:,.0f}/s"
+            if fast >= 100
+            else f"{fast:.3g}/s"
+            if fast >= 1
+            else f"{1 / fast:.3g} s each"
+        )
 
 
 Event = Literal["start", "advance", "end"]
-Watcher = Callable[[Event, Stage], None]  # `end` comes once for every stage, with done < total where the run was stopped
+Watcher = Callable[
+    [Event, Stage], None
+]  # `end` comes once for every stage, with done < total where the run was stopped
 
 
 class Stages:
@@ -80,7 +96,9 @@ class Stages:
             self.end(stage)
 
     def end(self, stage: Stage) -> None:
-        """End a stage, unless it has ended: one that an error stops is ended with the run, its iterator some time later."""
+        """End a stage, unless it has ended: one that an error stops is ended with the run, its
+        iterator some time later.
+        """
         if stage in self.open:
             self.open.remove(stage)
             self._tell("end", stage)
@@ -92,7 +110,9 @@ class Stages:
 
 @contextmanager
 def counted(progress: Progress, total: int, title: str) -> Iterator[Callable[[int], None]]:
-    """A stage that is told how many more items have been dealt with, for loops of other packages; done when the block is left."""
+    """A stage that is told how many more items have been dealt with, for loops of other packages;
+    done when the block is left.
+    """
     items = iter(progress(range(total), title))
     next(items, None)
 
@@ -107,7 +127,9 @@ def counted(progress: Progress, total: int, title: str) -> Iterator[Callable[[in
 
 @contextmanager
 def shown(quiet: bool = False, watchers: Iterable[Watcher] = ()) -> Iterator[Progress]:
-    """Provide the progress display that suits stderr, for these watchers too; it ends cleanly when the block is left, by an error too."""
+    """Provide the progress display that suits stderr, for these watchers too; it ends cleanly when
+    the block is left, by an error too.
+    """
     if quiet and not watchers:
         yield silent
         return
@@ -132,7 +154,9 @@ def _display(quiet: bool) -> Iterator[tuple[Watcher, ...]]:
 
 
 class _Lines:
-    """One line when a stage begins (seconds since the start, title, number of items), and one now and then if it takes long."""
+    """One line when a stage begins (seconds since the start, title, number of items), and one now
+    and then if it takes long.
+    """
 
     def __init__(self):
         self.start = self.last = time.monotonic()
@@ -141,7 +165,11 @@ class _Lines:
         if event == "start":
             self._print(stage.title if stage.total is None else f"{stage.title} ({stage.total})")
         elif event == "advance" and time.monotonic() - self.last >= QUIET_SECONDS:
-            left = "" if stage.total is None else f", {stage.seconds / stage.done * (stage.total - stage.done):.0f} s left"
+            left = (
+                ""
+                if stage.total is None
+                else f", {stage.seconds / stage.done * (stage.total - stage.done):.0f} s left"
+            )
             self._print(f"{stage.title}: {stage.count}, {stage.rate}{left}")
 
     def _print(self, text: str) -> None:
@@ -150,7 +178,9 @@ class _Lines:
 
 
 class _Bars:
-    """One bar for each stage; the next one of the same title takes its place, so that long runs do not fill the screen."""
+    """One bar for each stage; the next one of the same title takes its place, so that long runs do
+    not fill the screen.
+    """
 
     def __init__(self, bars: Any):
         self.bars = bars
@@ -171,7 +201,20 @@ class _Bars:
 
 def _bars() -> Any:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
-    figures = MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), TextColumn("left")
-    return Progress(TextColumn("{task.description}"), BarColumn(), *figures, console=Console(file=sys.stderr))
+    figures = (
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), *figures, console=Console(file=sys.stderr)
+    )

@@ -1,4 +1,6 @@
-"""Where the time and the memory of a run went: what `timings.json` holds, apart from every byte comparison."""
+"""Where the time and the memory of a run went: what `timings.json` holds, apart from every byte
+comparison.
+"""
 
 import os
 import platform
@@ -27,7 +29,9 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        """Add the time spent inside to a stage; a stage may be entered again, and counts when it fails too."""
+        """Add the time spent inside to a stage; a stage may be entered again, and counts when it
+        fails too.
+        """
         if stage not in self._seconds:
             raise ValueError(f"unknown stage {stage!r}; stages: {', '.join(STAGES)}")
         start = time.perf_counter()
@@ -53,22 +57,29 @@ class Stopwatch:
 def peak_memory() -> int:
     """Largest resident memory of this process so far, in bytes.
 
-    On Linux from VmHWM, because ru_maxrss of a child process starts at the peak of the process that launched it.
+    On Linux from VmHWM, because ru_maxrss of a child process starts at the peak of the process that
+    launched it.
     """
     status = Path("/proc/self/status")
     if status.exists():
-        kilobytes = next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        kilobytes = next(
+            line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:")
+        )
         return int(kilobytes) * 1024
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return largest if sys.platform == "darwin" else largest * 1024
 
 
 def peak_device_memory() -> int | None:
-    """Largest memory allocated on any CUDA device so far, in bytes; None without one or before torch is imported."""
+    """Largest memory allocated on any CUDA device so far, in bytes; None without one or before
+    torch is imported.
+    """
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         return None
-    return max(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count()))
+    return max(
+        torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count())
+    )
 
 
 def host() -> dict[str, Any]:
@@ -79,7 +90,9 @@ def host() -> dict[str, Any]:
         "system": platform.platform(),
         "cpus": os.cpu_count(),
         "threads": None if torch is None else torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch is not None and torch.cuda.is_available() else platform.machine(),
+        "device": torch.cuda.get_device_name()
+        if torch is not None and torch.cuda.is_available()
+        else platform.machine(),
         "python": platform.python_version(),
         "torch": None if torch is None else torch.__version__,
     }

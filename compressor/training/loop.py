@@ -1,11 +1,15 @@
-"""The loop that repair and healing share: AdamW from look to look at the held-out windows, the best state kept.
+"""The loop that repair and healing share: AdamW from look to look at the held-out windows, the best
+state kept.
 
-The learning rate of a tensor is relative to the median of its absolute values, since factors, scales and norms differ by orders
-of magnitude; some atoms and factors have a few entries a thousand times the others, which inputs hardly reach and a mean would follow.
+The learning rate of a tensor is relative to the median of its absolute values, since factors,
+scales and norms differ by orders of magnitude; some atoms and factors have a few entries a thousand
+times the others, which inputs hardly reach and a mean would follow.
 
-References: settings after AA-SVD's block refinement (arXiv 2604.02119; low-rank card 2.17): AdamW, warm-up of a tenth, cosine to a tenth,
-clipping at 1. Differs: no weight decay; relative learning rates; early stop; after a look that is much worse than the best one, on from the
-best state at half the rate, since one rate does not suit a model that has lost half of everything and one that has lost a percent.
+References: settings after AA-SVD's block refinement (arXiv 2604.02119; low-rank card 2.17): AdamW,
+warm-up of a tenth, cosine to a tenth, clipping at 1. Differs: no weight decay; relative learning
+rates; early stop; after a look that is much worse than the best one, on from the best state at half
+the rate, since one rate does not suit a model that has lost half of everything and one that has
+lost a percent.
 """
 
 import math
@@ -25,9 +29,16 @@ from compressor.runtime.progress import Progress, silent
 from compressor.training.optimizers import Moments, moments_of, optimizer_of
 from compressor.training.team import ALONE, Team
 
-ZERO = 1e-2  # what the learning rate of a tensor is relative to whose median is zero, such as a bias
-OVERSHOT = 1.1  # times the best score: a rate that leads there is too high; less is noise, which the cosine takes away
-WARM, END = 0.1, 0.1  # the learning rate rises in this fraction of the steps, and falls to this fraction
+ZERO = (
+    1e-2  # what the learning rate of a tensor is relative to whose median is zero, such as a bias
+)
+# times the best score: a rate that leads there is too high; less is noise, which the cosine takes
+# away
+OVERSHOT = 1.1
+WARM, END = (
+    0.1,
+    0.1,
+)  # the learning rate rises in this fraction of the steps, and falls to this fraction
 
 
 @dataclass(frozen=True)
@@ -43,19 +54,25 @@ class State:
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained on what. batches: how many there are; loss(index): of one, with autograd; score(): on the held-out windows."""
+    """What is trained on what. batches: how many there are; loss(index): of one, with autograd;
+    score(): on the held-out windows.
+    """
 
     title: str
     parameters: dict[str, nn.Parameter]
     batches: int
     loss: Callable[[int], Tensor]
     score: Callable[[], float]
-    windows: tuple[int, ...] = ()  # in each batch; several processes need it where batches are not equally large
+    windows: tuple[
+        int, ...
+    ] = ()  # in each batch; several processes need it where batches are not equally large
 
 
 @dataclass(frozen=True)
 class Leg:
-    """What the main process tells the others: the steps up to the next look, from number `first`; or, without sizes, what came out."""
+    """What the main process tells the others: the steps up to the next look, from number `first`;
+    or, without sizes, what came out.
+    """
 
     scope: Any  # of the main process's store
     parameters: dict[str, Tensor]
@@ -66,37 +83,59 @@ class Leg:
 
 @dataclass(frozen=True)
 class Course:
-    """How one training goes: what step s sees, in each process, and how far it may move each tensor."""
+    """How one training goes: what step s sees, in each process, and how far it may move each
+    tensor.
+    """
 
     task: Task
     section: Training
-    order: list[int]  # of the rounds: `processes` batches that follow each other, one for each process
+    order: list[
+        int
+    ]  # of the rounds: `processes` batches that follow each other, one for each process
     sizes: dict[str, float]
     team: Team = ALONE
 
     def share(self, step: int) -> tuple[int, float] | None:
-        """The batch of this process in a step, and its weight in a mean over the processes; None where no batch is left for it."""
+        """The batch of this process in a step, and its weight in a mean over the processes; None
+        where no batch is left for it.
+        """
         each = self.team.processes
         first = self.order[step] * each
         batches = range(first, min(first + each, self.task.batches))
         if self.team.rank >= len(batches):
             return None
         windows = self.task.windows or (1,) * self.task.batches
-        return batches[self.team.rank], each * windows[batches[self.team.rank]] / sum(windows[batch] for batch in batches)
+        return batches[self.team.rank], each * windows[batches[self.team.rank]] / sum(
+            windows[batch] for batch in batches
+        )
 
 
 def course(task: Task, section: Training, seed: int, team: Team = ALONE) -> Course:
     """The course of a training that starts from the parameters as they are."""
-    sizes = {name: parameter.detach().abs().median().item() or ZERO for name, parameter in task.parameters.items()}
-    return Course(task, section, drawn(-(-task.batches // team.processes), section.steps, seed), sizes, team)
+    sizes = {
+        name: parameter.detach().abs().median().item() or ZERO
+        for name, parameter in task.parameters.items()
+    }
+    return Course(
+        task, section, drawn(-(-task.batches // team.processes), section.steps, seed), sizes, team
+    )
 
 
-def fit(task: Task, section: Training, seed: int, store: Store = NOWHERE, progress: Progress = silent, team: Team = ALONE) -> State:
-    """Train, and leave the parameters at the best held-out score that was seen, which may be the first.
+def fit(
+    task: Task,
+    section: Training,
+    seed: int,
+    store: Store = NOWHERE,
+    progress: Progress = silent,
+    team: Team = ALONE,
+) -> State:
+    """Train, and leave the parameters at the best held-out score that was seen, which may be the
+    first.
 
-    The state at the last look is kept in `store`: 8 bytes for each number that learns, and its moments. The processes of `team` take the
-    steps together, as the main one says, and all get its parameters; the others return no scores. Raises NumericalError where the loss
-    is not finite, CompressorError where another process is gone, or trains something else.
+    The state at the last look is kept in `store`: 8 bytes for each number that learns, and its
+    moments. The processes of `team` take the steps together, as the main one says, and all get its
+    parameters; the others return no scores. Raises NumericalError where the loss is not finite,
+    CompressorError where another process is gone, or trains something else.
     """
     going = course(task, section, seed, team)
     if team.rank:
@@ -106,9 +145,19 @@ def fit(task: Task, section: Training, seed: int, store: Store = NOWHERE, progre
     ends = [*range(section.check, section.steps, section.check), section.steps]
     newest = max((end for end in ends if store.holds("training", [task.title, end])), default=0)
     for end in progress([end for end in ends if end >= newest], task.title):
-        if len(state.scores) - 1 - max(state.scores.index(min(state.scores)), *overshot(state.scores), 0) >= section.patience:
+        if (
+            len(state.scores)
+            - 1
+            - max(state.scores.index(min(state.scores)), *overshot(state.scores), 0)
+            >= section.patience
+        ):
             break
-        former, state = state, store.recall("training", [task.title, end], partial(_reach, going, state, end, store.scope))
+        former, state = (
+            state,
+            store.recall(
+                "training", [task.title, end], partial(_reach, going, state, end, store.scope)
+            ),
+        )
         store.forget("training", [task.title, former.step])
     team.tell(Leg(store.scope, state.best))
     _load(task.parameters, state.best)
@@ -116,7 +165,9 @@ def fit(task: Task, section: Training, seed: int, store: Store = NOWHERE, progre
 
 
 def overshot(scores: Sequence[float]) -> list[int]:
-    """Looks that were so much worse than the best one before that training goes on from that one, at half the rate from then on."""
+    """Looks that were so much worse than the best one before that training goes on from that one,
+    at half the rate from then on.
+    """
     best = list(accumulate(scores, min))
     return [look for look in range(1, len(scores)) if scores[look] > OVERSHOT * best[look - 1]]
 
@@ -124,16 +175,22 @@ def overshot(scores: Sequence[float]) -> list[int]:
 def drawn(batches: int, steps: int, seed: int) -> list[int]:
     """Which batch each step sees: all of them in one random order after the other."""
     generator = torch.Generator().manual_seed(seed)
-    rounds = (torch.randperm(batches, generator=generator).tolist() for _ in range(-(-steps // batches)))
+    rounds = (
+        torch.randperm(batches, generator=generator).tolist() for _ in range(-(-steps // batches))
+    )
     return [index for each in rounds for index in each][:steps]
 
 
 def rate(step: int, section: Training) -> float:
-    """Learning rate of a step, from 0, relative to the largest: a line up, then half a cosine down to END."""
+    """Learning rate of a step, from 0, relative to the largest: a line up, then half a cosine down
+    to END.
+    """
     warm = max(1, round(WARM * section.steps))
     if step < warm:
         return (step + 1) / warm
-    return END + (1 - END) * (1 + math.cos(math.pi * (step - warm) / max(1, section.steps - warm))) / 2
+    return (
+        END + (1 - END) * (1 + math.cos(math.pi * (step - warm) / max(1, section.steps - warm))) / 2
+    )
 
 
 def _reach(going: Course, state: State, end: int, scope: Any) -> State:
@@ -148,7 +205,9 @@ def _follow(going: Course, scope: Any) -> State:
         leg: Leg = going.team.hear()
         if leg.scope != scope:
             who = f"{going.task.title}: process {going.team.rank}"
-            raise CompressorError(f"{who} came to another model than the main one; are their files the same?")
+            raise CompressorError(
+                f"{who} came to another model than the main one; are their files the same?"
+            )
         if not leg.sizes:
             _load(going.task.parameters, leg.parameters)
             return State(leg.first, leg.parameters, {}, leg.parameters, ())
@@ -166,11 +225,17 @@ def _advance(going: Course, state: State, scope: Any) -> State:
     score = going.task.score()
     best = values if score < min(state.scores) else state.best
     step = min(state.step + going.section.check, going.section.steps)
-    return State(step, values, moments_of(optimizer, going.task.parameters), best, (*state.scores, score))
+    return State(
+        step, values, moments_of(optimizer, going.task.parameters), best, (*state.scores, score)
+    )
 
 
-def _steps(going: Course, start: Mapping[str, Tensor], moments: Mapping[str, Moments], first: int) -> torch.optim.Optimizer:
-    """The steps from number `first` up to the next look, by this process; the parameters are left there. Returns the optimizer."""
+def _steps(
+    going: Course, start: Mapping[str, Tensor], moments: Mapping[str, Moments], first: int
+) -> torch.optim.Optimizer:
+    """The steps from number `first` up to the next look, by this process; the parameters are left
+    there. Returns the optimizer.
+    """
     task, section, team = going.task, going.section, going.team
     _load(task.parameters, start)
     optimizer = optimizer_of(section.optimizer, task.parameters, moments)
@@ -181,7 +246,10 @@ def _steps(going: Course, start: Mapping[str, Tensor], moments: Mapping[str, Mom
             share = going.share(step)
             loss = task.loss(share[0]) * share[1] if share else torch.zeros((), device=team.device)
             if not math.isfinite(value := team.mean(loss.detach())):
-                raise NumericalError(f"{task.title}: the loss is {value} at step {step + 1}; lower the learning_rate of that section")
+                raise NumericalError(
+                    f"{task.title}: the loss is {value} at step {step + 1}; lower the "
+                    "learning_rate of that section"
+                )
             if share:
                 loss.backward()
             team.average(task.parameters.values())

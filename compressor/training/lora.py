@@ -1,27 +1,36 @@
-"""LoRA that is merged back: every linear of the blocks learns s B A beside a frozen base, and is stored in the size it had.
+"""LoRA that is merged back: every linear of the blocks learns s B A beside a frozen base, and is
+stored in the size it had.
 
-References: LoRA (arXiv 2106.09685) as healing, SVD-LLM's and LLM-Pruner's (healing card §8); merging into low-rank storage is
-LoRA-Squeeze's exact QR route (arXiv 2602.10993; card §10) on [U sB] [V; A]; LoRA inside a mask is PERP's MaskLoRA (arXiv 2312.15230)
-and SQFT's SparsePEFT (arXiv 2410.03750).
+References: LoRA (arXiv 2106.09685) as healing, SVD-LLM's and LLM-Pruner's (healing card §8);
+merging into low-rank storage is LoRA-Squeeze's exact QR route (arXiv 2602.10993; card §10) on [U
+sB] [V; A]; LoRA inside a mask is PERP's MaskLoRA (arXiv 2312.15230) and SQFT's SparsePEFT (arXiv
+2410.03750).
 
 Glossary
-    up B (out, r), zero at the start   down A (r, in), normal with variance 1 / r   scale s = median |W| / ZERO
+    up B (out, r), zero at the start   down A (r, in), normal with variance 1 / r   scale s = median
+                                       |W| / ZERO
 
 What a kind stores decides where the product is added, and what merging does to it
     dense linear                     Ŵ + s B A; merged exactly
-    sparse, wrapped, dictionary,     s B A inside the mask is added to the matrix whose entries are stored: Ŵ, the core of `wrapped`, the
-    pruned                           codes of `dictionary`, the kept rows and columns of `pruned`; merged exactly
-    low rank, also pivoted, and      Ŵ + s B A, of rank r_stored + r, cut to r_stored by the best approximation in the metric of the
-    residuals of `adapted`           inputs' mean squares; what that loses is for the judge of healing to see
-    packed, chained, and adapted     nothing: integer codes take no sum without being rounded again. They stay frozen where other linears
+    sparse, wrapped, dictionary,     s B A inside the mask is added to the matrix whose entries are
+                                     stored: Ŵ, the core of `wrapped`, the
+    pruned                           codes of `dictionary`, the kept rows and columns of `pruned`;
+                                     merged exactly
+    low rank, also pivoted, and      Ŵ + s B A, of rank r_stored + r, cut to r_stored by the best
+                                     approximation in the metric of the
+    residuals of `adapted`           inputs' mean squares; what that loses is for the judge of
+                                     healing to see
+    packed, chained, and adapted     nothing: integer codes take no sum without being rounded again.
+                                     They stay frozen where other linears
     with integer factors             can learn; a model of nothing else is refused
 
-Differs from LoRA: the scale is not α / r. The learning rate of a tensor is relative to its own size, and B has none at the start, where
-`training` puts ZERO in its place; with this scale and variance a step moves an entry of W by about the learning rate times the median of
-|W|, as when W itself learns. A learns like any other tensor.
+Differs from LoRA: the scale is not α / r. The learning rate of a tensor is relative to its own
+size, and B has none at the start, where `training` puts ZERO in its place; with this scale and
+variance a step moves an entry of W by about the learning rate times the median of |W|, as when W
+itself learns. A learns like any other tensor.
 
-Memory beside the frozen model: r (in + out) numbers for each linear, four times with gradient and moments; inside a mask, s B A and its
-gradient as matrices for each linear of the pass.
+Memory beside the frozen model: r (in + out) numbers for each linear, four times with gradient and
+moments; inside a mask, s B A and its gradient as matrices for each linear of the pass.
 """
 
 from collections.abc import Iterable, Mapping
@@ -52,7 +61,9 @@ def takes_lora(module: nn.Module) -> bool:
 
 
 class Lora(nn.Module):
-    """A linear with a product beside it: y = module(x) + s · up · (down · x), or with s · up · down added inside a mask."""
+    """A linear with a product beside it: y = module(x) + s · up · (down · x), or with s · up · down
+    added inside a mask.
+    """
 
     def __init__(self, module: nn.Module, rank: int, generator: torch.Generator):
         """module: frozen, as it is (no copy)."""
@@ -68,7 +79,9 @@ class Lora(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.mask is None:
-            return self.module(input) + self.scale * functional.linear(functional.linear(input, self.down), self.up)
+            return self.module(input) + self.scale * functional.linear(
+                functional.linear(input, self.down), self.up
+            )
         return functional_call(self.module, {"weight": self.inside()}, (input,))
 
     def inside(self) -> Tensor:
@@ -77,7 +90,8 @@ class Lora(nn.Module):
 
     @torch.no_grad()
     def merged(self, metric: Metric, what: str) -> dict[str, Tensor]:
-        """The tensors that change when the product becomes part of what is stored. metric: that of low-rank storage, (in, in).
+        """The tensors that change when the product becomes part of what is stored. metric: that of
+        low-rank storage, (in, in).
 
         Raises NumericalError naming `what`.
         """
@@ -93,25 +107,38 @@ class Lora(nn.Module):
         return Product(self.up.detach(), self.down.detach(), self.scale)
 
 
-def absorbed(module: LowRank | Adapted, product: Product, metric: Metric, what: str) -> dict[str, Tensor]:
-    """Tensors of a low-rank part of the same rank, float64: the best approximation of it and the product together."""
+def absorbed(
+    module: LowRank | Adapted, product: Product, metric: Metric, what: str
+) -> dict[str, Tensor]:
+    """Tensors of a low-rank part of the same rank, float64: the best approximation of it and the
+    product together.
+    """
     up, down = module.factors() if isinstance(module, LowRank) else module.pair()
     whole = Product(torch.cat([up, product.scale * product.up], 1), torch.cat([down, product.down]))
     best = decompose(whole, metric, what).take(module.rank)
     if isinstance(module, Adapted):
         return {"up": best.up, "down": best.down}
     made = store(best.up, best.down, None, torch.float64, module.pivots is not None)
-    return {"weight": made.weight.detach(), "up": made.up.detach()} | ({} if made.pivots is None else {"pivots": made.pivots})
+    return {"weight": made.weight.detach(), "up": made.up.detach()} | (
+        {} if made.pivots is None else {"pivots": made.pivots}
+    )
 
 
-def mergeable(model: PreTrainedModel, modules: Mapping[str, nn.Module], scopes: Iterable[nn.Module]) -> dict[str, nn.Module]:
-    """The linears below `scopes` that take a product, by name. Raises ConfigError if there are none."""
+def mergeable(
+    model: PreTrainedModel, modules: Mapping[str, nn.Module], scopes: Iterable[nn.Module]
+) -> dict[str, nn.Module]:
+    """The linears below `scopes` that take a product, by name. Raises ConfigError if there are
+    none.
+    """
     found = leaves(model, modules, scopes)
     taking = {name: module for name, module in found.items() if takes_lora(module)}
     if not taking:
-        kinds = sorted({module.kind for module in found.values() if isinstance(module, CompressedLinear)})
+        kinds = sorted(
+            {module.kind for module in found.values() if isinstance(module, CompressedLinear)}
+        )
         raise ConfigError(
-            f"heal.train: lora has nothing to merge into, every linear is stored as integers ({', '.join(kinds)}); "
+            "heal.train: lora has nothing to merge into, every linear is stored as integers "
+            f"({', '.join(kinds)}); "
             "set heal.train to compressed, which trains their scales"
         )
     return taking
@@ -120,26 +147,52 @@ def mergeable(model: PreTrainedModel, modules: Mapping[str, nn.Module], scopes: 
 class Loras:
     """What learns where `train` is `lora`, with the interface of `Learners`."""
 
-    def __init__(self, model: PreTrainedModel, modules: Mapping[str, nn.Module], scopes: Iterable[nn.Module], rank: int, seed: int):
-        """modules: what is to stand in the model, by name. Raises ConfigError if none of its linears takes a product."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        modules: Mapping[str, nn.Module],
+        scopes: Iterable[nn.Module],
+        rank: int,
+        seed: int,
+    ):
+        """modules: what is to stand in the model, by name. Raises ConfigError if none of its
+        linears takes a product.
+        """
         self.originals = mergeable(model, modules, scopes)
         generator = torch.Generator().manual_seed(seed)
-        self.copies = {name: Lora(copy, rank, generator) for name, copy in masters(model, self.originals).items()}
-        self.parameters = {f"{name}.{side}": getattr(lora, side) for name, lora in self.copies.items() for side in ("up", "down")}
+        self.copies = {
+            name: Lora(copy, rank, generator)
+            for name, copy in masters(model, self.originals).items()
+        }
+        self.parameters = {
+            f"{name}.{side}": getattr(lora, side)
+            for name, lora in self.copies.items()
+            for side in ("up", "down")
+        }
 
     def values(self, dtypes: Mapping[str, torch.dtype], metrics: Mapping[str, Metric]) -> Values:
-        """What is stored after merging. dtypes: of each parameter of the output, by its full name; metrics: see `input_metrics`."""
-        merged = {name: lora.merged(metrics.get(name, Metric()), name) for name, lora in self.copies.items()}
+        """What is stored after merging. dtypes: of each parameter of the output, by its full name;
+        metrics: see `input_metrics`.
+        """
+        merged = {
+            name: lora.merged(metrics.get(name, Metric()), name)
+            for name, lora in self.copies.items()
+        }
         return {
-            name: {key: tensor.to(dtypes[f"{name}.{key}"]) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
+            name: {
+                key: tensor.to(dtypes[f"{name}.{key}"]) if tensor.is_floating_point() else tensor
+                for key, tensor in tensors.items()
+            }
             for name, tensors in merged.items()
         }
 
 
 @torch.no_grad()
-def input_metrics(model: PreTrainedModel, loras: Loras, batches: Iterable[Tensor]) -> dict[str, Metric]:
-    """For each linear with low-rank storage, the sums of squares of its inputs over all batches, (in,), while the products are in the
-    model."""
+def input_metrics(
+    model: PreTrainedModel, loras: Loras, batches: Iterable[Tensor]
+) -> dict[str, Metric]:
+    """For each linear with low-rank storage, the sums of squares of its inputs over all batches,
+    (in,), while the products are in the model."""
     sums: dict[str, Tensor] = {}
 
     def add(name: str, input: Tensor) -> None:

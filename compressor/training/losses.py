@@ -1,21 +1,26 @@
-"""The loss of healing: how far the model's output, and the outputs of its blocks, are from those of the original.
+"""The loss of healing: how far the model's output, and the outputs of its blocks, are from those of
+the original.
 
-References: label-free divergence from the original's logits after Minitron (arXiv 2407.14679); the feature loss is PELA's (arXiv
-2310.10700; healing card 8.2); the largest logits of the original and one outcome for all others in place of its distribution, card §8.
+References: label-free divergence from the original's logits after Minitron (arXiv 2407.14679); the
+feature loss is PELA's (arXiv 2310.10700; healing card 8.2); the largest logits of the original and
+one outcome for all others in place of its distribution, card §8.
 
-Minimises the mean over positions of KL(original‖model), in nats, or of the cross-entropy of the next token, or of their sum; plus
-`features` times the mean over blocks and positions of ‖h − ĥ‖² / ‖h‖², h (hidden,) the output of a block in the original, ĥ in the model.
+Minimises the mean over positions of KL(original‖model), in nats, or of the cross-entropy of the
+next token, or of their sum; plus `features` times the mean over blocks and positions of ‖h − ĥ‖² /
+‖h‖², h (hidden,) the output of a block in the original, ĥ in the model.
 
-`teacher: cached` keeps of the original's distribution the `top` likeliest tokens and their logits, and the rest as one more outcome. The
-divergence of such coarser distributions is never larger than that of the whole ones, and the same where `top` is the vocabulary.
+`teacher: cached` keeps of the original's distribution the `top` likeliest tokens and their logits,
+and the rest as one more outcome. The divergence of such coarser distributions is never larger than
+that of the whole ones, and the same where `top` is the vocabulary.
 
-Differs from PELA: each position is divided by the original's energy there (as in `repair`): a few positions with massive activations are
-nearly all of the variance of a block. No perturbation term. Differs from the card's 390 bytes for a position (16 bits for a logit): 8 ·
-`top` + 4, since a student that is the teacher has neither loss nor gradient only where logits are what they were.
+Differs from PELA: each position is divided by the original's energy there (as in `repair`): a few
+positions with massive activations are nearly all of the variance of a block. No perturbation term.
+Differs from the card's 390 bytes for a position (16 bits for a logit): 8 · `top` + 4, since a
+student that is the teacher has neither loss nor gradient only where logits are what they were.
 
-Memory: `cached`, those bytes for each position, in place of the hidden size × 4 of `online`; the logits of one batch three times. With
-`features` the original runs again in each step, which costs no memory but the outputs of all blocks for one batch, twice, and a third of
-the time.
+Memory: `cached`, those bytes for each position, in place of the hidden size × 4 of `online`; the
+logits of one batch three times. With `features` the original runs again in each step, which costs
+no memory but the outputs of all blocks for one batch, twice, and a third of the time.
 """
 
 from typing import Any
@@ -36,7 +41,9 @@ class Objective:
 
     def __init__(self, original: Original, section: Heal):
         self.original, self.section = original, section
-        self.known: dict[int, tuple[Tensor, Tensor]] = {}  # batch → likeliest tokens int32, coarse logits; filled as batches come
+        self.known: dict[
+            int, tuple[Tensor, Tensor]
+        ] = {}  # batch → likeliest tokens int32, coarse logits; filled as batches come
 
     def loss(self, index: int) -> Tensor:
         """Loss of the model as it is now on one batch, with autograd."""
@@ -48,14 +55,21 @@ class Objective:
         if self.section.loss in ("kl", "both"):
             total = total + self.divergence(index, logits) / batch.numel()
         if self.section.loss in ("ce", "both"):
-            total = total + functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+            total = total + functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten()
+            )
         if wanted:
-            parts = [distance(hidden(output), hidden(expected)) for output, expected in zip(found, wanted, strict=True)]
+            parts = [
+                distance(hidden(output), hidden(expected))
+                for output, expected in zip(found, wanted, strict=True)
+            ]
             total = total + self.section.features * torch.stack(parts).mean()
         return total
 
     def divergence(self, index: int, logits: Tensor) -> Tensor:
-        """KL(original‖model) summed over positions, or between what the cached teacher tells apart."""
+        """KL(original‖model) summed over positions, or between what the cached teacher tells
+        apart.
+        """
         if self.section.teacher == "online":
             return Divergence.apply(logits, self.original.logits(index))
         if index not in self.known:
@@ -67,11 +81,15 @@ class Objective:
 
 
 def coarse(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Logits (…, k + 1) of `tokens` (…, k) and of all other outcomes together; (…, k) if there are no others. logits: (…, vocabulary)."""
+    """Logits (…, k + 1) of `tokens` (…, k) and of all other outcomes together; (…, k) if there are
+    no others. logits: (…, vocabulary).
+    """
     chosen = logits.gather(-1, tokens)
     if tokens.shape[-1] == logits.shape[-1]:
         return chosen
-    return torch.cat([chosen, logits.scatter(-1, tokens, -torch.inf).logsumexp(-1, keepdim=True)], -1)
+    return torch.cat(
+        [chosen, logits.scatter(-1, tokens, -torch.inf).logsumexp(-1, keepdim=True)], -1
+    )
 
 
 def distance(found: Tensor, expected: Tensor) -> Tensor:
@@ -83,8 +101,8 @@ def distance(found: Tensor, expected: Tensor) -> Tensor:
 class Divergence(torch.autograd.Function):
     """KL(p‖q) summed over positions, of logits (…, vocabulary) of q and of p, with gradients for q.
 
-    The gradient q − p is exactly zero where the logits agree. That of a composed loss is rounding noise there, which AdamW, whose steps do
-    not shrink with the gradient, would make large.
+    The gradient q − p is exactly zero where the logits agree. That of a composed loss is rounding
+    noise there, which AdamW, whose steps do not shrink with the gradient, would make large.
     """
 
     @staticmethod

@@ -1,10 +1,12 @@
-"""The optimizers of training, from libraries: AdamW of torch, and AdamW of bitsandbytes, which keeps its moments in 8 bits.
+"""The optimizers of training, from libraries: AdamW of torch, and AdamW of bitsandbytes, which
+keeps its moments in 8 bits.
 
-References: 8-bit moments by block-wise dynamic codes, arXiv 2110.02861, as bitsandbytes has them on CPUs and GPUs: blocks of 256 numbers
-with a scale each, whatever the shape; tensors of fewer than 4096 numbers keep moments of 32 bits.
+References: 8-bit moments by block-wise dynamic codes, arXiv 2110.02861, as bitsandbytes has them on
+CPUs and GPUs: blocks of 256 numbers with a scale each, whatever the shape; tensors of fewer than
+4096 numbers keep moments of 32 bits.
 
-Memory for each number that learns: 8 bytes of moments; 2.03 in 8 bits (two codes, and 8 bytes of scales for 256 numbers), and 2 KiB of
-tables for each process.
+Memory for each number that learns: 8 bytes of moments; 2.03 in 8 bits (two codes, and 8 bytes of
+scales for 256 numbers), and 2 KiB of tables for each process.
 """
 
 from collections.abc import Mapping
@@ -18,11 +20,16 @@ from compressor.errors import ConfigError
 BETAS = (0.9, 0.99)  # steps are few: a second moment over thousands of them would never settle
 INSTALL = "pip install 'compressor[train]'"
 
-Moments = dict[str, Any]  # what an optimizer remembers of one tensor: tensors and numbers; nothing before its first step
+Moments = dict[
+    str, Any
+]  # what an optimizer remembers of one tensor: tensors and numbers; nothing before its first step
 
 
-def optimizer_of(kind: str, parameters: Mapping[str, nn.Parameter], moments: Mapping[str, Moments]) -> torch.optim.Optimizer:
-    """An optimizer that goes on from `moments`, which it changes; a group for each parameter, in their order, learning rate 0.
+def optimizer_of(
+    kind: str, parameters: Mapping[str, nn.Parameter], moments: Mapping[str, Moments]
+) -> torch.optim.Optimizer:
+    """An optimizer that goes on from `moments`, which it changes; a group for each parameter, in
+    their order, learning rate 0.
 
     No weight decay, so that a tensor without a gradient stays as it is. kind: as in the recipe.
     Raises ConfigError if the library is missing.
@@ -35,9 +42,14 @@ def optimizer_of(kind: str, parameters: Mapping[str, nn.Parameter], moments: Map
     return made
 
 
-def moments_of(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Moments]:
+def moments_of(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Moments]:
     """What an optimizer remembers of each parameter; it is not copied."""
-    return {name: dict(optimizer.state[parameter]) if parameter in optimizer.state else {} for name, parameter in parameters.items()}
+    return {
+        name: dict(optimizer.state[parameter]) if parameter in optimizer.state else {}
+        for name, parameter in parameters.items()
+    }
 
 
 def require(kind: str) -> None:
@@ -51,5 +63,8 @@ def _class(kind: str) -> type[torch.optim.Optimizer]:
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
-        raise ConfigError(f"optimizer '{kind}' needs bitsandbytes 0.50 or later; run `{INSTALL}`, or choose 'adamw'") from None
+        raise ConfigError(
+            f"optimizer '{kind}' needs bitsandbytes 0.50 or later; run `{INSTALL}`, or choose "
+            "'adamw'"
+        ) from None
     return AdamW8bit

@@ -1,14 +1,18 @@
-"""Block repair: what a compressed block stores is fitted to the outputs of the dense block, on the inputs that the blocks before it leave.
+"""Block repair: what a compressed block stores is fitted to the outputs of the dense block, on the
+inputs that the blocks before it leave.
 
-References: block refinement is AA-SVD's second stage (arXiv 2604.02119; low-rank card 2.17), for pruned and quantised blocks local
-reconstruction (arXiv 2510.14444) and 3BASiL's (arXiv 2603.01376); no labels and no passes through the whole model.
+References: block refinement is AA-SVD's second stage (arXiv 2604.02119; low-rank card 2.17), for
+pruned and quantised blocks local reconstruction (arXiv 2510.14444) and 3BASiL's (arXiv 2603.01376);
+no labels and no passes through the whole model.
 
-Minimises, over what the block stores, the mean over tokens of ‖y − ŷ‖² / ‖y‖²: y (hidden,) is the output of the dense block behind dense
-blocks, ŷ that of the compressed block behind compressed blocks. The published loss is not divided by ‖y‖²; then the few tokens with
-massive activations are all that counts, while the norm that reads the output divides by ‖y‖ itself.
+Minimises, over what the block stores, the mean over tokens of ‖y − ŷ‖² / ‖y‖²: y (hidden,) is the
+output of the dense block behind dense blocks, ŷ that of the compressed block behind compressed
+blocks. The published loss is not divided by ‖y‖²; then the few tokens with massive activations are
+all that counts, while the norm that reads the output divides by ‖y‖ itself.
 
-Memory: two copies of the hidden states of all windows, windows × length × hidden size × 4 bytes each, of which no more than the cache
-allows is held in memory, and the activations, gradients and moments of one block.
+Memory: two copies of the hidden states of all windows, windows × length × hidden size × 4 bytes
+each, of which no more than the cache allows is held in memory, and the activations, gradients and
+moments of one block.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -37,7 +41,9 @@ from compressor.training.loop import Task, fit
 
 @dataclass(frozen=True)
 class BlockRepair:
-    """What became of one block. Errors are means over held-out tokens of ‖y − ŷ‖² / ‖y‖², of modules as they are stored."""
+    """What became of one block. Errors are means over held-out tokens of ‖y − ŷ‖² / ‖y‖², of
+    modules as they are stored.
+    """
 
     block: int
     before: float
@@ -46,7 +52,12 @@ class BlockRepair:
     values: Values  # empty where the repair was dropped
 
     def to_json(self) -> dict[str, float | int]:
-        return {"block": self.block, "before": self.before, "after": self.after, "steps": self.steps}
+        return {
+            "block": self.block,
+            "before": self.before,
+            "after": self.after,
+            "steps": self.steps,
+        }
 
 
 def repair_blocks(
@@ -61,24 +72,32 @@ def repair_blocks(
     cache: Cache | None = None,
     solve: Callable[[Streams], Mapping[str, nn.Module]] = lambda streams: {},
 ) -> tuple[Modules, list[BlockRepair]]:
-    """Repair block after block; return all modules that now differ from those of the model, and what became of each block.
+    """Repair block after block; return all modules that now differ from those of the model, and
+    what became of each block.
 
-    model: dense, computing in float32 or wider, left as it is; modules: those that compress it; dtypes: of every parameter as it will be
-    stored, by full name; windows: batches (batch, length) int64 to fit on, and held-out ones; `store` must depend on all of these.
-    solve: modules of the block that the streams have come to, in place of those of `modules`, made behind what has been repaired; it is
-    called once more behind the last block. Modules that are given or solved stay as they are.
+    model: dense, computing in float32 or wider, left as it is; modules: those that compress it;
+    dtypes: of every parameter as it will be stored, by full name; windows: batches (batch, length)
+    int64 to fit on, and held-out ones; `store` must depend on all of these. solve: modules of the
+    block that the streams have come to, in place of those of `modules`, made behind what has been
+    repaired; it is called once more behind the last block. Modules that are given or solved stay as
+    they are.
     """
     prefix, members = blocks(model)
     found, outcomes = owned(modules), []
     with torch.no_grad():
         cure, shared = "switch repair off", Cache() if cache is None else cache
-        streams, heldout = (Streams(model, list(batches), anchored=True, cure=cure, cache=shared) for batches in windows)
+        streams, heldout = (
+            Streams(model, list(batches), anchored=True, cure=cure, cache=shared)
+            for batches in windows
+        )
         for number in progress(range(len(members)), "repair"):
             found |= owned(solve(streams))
             rebind(found)
             inside = f"{prefix}.{number}."
             here = {name: module for name, module in found.items() if name.startswith(inside)}
-            learners = Learners(model, here, [members[number]] if here or streams.parted else [], section.train)
+            learners = Learners(
+                model, here, [members[number]] if here or streams.parted else [], section.train
+            )
             if learners.parameters:
                 make = partial(_repair, streams, heldout, learners, here, dtypes, section, seed)
                 outcomes.append(store.recall("repair", number, make))
@@ -92,9 +111,17 @@ def repair_blocks(
 
 
 def owned(modules: Mapping[str, nn.Module]) -> Modules:
-    """The same modules, but copies of those that borrow atoms: they are to borrow them from others."""
-    borrowing = {name for name, module in modules.items() if isinstance(module, CompressedLinear) and borrower(module)}
-    return {name: deepcopy(module) if name in borrowing else module for name, module in modules.items()}
+    """The same modules, but copies of those that borrow atoms: they are to borrow them from
+    others.
+    """
+    borrowing = {
+        name
+        for name, module in modules.items()
+        if isinstance(module, CompressedLinear) and borrower(module)
+    }
+    return {
+        name: deepcopy(module) if name in borrowing else module for name, module in modules.items()
+    }
 
 
 def _repair(
@@ -116,7 +143,9 @@ def _repair(
 
     title = f"repair of block {number}"
     with installed(model, learners.copies):
-        task = Task(title, learners.parameters, len(streams.batches), loss, partial(error, heldout, {}))
+        task = Task(
+            title, learners.parameters, len(streams.batches), loss, partial(error, heldout, {})
+        )
         state = fit(task, section, seed + number)
     values = learners.values(dtypes)
     after = error(heldout, dict(here) | rebuilt(learners.originals, values))
@@ -131,7 +160,10 @@ def hidden(output: Any) -> Tensor:
 
 def distances(streams: Streams, index: int) -> Tensor:
     """‖y − ŷ‖² / ‖y‖² of every token of a batch, (batch, length). The dense stream leads."""
-    found, expected = hidden(streams.output(index, streams.compressed)), hidden(streams.dense[index])
+    found, expected = (
+        hidden(streams.output(index, streams.compressed)),
+        hidden(streams.dense[index]),
+    )
     energy = expected.square().sum(-1)
     return (found - expected).square().sum(-1) / energy.clamp(min=torch.finfo(energy.dtype).tiny)
 
@@ -141,4 +173,6 @@ def error(streams: Streams, modules: Mapping[str, nn.Module]) -> float:
     """Mean over all tokens, float64 sums, with `modules` in the model. The dense stream leads."""
     with installed(streams.model, dict(modules)):
         parts = [distances(streams, index) for index in range(len(streams.batches))]
-    return sum(part.sum(dtype=torch.float64).item() for part in parts) / sum(part.numel() for part in parts)
+    return sum(part.sum(dtype=torch.float64).item() for part in parts) / sum(
+        part.numel() for part in parts
+    )

@@ -1,4 +1,6 @@
-"""How many steps of training the rest of a budget has room for, from one step and one look that are timed on the spot."""
+"""How many steps of training the rest of a budget has room for, from one step and one look that are
+timed on the spot.
+"""
 
 import time
 from collections.abc import Callable
@@ -20,7 +22,9 @@ class Pace:
     look: float
 
     def steps(self, section: Training, seconds: float, windows: int) -> int:
-        """Steps that fit, at most those of the section; 0 if there is no time for a look. windows: of the batch that was timed."""
+        """Steps that fit, at most those of the section; 0 if there is no time for a look. windows:
+        of the batch that was timed.
+        """
         each = MARGIN * self.step * section.batch_size / windows + self.look / section.check
         fitting = min(section.steps, int(seconds / each))
         return fitting if fitting >= min(section.check, section.steps) else 0
@@ -39,7 +43,9 @@ def timed(loss: Callable[[int], Tensor], look: Callable[[], float]) -> Pace:
 
 
 def _now() -> float:
-    """Seconds, once an accelerator has done what it was told, which the processor does not wait for."""
+    """Seconds, once an accelerator has done what it was told, which the processor does not wait
+    for.
+    """
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     return time.monotonic()

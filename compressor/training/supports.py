@@ -1,26 +1,35 @@
-"""Supports that learn: which entries of a sparse matrix are stored is chosen anew at every step, from a dense latent.
+"""Supports that learn: which entries of a sparse matrix are stored is chosen anew at every step,
+from a dense latent.
 
-References: the straight-through factorizer of DSFormer (arXiv 2312.13211; sparse-dictionary card §5).
+References: the straight-through factorizer of DSFormer (arXiv 2312.13211; sparse-dictionary card
+§5).
 
 Glossary
-    latent C̃ (rows, columns)    the stored entries, and numbers that are zero at the start outside their mask; of Ŵ for sparse storage, of
+    latent C̃ (rows, columns)    the stored entries, and numbers that are zero at the start outside
+                                 their mask; of Ŵ for sparse storage, of
                                 the codes for a dictionary, also where a residual is added to either
-    support M = Π(C̃)            the largest entries of C̃ in size, as many as are stored, in each group of the stored pattern
-    projected Ŝ = C̃ ⊙ M         what the model runs with; ∂loss/∂C̃ := ∂loss/∂Ŝ, also outside M, while atoms get their true gradient
+    support M = Π(C̃)            the largest entries of C̃ in size, as many as are stored, in each
+                                 group of the stored pattern
+    projected Ŝ = C̃ ⊙ M         what the model runs with; ∂loss/∂C̃ := ∂loss/∂Ŝ, also outside M,
+                                 while atoms get their true gradient
 
-Patterns: the shortest run of consecutive entries of a row of which every one holds the same number (so 2:4 stays 2:4, and equal counts in
-each row, or in each slice of a dictionary in blocks, stay equal); else each column, if those hold the same number; else the whole matrix.
-So as many numbers are stored as before, and the masks have the same size.
+Patterns: the shortest run of consecutive entries of a row of which every one holds the same number
+(so 2:4 stays 2:4, and equal counts in each row, or in each slice of a dictionary in blocks, stay
+equal); else each column, if those hold the same number; else the whole matrix. So as many numbers
+are stored as before, and the masks have the same size.
 
-Healing trains latents for the first four fifths of its steps. Its loss grows by the fraction PULL times the mean over matrices of
-‖C̃ ⊙ (1 − M)‖² / ‖C̃ ⊙ M‖², which keeps entries from coming and going. Then the supports are frozen, and what is stored learns in the steps
-that are left, from the best latents on, with a warm-up and a cosine of its own up to LATE times the learning rate.
+Healing trains latents for the first four fifths of its steps. Its loss grows by the fraction PULL
+times the mean over matrices of ‖C̃ ⊙ (1 − M)‖² / ‖C̃ ⊙ M‖², which keeps entries from coming and
+going. Then the supports are frozen, and what is stored learns in the steps that are left, from the
+best latents on, with a warm-up and a cosine of its own up to LATE times the learning rate.
 
-Differs from the paper: calibration text in place of a task; one latent for the entries inside and one for those outside, so that both learn
-at a rate relative to the median of the stored entries; all rates are the same, since they are relative (card: a tenth for atoms); the
-penalty is relative to the loss, so that it is as strong for any text and has no gradient where there is no loss.
+Differs from the paper: calibration text in place of a task; one latent for the entries inside and
+one for those outside, so that both learn at a rate relative to the median of the stored entries;
+all rates are the same, since they are relative (card: a tenth for atoms); the penalty is relative
+to the loss, so that it is as strong for any text and has no gradient where there is no loss.
 
-Memory: 4 bytes for each entry of the dense matrix, four times with gradient and moments, in place of those for stored entries.
+Memory: 4 bytes for each entry of the dense matrix, four times with gradient and moments, in place
+of those for stored entries.
 """
 
 from collections.abc import Iterable, Mapping
@@ -40,12 +49,16 @@ from compressor.training.loop import ZERO
 
 FREE = 0.8  # of the steps, in which supports learn
 PULL = 0.1
-LATE = 0.2  # of the learning rate, for the steps after those: where a single cosine would be by then
+LATE = (
+    0.2  # of the learning rate, for the steps after those: where a single cosine would be by then
+)
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """How many entries every group of a mask holds. A group: `size` consecutive entries of the rows, or of the columns."""
+    """How many entries every group of a mask holds. A group: `size` consecutive entries of the
+    rows, or of the columns.
+    """
 
     size: int
     kept: int
@@ -66,14 +79,22 @@ class Pattern:
         """The mask with this pattern that holds the largest of `sizes` (rows, columns)."""
         table = sizes.T if self.columns else sizes
         groups = table.reshape(-1, self.size)
-        chosen = torch.zeros_like(groups, dtype=torch.bool).scatter(1, groups.topk(self.kept, dim=1).indices, True).view(table.shape)
+        chosen = (
+            torch.zeros_like(groups, dtype=torch.bool)
+            .scatter(1, groups.topk(self.kept, dim=1).indices, True)
+            .view(table.shape)
+        )
         return chosen.T if self.columns else chosen
 
 
 def parted(section: Heal) -> tuple[Heal, Heal]:
     """The settings of the steps in which supports learn, and of those in which they are frozen."""
     free = max(1, round(FREE * section.steps))
-    frozen = {"steps": max(1, section.steps - free), "learning_rate": LATE * section.learning_rate, "supports": "fixed"}
+    frozen = {
+        "steps": max(1, section.steps - free),
+        "learning_rate": LATE * section.learning_rate,
+        "supports": "fixed",
+    }
     return section.model_copy(update={"steps": free}), section.model_copy(update=frozen)
 
 
@@ -86,31 +107,46 @@ class Latent(nn.Module):
     """A linear that runs with the projection of a dense latent in place of its stored entries."""
 
     def __init__(self, module: nn.Module):
-        """module: sparse storage or a dictionary, with or without a residual, as it is (no copy)."""
+        """module: sparse storage or a dictionary, with or without a residual, as it is (no
+        copy).
+        """
         super().__init__()
         self.module, self.start = module, grid(getattr(module, "base", module))
-        self.pattern, self.everything = Pattern.of(self.start), pack_mask(torch.ones_like(self.start).flatten())
+        self.pattern, self.everything = (
+            Pattern.of(self.start),
+            pack_mask(torch.ones_like(self.start).flatten()),
+        )
         weight = module.weight.detach()
         self.unit = (weight.abs().median().item() or ZERO) / ZERO if len(weight) else 1.0
         self.inside = nn.Parameter(weight.clone(), requires_grad=False)
-        self.outside = nn.Parameter(weight.new_zeros(self.start.numel() - len(weight)), requires_grad=False)
+        self.outside = nn.Parameter(
+            weight.new_zeros(self.start.numel() - len(weight)), requires_grad=False
+        )
 
     def latent(self) -> Tensor:
         """C̃ (rows, columns), differentiable."""
         empty = self.inside.new_zeros(self.start.shape)
-        return empty.masked_scatter(self.start, self.inside).masked_scatter(~self.start, self.unit * self.outside)
+        return empty.masked_scatter(self.start, self.inside).masked_scatter(
+            ~self.start, self.unit * self.outside
+        )
 
     def support(self, latent: Tensor) -> Tensor:
         """M (rows, columns); of zeros the stored ones are taken first."""
         sizes = latent.detach().abs()
-        return self.pattern.largest(torch.where(self.start, sizes.clamp(min=torch.finfo(sizes.dtype).tiny), sizes))
+        return self.pattern.largest(
+            torch.where(self.start, sizes.clamp(min=torch.finfo(sizes.dtype).tiny), sizes)
+        )
 
     def projected(self) -> Tensor:
         latent = self.latent()
-        return latent + (latent * self.support(latent) - latent).detach()  # exactly C̃ inside and 0 outside
+        return (
+            latent + (latent * self.support(latent) - latent).detach()
+        )  # exactly C̃ inside and 0 outside
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional_call(self.module, {"weight": self.projected().flatten(), "mask": self.everything}, (input,))
+        return functional_call(
+            self.module, {"weight": self.projected().flatten(), "mask": self.everything}, (input,)
+        )
 
     def pull(self) -> Tensor:
         """‖C̃ ⊙ (1 − M)‖² / ‖C̃ ⊙ M‖², the latter without a gradient."""
@@ -130,11 +166,25 @@ class Latent(nn.Module):
 class Latents:
     """What learns while supports do, with the interface of `Learners`."""
 
-    def __init__(self, model: PreTrainedModel, modules: Mapping[str, nn.Module], scopes: Iterable[nn.Module], train: str):
-        """modules: what is to stand in the model, by name; train: as in the recipe, one that trains stored entries."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        modules: Mapping[str, nn.Module],
+        scopes: Iterable[nn.Module],
+        train: str,
+    ):
+        """modules: what is to stand in the model, by name; train: as in the recipe, one that trains
+        stored entries.
+        """
         inner = Learners(model, modules, scopes, train)
-        self.originals, self.parameters, self.copies = inner.originals, dict(inner.parameters), dict(inner.copies)
-        self.latents = {name: Latent(copy) for name, copy in inner.copies.items() if has_support(copy)}
+        self.originals, self.parameters, self.copies = (
+            inner.originals,
+            dict(inner.parameters),
+            dict(inner.copies),
+        )
+        self.latents = {
+            name: Latent(copy) for name, copy in inner.copies.items() if has_support(copy)
+        }
         for name, latent in self.latents.items():
             self.copies[name] = latent
             del self.parameters[f"{name}.weight"]
@@ -142,14 +192,23 @@ class Latents:
 
     def pulled(self, loss: Tensor) -> Tensor:
         """A loss with the penalty for what lies outside the supports."""
-        return loss + PULL * loss.detach() * torch.stack([latent.pull() for latent in self.latents.values()]).mean()
+        return (
+            loss
+            + PULL
+            * loss.detach()
+            * torch.stack([latent.pull() for latent in self.latents.values()]).mean()
+        )
 
     def masters(self) -> dict[str, nn.Module]:
         """What has been learned, in 32 bits, by name: modules with the supports that were found."""
         values = {}
         for name, copy in self.copies.items():
             module = copy.module if name in self.latents else copy
-            learned = {key: p.detach() for key, p in module.named_parameters(recurse=False) if f"{name}.{key}" in self.parameters}
+            learned = {
+                key: p.detach()
+                for key, p in module.named_parameters(recurse=False)
+                if f"{name}.{key}" in self.parameters
+            }
             values[name] = learned | (copy.stored() if name in self.latents else {})
         found = rebuilt(self.originals, values)
         rebind(found)

@@ -1,13 +1,15 @@
-"""Healing: all blocks are trained together until the model's output distribution is that of the original again.
+"""Healing: all blocks are trained together until the model's output distribution is that of the
+original again.
 
-References: training only what the compressed linears store is WeLore's (arXiv 2407.11239) and ROCKET's (arXiv 2602.11008); healing card §8.
-`objectives` has what is minimised.
+References: training only what the compressed linears store is WeLore's (arXiv 2407.11239) and
+ROCKET's (arXiv 2602.11008); healing card §8. `objectives` has what is minimised.
 
-The original is not kept as a second model: the outputs of its last block are cached, and its logits come from them through its own norm
-and head.
+The original is not kept as a second model: the outputs of its last block are cached, and its logits
+come from them through its own norm and head.
 
-Memory: windows × length × hidden size × 4 bytes for these outputs, of which no more than the cache allows is held in memory, the logits
-of one batch three times, and the activations, gradients and moments of all blocks.
+Memory: windows × length × hidden size × 4 bytes for these outputs, of which no more than the cache
+allows is held in memory, the logits of one batch three times, and the activations, gradients and
+moments of all blocks.
 """
 
 from collections.abc import Sequence
@@ -28,17 +30,30 @@ from compressor.training.learners import leaves
 class Original:
     """What a model says, as it is now, to batches of windows, whatever is installed in it later."""
 
-    def __init__(self, model: PreTrainedModel, batches: Sequence[Tensor], keep: bool = True, cache: Cache | None = None):
-        """batches: (batch, length) int64, on the model's device; keep: the outputs of the last block, in `cache`, else every question is
-        a pass.
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batches: Sequence[Tensor],
+        keep: bool = True,
+        cache: Cache | None = None,
+    ):
+        """batches: (batch, length) int64, on the model's device; keep: the outputs of the last
+        block, in `cache`, else every question is a pass.
 
-        Raises CompressorError if passes through this architecture cannot be restarted behind its blocks.
+        Raises CompressorError if passes through this architecture cannot be restarted behind its
+        blocks.
         """
         self.model, self.batches = model, list(batches)
         self.depth = len(blocks(model)[1])
         prefix = f"{blocks(model)[0]}."
-        self.dense = {name: module for name, module in leaves(model, {}, [model]).items() if len(module._parameters)}
-        self.outside = {name: module for name, module in self.dense.items() if not name.startswith(prefix)}  # the head may be compressed
+        self.dense = {
+            name: module
+            for name, module in leaves(model, {}, [model]).items()
+            if len(module._parameters)
+        }
+        self.outside = {
+            name: module for name, module in self.dense.items() if not name.startswith(prefix)
+        }  # the head may be compressed
         self.last = (Cache() if cache is None else cache).batches(len(self.batches) if keep else 0)
         for index, batch in enumerate(self.batches[: len(self.last)]):
             logits, outputs = block_outputs(model, batch)
@@ -51,17 +66,25 @@ class Original:
         if not self.last:
             return self.run(index)[0]
         with installed(self.model, self.outside):
-            return forward_from(self.model, self.depth, [self.last[index]] * self.depth, self.batches[index])
+            return forward_from(
+                self.model, self.depth, [self.last[index]] * self.depth, self.batches[index]
+            )
 
     def run(self, index: int) -> tuple[Tensor, list[Any]]:
-        """Logits of the original for one batch, and what each of its blocks returns, from a pass of its own."""
+        """Logits of the original for one batch, and what each of its blocks returns, from a pass of
+        its own.
+        """
         with installed(self.model, self.dense):
             return block_outputs(self.model, self.batches[index])
 
     @torch.no_grad()
     def divergence(self) -> float:
-        """KL(original‖model as it is now), nats per token, mean over all positions of all batches, as `scoring.compare`."""
+        """KL(original‖model as it is now), nats per token, mean over all positions of all batches,
+        as `scoring.compare`.
+        """
         total = 0.0
         for index, batch in enumerate(self.batches):
-            total += kl_sum(self.logits(index), self.model(input_ids=batch, use_cache=False).logits).item()
+            total += kl_sum(
+                self.logits(index), self.model(input_ids=batch, use_cache=False).logits
+            ).item()
         return total / sum(batch.numel() for batch in self.batches)

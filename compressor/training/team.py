@@ -1,8 +1,10 @@
-"""Several processes that take the steps of one training together, through accelerate: each computes gradients on windows of its own.
+"""Several processes that take the steps of one training together, through accelerate: each computes
+gradients on windows of its own.
 
-The main process decides everything and says where training stands before each run of steps; the others do as they are told. Gradients are
-averaged over the processes at each step, so that all of them hold the same parameters to the bit. No connection is made before the main
-process needs the others, which may take hours.
+The main process decides everything and says where training stands before each run of steps; the
+others do as they are told. Gradients are averaged over the processes at each step, so that all of
+them hold the same parameters to the bit. No connection is made before the main process needs the
+others, which may take hours.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,8 +20,12 @@ from torch import Tensor, nn
 from compressor.errors import CompressorError
 from compressor.resume.codec import decode, encode
 
-WAIT = timedelta(days=14)  # for the main process to need the others; a process that ends is noticed at once
-BUCKET = 2**22  # numbers that are averaged in one message: many small messages are slow, large ones need memory
+WAIT = timedelta(
+    days=14
+)  # for the main process to need the others; a process that ends is noticed at once
+BUCKET = (
+    2**22
+)  # numbers that are averaged in one message: many small messages are slow, large ones need memory
 
 
 class Dismissed(Exception):
@@ -35,14 +41,18 @@ class Team:
         self.state: PartialState | None = None
 
     def tell(self, value: Any) -> None:
-        """Main process: hand the others a value, anything that `codec` encodes, calling them first if they have not been."""
+        """Main process: hand the others a value, anything that `codec` encodes, calling them first
+        if they have not been.
+        """
         if self.processes == 1:
             return
         if self.state is None:
             self._call(True)
         data, tensors = encode(value)
         with _reporting():
-            broadcast_object_list([(data, [(name, one.shape, one.dtype) for name, one in tensors.items()])])
+            broadcast_object_list(
+                [(data, [(name, one.shape, one.dtype) for name, one in tensors.items()])]
+            )
             for tensor in tensors.values():
                 broadcast(tensor.to(self.state.device))
             self.state.wait_for_everyone()
@@ -56,7 +66,9 @@ class Team:
         self.state.destroy_process_group()
 
     def called(self) -> bool:
-        """Another process: wait until the main one knows whether it needs this one, and say which."""
+        """Another process: wait until the main one knows whether it needs this one, and say
+        which.
+        """
         return self._call(False)
 
     def hear(self) -> Any:
@@ -64,7 +76,10 @@ class Team:
         with _reporting():
             ((data, outline),) = broadcast_object_list([None])
             device = self.state.device
-            tensors = {name: broadcast(torch.empty(shape, dtype=dtype, device=device)) for name, shape, dtype in outline}
+            tensors = {
+                name: broadcast(torch.empty(shape, dtype=dtype, device=device))
+                for name, shape, dtype in outline
+            }
             self.state.wait_for_everyone()
         return decode(data, tensors, foreign=True)
 
@@ -76,16 +91,29 @@ class Team:
             return reduce(value, "mean").item()
 
     def average(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Let every gradient be its mean over the processes; one that no process has stays absent."""
+        """Let every gradient be its mean over the processes; one that no process has stays
+        absent.
+        """
         if self.processes == 1:
             return
         own = list(parameters)
         with _reporting():
-            present = reduce(torch.tensor([float(one.grad is not None) for one in own], device=self.state.device), "sum")
-            for bucket in _buckets(one for one, count in zip(own, present.tolist(), strict=True) if count):
-                gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in bucket]
+            present = reduce(
+                torch.tensor(
+                    [float(one.grad is not None) for one in own], device=self.state.device
+                ),
+                "sum",
+            )
+            for bucket in _buckets(
+                one for one, count in zip(own, present.tolist(), strict=True) if count
+            ):
+                gradients = [
+                    torch.zeros_like(one) if one.grad is None else one.grad for one in bucket
+                ]
                 mean = reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
-                for parameter, part in zip(bucket, mean.split([one.numel() for one in bucket]), strict=True):
+                for parameter, part in zip(
+                    bucket, mean.split([one.numel() for one in bucket]), strict=True
+                ):
                     parameter.grad = part.view_as(parameter)
 
     def _call(self, needed: bool) -> bool:
@@ -114,11 +142,15 @@ def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]
 
 @contextmanager
 def _reporting() -> Iterator[None]:
-    """Say in one line that another process is gone: all that can go wrong between processes but memory, which is this one's."""
+    """Say in one line that another process is gone: all that can go wrong between processes but
+    memory, which is this one's.
+    """
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         first = str(error).strip().splitlines()[0]
-        raise CompressorError(f"another process of this run has ended or cannot be reached ({first}); see its message") from error
+        raise CompressorError(
+            f"another process of this run has ended or cannot be reached ({first}); see its message"
+        ) from error

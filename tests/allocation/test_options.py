@@ -15,7 +15,9 @@ def options(unit: str, seed: int, count: int = 6) -> list[Option]:
     rng = np.random.default_rng(seed)
     costs, damages = np.sort(rng.choice(100, count, replace=False)), rng.lognormal(0, 1, count)
     return [
-        Option(unit, int(cost), float(damage), Candidate("m", {"rank": place}, int(cost), 1, 0.1), None)
+        Option(
+            unit, int(cost), float(damage), Candidate("m", {"rank": place}, int(cost), 1, 0.1), None
+        )
         for place, (cost, damage) in enumerate(zip(costs, damages, strict=True))
     ]
 
@@ -35,14 +37,22 @@ def test_joint_bundles_hold_the_best_of_all_combinations_at_any_price(seed, pric
     bundles = joint(members)
     assert [cost_of(bundle) for bundle in bundles] == sorted(cost_of(bundle) for bundle in bundles)
     assert all([option.unit for option in bundle] == ["a", "b", "c"] for bundle in bundles)
-    best = min(damage_of(bundle) + price * cost_of(bundle) for bundle in itertools.product(*members))
-    assert min(damage_of(bundle) + price * cost_of(bundle) for bundle in bundles) == pytest.approx(best)
+    best = min(
+        damage_of(bundle) + price * cost_of(bundle) for bundle in itertools.product(*members)
+    )
+    assert min(damage_of(bundle) + price * cost_of(bundle) for bundle in bundles) == pytest.approx(
+        best
+    )
 
 
 def test_tied_linears_have_equal_schemes():
     group = Group("layer.{a,b}", ("a", "b"), (), True)
     found = tied(group, [options("a", 1, 4), options("b", 2, 3)])
-    assert [[option.candidate.setting["rank"] for option in bundle] for bundle in found] == [[0, 0], [1, 1], [2, 2]]
+    assert [[option.candidate.setting["rank"] for option in bundle] for bundle in found] == [
+        [0, 0],
+        [1, 1],
+        [2, 2],
+    ]
     other = [Option("b", 1, 1.0, Candidate("other", {"rank": 0}, 1, 1, 0.1), None)]
     with pytest.raises(ConfigError, match=r"layer\.\{a,b\}: tied linears offer no equal settings"):
         tied(group, [options("a", 1), other])

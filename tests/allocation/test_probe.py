@@ -16,7 +16,9 @@ from compressor.statistics import LinearStats
 
 
 def curve(*sizes: int) -> Curve:
-    candidates = tuple(Candidate("m", {"rank": size}, 16 * size, size, error=1 / size) for size in sizes)
+    candidates = tuple(
+        Candidate("m", {"rank": size}, 16 * size, size, error=1 / size) for size in sizes
+    )
     return Curve("linear", "m", candidates, 1600, 100, 1.0)
 
 
@@ -35,7 +37,9 @@ def test_damage_is_the_probe_scaled_along_the_curve():
 
 @torch.no_grad()
 def loud_model(kind: str):
-    """A tiny model whose linears matter: weights five times those of a fresh one, so that divergences are far above rounding."""
+    """A tiny model whose linears matter: weights five times those of a fresh one, so that
+    divergences are far above rounding.
+    """
     model = tiny_model(kind)
     for info in linears(model).values():
         info.module.weight.mul_(5)
@@ -54,15 +58,25 @@ def test_the_divergence_is_that_of_a_full_forward_pass(kind, temperature, skip):
         original = model(tokens).logits
     for info in (infos[0], infos[-1]):
         weight = info.module.weight.detach().T if info.conv1d else info.module.weight.detach()
-        dense = Dense(weight, None if info.module.bias is None else info.module.bias.detach(), torch.float32)
+        dense = Dense(
+            weight, None if info.module.bias is None else info.module.bias.detach(), torch.float32
+        )
         method = build("low_rank", {"metric": "gram"})
-        state = method.prepare(info.name, dense, LinearStats(tokens=1, gram=torch.eye(weight.shape[1], dtype=torch.float64)))
-        part = Decomposition(method, state, method.candidates(state), {info.name: info.out_features})
+        state = method.prepare(
+            info.name,
+            dense,
+            LinearStats(tokens=1, gram=torch.eye(weight.shape[1], dtype=torch.float64)),
+        )
+        part = Decomposition(
+            method, state, method.candidates(state), {info.name: info.out_features}
+        )
         found = probe(prober, part, info.block, 0.3)
         changed = loud_model(kind)
         replace(changed, info.name, method.compress(state, found.setting))
         with torch.no_grad():
-            expected = kl_sum(original, changed(tokens).logits, temperature, skip).item() / (5 * (16 - skip))
+            expected = kl_sum(original, changed(tokens).logits, temperature, skip).item() / (
+                5 * (16 - skip)
+            )
         assert found.kl == pytest.approx(expected, rel=1e-2)
         assert found.kl > 0
     with torch.no_grad():

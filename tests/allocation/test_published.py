@@ -56,8 +56,12 @@ def test_more_budget_never_hurts_and_scaling_changes_nothing(seed, keep):
     budget = int(keep * sum(row.whole for row in rows))
     small, large = knapsack.knapsack(rows, budget), knapsack.knapsack(rows, int(budget * 1.05))
     assert large.damage <= small.damage * (1 + EXACT) + 1e-12
-    scaled = [Row(row.costs, tuple(1e-6 * damage for damage in row.damages), row.whole) for row in rows]
-    assert knapsack.knapsack(scaled, budget).damage == pytest.approx(1e-6 * small.damage, rel=EXACT, abs=1e-18)
+    scaled = [
+        Row(row.costs, tuple(1e-6 * damage for damage in row.damages), row.whole) for row in rows
+    ]
+    assert knapsack.knapsack(scaled, budget).damage == pytest.approx(
+        1e-6 * small.damage, rel=EXACT, abs=1e-18
+    )
 
 
 def test_dominated_option_changes_nothing():
@@ -65,15 +69,22 @@ def test_dominated_option_changes_nothing():
     budget = int(0.6 * sum(row.whole for row in rows))
     first = rows[0]
     worse = Row((*first.costs, first.whole + 1), (*first.damages, max(first.damages)), first.whole)
-    assert knapsack.knapsack([worse, *rows[1:]], budget).choice == knapsack.knapsack(rows, budget).choice
+    assert (
+        knapsack.knapsack([worse, *rows[1:]], budget).choice
+        == knapsack.knapsack(rows, budget).choice
+    )
 
 
 def test_without_dense_option_greedy_on_convex_curves_is_optimal():
-    """Rule R12: on convex curves without a dense option the greedy relaxation is optimal up to one step."""
+    """Rule R12: on convex curves without a dense option the greedy relaxation is optimal up to one
+    step.
+    """
     costs = tuple(range(1, 9))
     rows = [Row(costs, tuple(scale / cost for cost in costs), 10) for scale in (1.0, 2.0, 5.0)]
     for budget in (5, 9, 14):
-        assert knapsack.knapsack(rows, budget, exact=False).damage == pytest.approx(brute_force(rows, budget))
+        assert knapsack.knapsack(rows, budget, exact=False).damage == pytest.approx(
+            brute_force(rows, budget)
+        )
 
 
 def test_knapsack_is_never_worse_than_uniform():
@@ -81,7 +92,9 @@ def test_knapsack_is_never_worse_than_uniform():
         rows = random_rows(seed, groups=20, options=12)
         budget = int(0.7 * sum(row.whole for row in rows))
         uniform = published.uniform(rows, [0.7] * len(rows))
-        assert knapsack.knapsack(rows, budget).damage <= sum(row.damages[i] for row, i in zip(rows, uniform, strict=True))
+        assert knapsack.knapsack(rows, budget).damage <= sum(
+            row.damages[i] for row, i in zip(rows, uniform, strict=True)
+        )
 
 
 def usage(rows: list[Row], seed: int) -> list[list[int]]:
@@ -147,7 +160,10 @@ def test_threshold_is_one_cut_for_all_rows():
     assert published.threshold(rows, own, 30) == [1, 0]  # a cut at 0.5
     assert published.threshold(rows, own, 40) == [1, 1]
     assert published.threshold(rows, own, 59) == [1, 2]  # a cut between 0.3 and 0.1
-    assert published.threshold(rows, own, 129) == [2, 2]  # below every component, above the dense options
+    assert published.threshold(rows, own, 129) == [
+        2,
+        2,
+    ]  # below every component, above the dense options
 
 
 def test_by_role_keeps_the_proportion_until_a_role_is_whole():
@@ -189,7 +205,9 @@ def test_depth_weight_falls_to_the_last_block():
 
 
 def test_capped_by_hand():
-    """Mean damage 2 at uniform sizes. At α = 1 the first row needs its 9, and 9 + 4 exceed 12; at 1.1 damages up to 2.2 are let in."""
+    """Mean damage 2 at uniform sizes. At α = 1 the first row needs its 9, and 9 + 4 exceed 12; at
+    1.1 damages up to 2.2 are let in.
+    """
     rows = [Row((2, 5, 9), (5.0, 2.2, 0.0), 9), Row((4, 8), (1.8, 0.0), 8)]
     capped = published.capped(rows, 12, (1, 0), 1.0)
     assert [row.damages for row in capped] == [(math.inf, 2.2, 0.0), (1.8, 0.0)]
@@ -211,5 +229,7 @@ def test_a_capped_knapsack_is_the_best_within_the_cap(seed, keep):
     assert answer.cost <= budget
     assert answer.damage == pytest.approx(brute_force(capped, budget), rel=EXACT)
     assert answer.damage >= knapsack.knapsack(rows, budget).damage * (1 - EXACT)
-    limited = knapsack.constrained(capped, budget, [([row.costs for row in rows], budget)])  # a second limit that says the same
+    limited = knapsack.constrained(
+        capped, budget, [([row.costs for row in rows], budget)]
+    )  # a second limit that says the same
     assert limited.damage == pytest.approx(answer.damage, rel=EXACT)

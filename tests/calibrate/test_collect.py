@@ -1,8 +1,21 @@
-"""Statistics of tiny models against their definition, and against every way of cutting the same work into pieces."""
+"""Statistics of tiny models against their definition, and against every way of cutting the same
+work into pieces.
+"""
 
 import pytest
 import torch
-from support.activations import ALL, FIELDS, GRAM, LENGTH, PIECES, assert_same, distance, everywhere, observed, windows
+from support.activations import (
+    ALL,
+    FIELDS,
+    GRAM,
+    LENGTH,
+    PIECES,
+    assert_same,
+    distance,
+    everywhere,
+    observed,
+    windows,
+)
 from support.models import VOCABULARY, tiny_model
 
 from compressor.calibrate.collect import collect, waves
@@ -27,20 +40,29 @@ def test_fields_equal_their_definition(kind):
     for name, (x, g) in observed(model, found, tokens).items():
         one, x, g = stats[name], x.flatten(0, 1), g.flatten(0, 1)
         assert (one.tokens, one.grad_tokens) == (tokens.numel(), len(tokens) * (LENGTH - 1))
-        per_token = torch.einsum("to,ti->toi", g, x).square()  # squared weight gradient of each token
+        per_token = torch.einsum(
+            "to,ti->toi", g, x
+        ).square()  # squared weight gradient of each token
         expected = (x.T @ x, x.sum(0), x.abs().sum(0), per_token.sum((0, 1)), g.T @ g)
-        for field, value in zip(("gram", "sum", "abs_sum", "fisher", "grad_gram"), expected, strict=True):
+        for field, value in zip(
+            ("gram", "sum", "abs_sum", "fisher", "grad_gram"), expected, strict=True
+        ):
             assert getattr(one, field).dtype == torch.float64
             assert distance(getattr(one, field), value) < DEFINITION, (name, field)
 
 
 def test_inputs_and_gradients_of_a_token_belong_together(llama):
-    """The tokens' outer products g xᵀ sum to the weight gradient; the last position, without a label, has none."""
+    """The tokens' outer products g xᵀ sum to the weight gradient; the last position, without a
+    label, has none.
+    """
     model, found = llama
     model.zero_grad()
     seen = observed(model, found, windows())
     for name, (x, g) in seen.items():
-        assert distance(torch.einsum("nto,nti->oi", g, x), found[name].module.weight.grad.double()) < DEFINITION
+        assert (
+            distance(torch.einsum("nto,nti->oi", g, x), found[name].module.weight.grad.double())
+            < DEFINITION
+        )
         assert g[:, -1].abs().max() == 0
     model.zero_grad()
 
@@ -55,10 +77,26 @@ def test_linears_fed_by_one_tensor_share_its_sums(llama):
 
 def test_only_needed_fields_are_collected(llama):
     model, found = llama
-    q, k, down = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"
-    stats = collect(model, found, windows(), {q: frozenset({"gram"}), k: frozenset({"sum", "fisher"}), down: frozenset({"grad_gram"})})
-    held = {name: {field for field in FIELDS if getattr(one, field) is not None} for name, one in stats.items()}
-    assert held == {name: set() for name in found} | {q: {"gram"}, k: {"sum", "fisher"}, down: {"grad_gram"}}
+    q, k, down = (
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.0.self_attn.k_proj",
+        "model.layers.1.mlp.down_proj",
+    )
+    stats = collect(
+        model,
+        found,
+        windows(),
+        {q: frozenset({"gram"}), k: frozenset({"sum", "fisher"}), down: frozenset({"grad_gram"})},
+    )
+    held = {
+        name: {field for field in FIELDS if getattr(one, field) is not None}
+        for name, one in stats.items()
+    }
+    assert held == {name: set() for name in found} | {
+        q: {"gram"},
+        k: {"sum", "fisher"},
+        down: {"grad_gram"},
+    }
     assert stats[q].grad_tokens == 0 and stats[down].tokens == windows().numel()
 
 
@@ -66,8 +104,18 @@ def test_a_linear_counts_even_when_the_first_of_its_siblings_is_no_target(llama)
     model, found = llama
     some = {name: info for name, info in found.items() if name.endswith(("k_proj", "v_proj"))}
     stats = collect(model, some, windows(), everywhere(some, GRAM))
-    assert stats["model.layers.1.self_attn.k_proj"].gram is stats["model.layers.1.self_attn.v_proj"].gram
-    assert_same(stats, {name: one for name, one in collect(model, found, windows(), everywhere(found, GRAM)).items() if name in some})
+    assert (
+        stats["model.layers.1.self_attn.k_proj"].gram
+        is stats["model.layers.1.self_attn.v_proj"].gram
+    )
+    assert_same(
+        stats,
+        {
+            name: one
+            for name, one in collect(model, found, windows(), everywhere(found, GRAM)).items()
+            if name in some
+        },
+    )
 
 
 OPTIONS = {
@@ -83,7 +131,15 @@ def test_batch_size_and_passes_change_nothing(llama, gradients):
 
     def run(**changes):
         generator = torch.Generator().manual_seed(5)
-        return collect(model, found, windows(), everywhere(found), gradients=gradients, generator=generator, **changes)
+        return collect(
+            model,
+            found,
+            windows(),
+            everywhere(found),
+            gradients=gradients,
+            generator=generator,
+            **changes,
+        )
 
     whole = run(batch_size=6)
     for size in (1, 4):
@@ -108,14 +164,27 @@ def test_waves_keep_to_the_budget_and_siblings_together(llama):
 def test_clipping_bounds_each_token_by_the_mean_norm_of_its_window(llama):
     model, found = llama
     low, high = 0.5, 1.5
-    stats = collect(model, found, windows(), everywhere(found), gradients=Gradients(clip=(low, high)))
+    stats = collect(
+        model, found, windows(), everywhere(found), gradients=Gradients(clip=(low, high))
+    )
     for name, (x, g) in observed(model, found, windows()).items():
         x, g = x[:, :-1], g[:, :-1]
         norms = g.norm(dim=-1, keepdim=True)
         mean = norms.mean(1, keepdim=True)
-        clipped = (g * norms.clamp(low * mean, high * mean) / norms).nan_to_num()  # q of the first position has no gradient
-        assert distance(stats[name].grad_gram, torch.einsum("nto,ntp->op", clipped, clipped)) < DEFINITION
-        assert distance(stats[name].fisher, (clipped.square().sum(-1, keepdim=True) * x.square()).sum((0, 1))) < DEFINITION
+        clipped = (
+            g * norms.clamp(low * mean, high * mean) / norms
+        ).nan_to_num()  # q of the first position has no gradient
+        assert (
+            distance(stats[name].grad_gram, torch.einsum("nto,ntp->op", clipped, clipped))
+            < DEFINITION
+        )
+        assert (
+            distance(
+                stats[name].fisher,
+                (clipped.square().sum(-1, keepdim=True) * x.square()).sum((0, 1)),
+            )
+            < DEFINITION
+        )
 
 
 def test_trimming_drops_positions_at_both_ends(llama):
@@ -125,18 +194,27 @@ def test_trimming_drops_positions_at_both_ends(llama):
         x, g = x[:, 3:9], g[:, 3:9]
         assert (stats[name].tokens, stats[name].grad_tokens) == (windows().numel(), 6 * 6)
         assert distance(stats[name].grad_gram, torch.einsum("nto,ntp->op", g, g)) < DEFINITION
-        assert distance(stats[name].fisher, (g.square().sum(-1, keepdim=True) * x.square()).sum((0, 1))) < DEFINITION
+        assert (
+            distance(
+                stats[name].fisher, (g.square().sum(-1, keepdim=True) * x.square()).sum((0, 1))
+            )
+            < DEFINITION
+        )
 
 
 def test_sampled_labels_come_from_the_model(llama):
-    """A model that is certain of its own next token has no gradient under sampled labels, and a large one under the data's."""
+    """A model that is certain of its own next token has no gradient under sampled labels, and a
+    large one under the data's.
+    """
     model = tiny_model("llama")
     with torch.no_grad():
         model.lm_head.weight *= 1e4
     found = {name: info for name, info in linears(model).items() if name.endswith("down_proj")}
     generator = torch.Generator().manual_seed(0)
     needs = everywhere(found, frozenset({"grad_gram"}))
-    sampled = collect(model, found, windows(), needs, gradients=Gradients(labels="sampled"), generator=generator)
+    sampled = collect(
+        model, found, windows(), needs, gradients=Gradients(labels="sampled"), generator=generator
+    )
     data = collect(model, found, windows(), needs)
     for name in found:
         assert sampled[name].grad_gram.trace() < 1e-6 * data[name].grad_gram.trace()
@@ -146,7 +224,14 @@ def test_sampled_labels_come_from_the_model(llama):
 def test_sampled_labels_follow_the_generator(llama):
     model, found = llama
     runs = [
-        collect(model, found, windows(), everywhere(found), gradients=OPTIONS["sampled"], generator=torch.Generator().manual_seed(seed))
+        collect(
+            model,
+            found,
+            windows(),
+            everywhere(found),
+            gradients=OPTIONS["sampled"],
+            generator=torch.Generator().manual_seed(seed),
+        )
         for seed in (0, 0, 1)
     ]
     name = "model.layers.0.self_attn.q_proj"
@@ -155,7 +240,9 @@ def test_sampled_labels_follow_the_generator(llama):
 
 
 def test_sampled_labels_have_the_model_s_frequencies():
-    """With uniform logits each label is equally likely: the expected second moment of the logit gradient is known."""
+    """With uniform logits each label is equally likely: the expected second moment of the logit
+    gradient is known.
+    """
     model = tiny_model("llama")
     with torch.no_grad():
         model.lm_head.weight.zero_()
@@ -163,9 +250,16 @@ def test_sampled_labels_have_the_model_s_frequencies():
     tokens = windows(count=40, length=64)
     gradients = Gradients(labels="sampled")
     stats = collect(
-        model, head, tokens, {"lm_head": frozenset({"grad_gram"})}, gradients=gradients, generator=torch.Generator().manual_seed(0)
+        model,
+        head,
+        tokens,
+        {"lm_head": frozenset({"grad_gram"})},
+        gradients=gradients,
+        generator=torch.Generator().manual_seed(0),
     )
-    counts = stats["lm_head"].grad_gram.diagonal() / stats["lm_head"].grad_tokens  # E(1{label} − 1/V)² = (1 − 1/V) / V
+    counts = (
+        stats["lm_head"].grad_gram.diagonal() / stats["lm_head"].grad_tokens
+    )  # E(1{label} − 1/V)² = (1 − 1/V) / V
     assert (counts * VOCABULARY / (1 - 1 / VOCABULARY) - 1).abs().mean() < 0.25
     assert abs(counts.mean().item() * VOCABULARY / (1 - 1 / VOCABULARY) - 1) < 1e-3
 
@@ -174,7 +268,10 @@ def test_the_pass_ends_behind_the_last_needed_block(llama):
     model, found = llama
     ran = []
     watched = (model.model.layers[0], model.model.layers[1], model.model.norm, model.lm_head)
-    handles = [module.register_forward_pre_hook(lambda module, args: ran.append(module)) for module in watched]
+    handles = [
+        module.register_forward_pre_hook(lambda module, args: ran.append(module))
+        for module in watched
+    ]
     first = {name: info for name, info in found.items() if info.block == 0}
     collect(model, found, windows(2), everywhere(first, GRAM))
     assert ran == [model.model.layers[0]]
@@ -204,7 +301,9 @@ def test_the_backward_pass_starts_where_it_is_needed(llama):
     model, found = llama
     last = {name: info for name, info in found.items() if info.block == 1}
     reached = []
-    handle = model.model.layers[0].register_forward_hook(lambda module, args, output: reached.append(output.requires_grad))
+    handle = model.model.layers[0].register_forward_hook(
+        lambda module, args, output: reached.append(output.requires_grad)
+    )
     collect(model, found, windows(2), everywhere(last))
     handle.remove()
     assert reached == [False]
@@ -234,5 +333,7 @@ def test_progress_is_told_of_every_pass(llama):
     collect(model, found, windows(), everywhere(found, GRAM), batch_size=4, progress=progress)
     assert told == [("calibrate", 2)]
     told.clear()
-    collect(model, found, windows(), everywhere(found, GRAM), batch_size=4, memory=1, progress=progress)
+    collect(
+        model, found, windows(), everywhere(found, GRAM), batch_size=4, memory=1, progress=progress
+    )
     assert told == [(f"calibrate, pass {number} of 8", 2) for number in range(1, 9)]

@@ -1,4 +1,6 @@
-"""What stops a calibration pass: non-finite numbers, models and windows that gradients cannot come from, linears without tokens."""
+"""What stops a calibration pass: non-finite numbers, models and windows that gradients cannot come
+from, linears without tokens.
+"""
 
 import pytest
 import torch
@@ -17,7 +19,10 @@ def test_non_finite_activations_name_the_linear_and_the_windows(fields):
     with torch.no_grad():
         model.model.embed_tokens.weight[VOCABULARY - 1] = float("inf")
     tokens[4, 7] = VOCABULARY - 1
-    with pytest.raises(NumericalError, match=r"model\.layers\.0\.self_attn\.q_proj: input activations .*windows 4 to 5"):
+    with pytest.raises(
+        NumericalError,
+        match=r"model\.layers\.0\.self_attn\.q_proj: input activations .*windows 4 to 5",
+    ):
         collect(model, found, tokens, everywhere(found, fields), batch_size=2)
 
 
@@ -35,7 +40,9 @@ def test_non_finite_gradients_are_refused():
     found = linears(model)
     with torch.no_grad():
         model.lm_head.weight[5, 5] = float("inf")
-    with pytest.raises(NumericalError, match=r"model\.layers\.1\.mlp\.down_proj: output gradients .*windows 0 to 5"):
+    with pytest.raises(
+        NumericalError, match=r"model\.layers\.1\.mlp\.down_proj: output gradients .*windows 0 to 5"
+    ):
         collect(model, found, windows(), everywhere(found))
 
 
@@ -80,13 +87,25 @@ def test_linears_without_a_token_or_without_a_gradient_have_sums_of_zero_and_say
     model.model.layers[0].self_attn.o_proj.weight.data.zero_()
     stats = collect(model, found, windows(), everywhere(found))
     never = stats["model.layers.1.mlp.gate_proj"]
-    assert never.silence == "no token reaches it" and never.gram.shape == (32, 32) and never.grad_gram.shape == (48, 48)
-    assert (never.tokens, never.grad_tokens) == (0, 0) and not any(getattr(never, field).any() for field in FIELDS)
+    assert (
+        never.silence == "no token reaches it"
+        and never.gram.shape == (32, 32)
+        and never.grad_gram.shape == (48, 48)
+    )
+    assert (never.tokens, never.grad_tokens) == (0, 0) and not any(
+        getattr(never, field).any() for field in FIELDS
+    )
     cut = stats["model.layers.0.self_attn.v_proj"]
-    assert cut.silence == "no gradient reaches it" and cut.tokens == windows().numel() and cut.gram.any()
+    assert (
+        cut.silence == "no gradient reaches it"
+        and cut.tokens == windows().numel()
+        and cut.gram.any()
+    )
     assert cut.grad_gram.shape == (16, 16) and not cut.grad_gram.any()
     silent = {name for name, one in stats.items() if one.silence}
-    assert silent == {name for name in found if "layers.1.mlp" in name} | {f"model.layers.0.self_attn.{key}_proj" for key in "qkv"}
+    assert silent == {name for name in found if "layers.1.mlp" in name} | {
+        f"model.layers.0.self_attn.{key}_proj" for key in "qkv"
+    }
 
 
 def test_windows_too_short_for_gradients():

@@ -71,9 +71,17 @@ BAD = {
     "empty": ("a.txt", b"", "no text \\(1 blank documents\\)"),
     "blank": ("a.txt", b" \n\r\n\t", "no text"),
     "no rows": ("a.jsonl", b"\n", "no text \\(0 blank documents\\)"),
-    "binary": ("a.txt", b"ab\x00cd\x00", "binary, not text \\(the first of 2 zero bytes is at 2\\)"),
+    "binary": (
+        "a.txt",
+        b"ab\x00cd\x00",
+        "binary, not text \\(the first of 2 zero bytes is at 2\\)",
+    ),
     "UTF-16": ("a.txt", "text".encode("utf-16"), "binary"),
-    "Latin-1": ("a.txt", "caf\xe9 cr\xe8me".encode("latin-1"), "not UTF-8: byte 0xe9 at offset 3 \\(2 bad places\\)"),
+    "Latin-1": (
+        "a.txt",
+        "caf\xe9 cr\xe8me".encode("latin-1"),
+        "not UTF-8: byte 0xe9 at offset 3 \\(2 bad places\\)",
+    ),
     "Latin-1 row": ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', "a.jsonl:2: not UTF-8"),
     "cut row": ("a.jsonl", b'{"text": "a"}\n{"text": "b', "a.jsonl:2: not JSON"),
     "deep row": ("a.jsonl", b"[" * 100_000, "a.jsonl:1: not JSON"),
@@ -81,7 +89,11 @@ BAD = {
     "number": ("a.jsonl", b'{"text": 7}\n', "a.jsonl:1: column 'text' holds a int"),
     "list of texts": ("a.jsonl", b'{"text": ["a"]}\n', "column 'text' holds a list"),
     "unclear column": ("a.jsonl", b'{"a": "x", "b": "y"}\n', "which column .* one of: a, b"),
-    "row without it": ("a.jsonl", b'{"text": "x"}\n{"texts": "y"}\n', "a.jsonl:2: no column 'text'; did you mean 'texts'"),
+    "row without it": (
+        "a.jsonl",
+        b'{"text": "x"}\n{"texts": "y"}\n',
+        "a.jsonl:2: no column 'text'; did you mean 'texts'",
+    ),
     "parquet": ("a.parquet", b"PAR1 not really", "a.parquet: not a readable parquet file"),
 }
 
@@ -93,13 +105,18 @@ def test_what_is_not_text_is_refused(tmp_path, name, data, message):
 
 
 def test_a_column_of_plain_text_is_refused(tmp_path):
-    with pytest.raises(DataError, match="column 'body' was asked for, but plain text has no columns"):
+    with pytest.raises(
+        DataError, match="column 'body' was asked for, but plain text has no columns"
+    ):
         read_documents(write(tmp_path / "a.txt", TEXT), "body")
 
 
 @pytest.mark.parametrize("source", ["nowhere.txt", "some/folder", "a:b"])
 def test_a_missing_path_lists_what_a_source_can_be(source):
-    with pytest.raises(DataError, match=f"{source}: no such file or folder; a source is .*org/name:config:split.*self"):
+    with pytest.raises(
+        DataError,
+        match=f"{source}: no such file or folder; a source is .*org/name:config:split.*self",
+    ):
         read_documents(source)
 
 
@@ -117,7 +134,9 @@ def test_line_ends_are_unified_and_counted(tmp_path, caplog, ends):
 
 def test_a_byte_order_mark_is_dropped(tmp_path):
     assert read_documents(write(tmp_path / "a.txt", TEXT.encode("utf-8-sig"))) == [TEXT]
-    assert read_documents(write(tmp_path / "a.jsonl", jsonl({"text": "x"}).encode("utf-8-sig"))) == ["x"]
+    assert read_documents(
+        write(tmp_path / "a.jsonl", jsonl({"text": "x"}).encode("utf-8-sig"))
+    ) == ["x"]
 
 
 def test_huge_lines_are_counted(tmp_path, caplog):
@@ -173,7 +192,9 @@ def hub(monkeypatch):
     def load_dataset(name, config, split, streaming):
         asked.append((name, config, split, streaming))
         if name == "org/missing":
-            raise datasets.exceptions.DatasetNotFoundError("no data set org/missing\nand more lines")
+            raise datasets.exceptions.DatasetNotFoundError(
+                "no data set org/missing\nand more lines"
+            )
         return datasets.Dataset.from_list([{"text": f"t{i}", "body": f"b{i}"} for i in range(3)])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -195,7 +216,10 @@ def test_hub_data_sets(hub):
 
 
 def test_a_hub_failure_is_one_line_that_names_the_variables(hub):
-    with pytest.raises(DataError, match=r"^org/missing:c:train: .*no data set org/missing \(.*HF_HUB_OFFLINE.*HF_TOKEN.*\)$"):
+    with pytest.raises(
+        DataError,
+        match=r"^org/missing:c:train: .*no data set org/missing \(.*HF_HUB_OFFLINE.*HF_TOKEN.*\)$",
+    ):
         read_documents("org/missing:c:train")
 
 

@@ -7,18 +7,31 @@ import resource
 import pytest
 import torch
 
-from compressor.calibrate.statistics_folder import DESCRIPTION, TENSORS, load_statistics, save_statistics
+from compressor.calibrate.statistics_folder import (
+    DESCRIPTION,
+    TENSORS,
+    load_statistics,
+    save_statistics,
+)
 from compressor.errors import CompressorError, ConfigError, DataError
 from compressor.statistics import LinearStats
 
-FINGERPRINT = {"model": "abc", "windows": "def", "seed": 0, "dtype": "float32", "gradients": {"labels": "data", "clip": None}}
+FINGERPRINT = {
+    "model": "abc",
+    "windows": "def",
+    "seed": 0,
+    "dtype": "float32",
+    "gradients": {"labels": "data", "clip": None},
+}
 SIDE = 40
 
 
 @pytest.fixture
 def stats() -> dict[str, LinearStats]:
     generator = torch.Generator().manual_seed(0)
-    shared, own, vector = (torch.randn(SIDE, SIDE, dtype=torch.float64, generator=generator) for _ in range(3))
+    shared, own, vector = (
+        torch.randn(SIDE, SIDE, dtype=torch.float64, generator=generator) for _ in range(3)
+    )
     return {
         "q": LinearStats(tokens=9, gram=shared, grad_tokens=8, grad_gram=own),
         "k": LinearStats(tokens=9, gram=shared, sum=vector[0]),
@@ -47,16 +60,26 @@ def test_round_trip_is_exact_and_keeps_sharing(folder, stats):
 
 def test_files_written_once_each_and_readable(folder):
     assert {path.name for path in folder.iterdir()} == {DESCRIPTION, TENSORS, "manifest.json"}
-    assert (folder / TENSORS).stat().st_size < 8 * (2 * SIDE**2 + SIDE) + 1000  # the shared Gram is there once
+    assert (folder / TENSORS).stat().st_size < 8 * (
+        2 * SIDE**2 + SIDE
+    ) + 1000  # the shared Gram is there once
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
 
 
 def test_every_difference_is_named_with_both_values(folder):
-    other = FINGERPRINT | {"seed": 7, "gradients": {"labels": "sampled", "clip": None}, "device": "cuda"}
+    other = FINGERPRINT | {
+        "seed": 7,
+        "gradients": {"labels": "sampled", "clip": None},
+        "device": "cuda",
+    }
     with pytest.raises(DataError) as caught:
         load_statistics(folder, other)
     message = str(caught.value)
-    for part in ("seed is 0 there and 7 here", "gradients.labels is data there and sampled here", "device is absent there and cuda here"):
+    for part in (
+        "seed is 0 there and 7 here",
+        "gradients.labels is data there and sampled here",
+        "device is absent there and cuda here",
+    ):
         assert part in message
     assert "model" not in message.split("run:")[1] and "clip" not in message
 

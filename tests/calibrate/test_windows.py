@@ -11,7 +11,14 @@ from support.models import VOCABULARY, tiny_model, tiny_tokenizer
 from tokenizers import processors
 
 from compressor.calibrate import windows as data
-from compressor.calibrate.windows import Windows, bundled, load_windows, overlap, sample, split_heldout
+from compressor.calibrate.windows import (
+    Windows,
+    bundled,
+    load_windows,
+    overlap,
+    sample,
+    split_heldout,
+)
 from compressor.errors import DataError, NumericalError
 from compressor.files.bundled import bundled_folder
 
@@ -49,7 +56,9 @@ def test_documents_are_joined_by_the_end_of_sequence_token(tmp_path, tokenizer):
 
 
 def test_special_tokens_of_the_tokenizer_stay_and_are_not_doubled(tmp_path, tokenizer):
-    template = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    template = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
     tokenizer.backend_tokenizer.post_processor = template
     source = jsonl(tmp_path / "a.jsonl", words(3), words(4))
     assert load_windows(source, tokenizer, 6).tokens.tolist() == [[1, 3, EOS, 1, 4, EOS]]
@@ -62,22 +71,31 @@ def test_many_documents_are_tokenised_in_order(tmp_path, tokenizer):
 
 
 def test_chat_messages_go_through_the_template(tmp_path, tokenizer):
-    tokenizer.chat_template = "{% for m in messages %}{{ 'w10 ' if m.role == 'user' else 'w11 ' }}{{ m.content }} {% endfor %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ 'w10 ' if m.role == 'user' else 'w11 ' }}{{ m.content }} {% "
+        "endfor %}"
+    )
     path = write(tmp_path / "a.jsonl", json.dumps({"messages": CHAT}) + "\n")
-    assert load_windows(path, tokenizer, 5, chat_template=True).tokens.tolist() == [[10, 5, 6, 11, 7]]
+    assert load_windows(path, tokenizer, 5, chat_template=True).tokens.tolist() == [
+        [10, 5, 6, 11, 7]
+    ]
 
 
 def test_chat_and_text_are_not_confused(tmp_path, tokenizer):
     chat = write(tmp_path / "chat.jsonl", json.dumps({"messages": CHAT}) + "\n")
     text = write(tmp_path / "a.txt", words(3, 4))
-    with pytest.raises(DataError, match="chat_template was asked for, but the tokenizer of the model has none"):
+    with pytest.raises(
+        DataError, match="chat_template was asked for, but the tokenizer of the model has none"
+    ):
         load_windows(chat, tokenizer, 2, chat_template=True)
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(DataError, match="the column holds chat messages; set chat_template: true"):
         load_windows(chat, tokenizer, 2)
     with pytest.raises(DataError, match="the column holds text; unset chat_template"):
         load_windows(text, tokenizer, 2, chat_template=True)
-    with pytest.raises(DataError, match="refuses a conversation of 2 messages: roles must alternate"):
+    with pytest.raises(
+        DataError, match="refuses a conversation of 2 messages: roles must alternate"
+    ):
         load_windows(chat, tokenizer, 2, chat_template=True)
 
 
@@ -105,8 +123,12 @@ def test_windows_are_chosen_evenly_and_by_seed(text_file, tokenizer, caplog):
     assert torch.equal(chosen[0].tokens, again.tokens) and chosen[0].digest == again.digest
     assert chosen[0].digest != chosen[1].digest
     for windows in chosen.values():
-        positions = [(everything == window).all(1).nonzero()[0, 0].item() for window in windows.tokens]
-        assert [position // 30 for position in positions] == list(range(20))  # one from each stretch of thirty
+        positions = [
+            (everything == window).all(1).nonzero()[0, 0].item() for window in windows.tokens
+        ]
+        assert [position // 30 for position in positions] == list(
+            range(20)
+        )  # one from each stretch of thirty
     assert caplog.text == ""
 
 
@@ -119,15 +141,26 @@ def test_a_library_is_not_read_for_a_few_windows(text_file, tokenizer, monkeypat
     monkeypatch.setattr(data, "READ_LEAST", 400)
     windows = load_windows(str(text_file), tokenizer, 10, 2)
     everything = load_windows(str(text_file), tokenizer, 10).tokens
-    assert all(any(torch.equal(window, known) for known in everything[: 640 // 30]) for window in windows.tokens)
+    assert all(
+        any(torch.equal(window, known) for known in everything[: 640 // 30])
+        for window in windows.tokens
+    )
     assert "only the first 640 of" in caplog.text
 
 
 @pytest.fixture
 def token_file(tmp_path):
     tokens = torch.arange(3, 63, dtype=torch.int32).view(6, 10)
-    tensors = {"calibration": tokens, "floats": tokens.float(), "flat": tokens[0].clone(), "flags": tokens > 5}
-    save_file(tensors | {"empty": tokens[:0].clone(), "high": tokens + 40, "low": tokens - 5}, tmp_path / "tokens.safetensors")
+    tensors = {
+        "calibration": tokens,
+        "floats": tokens.float(),
+        "flat": tokens[0].clone(),
+        "flags": tokens > 5,
+    }
+    save_file(
+        tensors | {"empty": tokens[:0].clone(), "high": tokens + 40, "low": tokens - 5},
+        tmp_path / "tokens.safetensors",
+    )
     return tmp_path / "tokens.safetensors"
 
 
@@ -140,7 +173,10 @@ def test_token_windows_are_taken_as_they_are(token_file):
 
 @pytest.mark.parametrize("length", [9, 11])
 def test_token_windows_of_another_length_are_refused(token_file, length):
-    with pytest.raises(DataError, match=f"its windows have 10 tokens, where {length} were asked for; set the length to 10"):
+    with pytest.raises(
+        DataError,
+        match=f"its windows have 10 tokens, where {length} were asked for; set the length to 10",
+    ):
         load_windows(f"{token_file}:calibration", None, length)
 
 
@@ -171,7 +207,9 @@ def test_damaged_and_missing_token_files_are_refused(token_file):
 def test_windows_must_fit_the_model(token_file, text_file, tokenizer):
     model = tiny_model("llama")
     assert len(load_windows(f"{token_file}:calibration", None, 10, model=model).tokens) == 6
-    with pytest.raises(DataError, match=f"token ids 43 … 102 do not fit the model's vocabulary of {VOCABULARY}"):
+    with pytest.raises(
+        DataError, match=f"token ids 43 … 102 do not fit the model's vocabulary of {VOCABULARY}"
+    ):
         load_windows(f"{token_file}:high", None, 10, model=model)
     with pytest.raises(DataError, match="token ids -2 … 57"):
         load_windows(f"{token_file}:low", None, 10, model=model)
@@ -205,7 +243,10 @@ def test_self_is_sampled_by_seed():
 def test_self_needs_a_model_a_number_and_a_start():
     model = tiny_model("llama")
     for chosen, count in ((None, 4), (model, None)):
-        with pytest.raises(DataError, match="self: windows can be sampled only from a loaded model, and their number"):
+        with pytest.raises(
+            DataError,
+            match="self: windows can be sampled only from a loaded model, and their number",
+        ):
             load_windows("self", None, 8, count, model=chosen)
     with pytest.raises(DataError, match="windows of 200 tokens, but the model has 128 positions"):
         load_windows("self", None, 200, 1, model=model)
@@ -226,15 +267,22 @@ def test_sampling_from_a_broken_model_stops():
 
 def test_the_digest_knows_content_and_shape():
     tokens = torch.arange(24)
-    digests = {Windows(t, "x").digest for t in (tokens.view(4, 6), tokens.view(6, 4), tokens.view(4, 6) + 1)}
+    digests = {
+        Windows(t, "x").digest
+        for t in (tokens.view(4, 6), tokens.view(6, 4), tokens.view(4, 6) + 1)
+    }
     assert len(digests) == 3
     assert Windows(tokens.view(4, 6).int(), "y").digest == Windows(tokens.view(4, 6), "x").digest
     shape = str((4, 6)).encode()
-    assert Windows(tokens.view(4, 6), "x").digest == hashlib.sha256(shape + tokens.numpy().tobytes()).hexdigest()
+    assert (
+        Windows(tokens.view(4, 6), "x").digest
+        == hashlib.sha256(shape + tokens.numpy().tobytes()).hexdigest()
+    )
 
 
 @pytest.mark.parametrize(
-    ("total", "heldout", "expected"), [(128, None, 16), (200, None, 16), (24, None, 3), (7, None, 0), (10, 4, 4), (10, 0, 0)]
+    ("total", "heldout", "expected"),
+    [(128, None, 16), (200, None, 16), (24, None, 3), (7, None, 0), (10, 4, 4), (10, 0, 0)],
 )
 def test_the_last_windows_are_held_out(total, heldout, expected):
     windows = Windows(torch.arange(total * 2).view(total, 2), "x")
@@ -257,7 +305,9 @@ def test_overlap_is_the_share_of_windows_with_a_known_run():
     assert overlap(Windows(known, "a"), Windows(fresh, "b")) == 0.25
     assert overlap(Windows(known, "a"), Windows(fresh, "b"), ngram=31) == 0.5
     assert overlap(Windows(known, "a"), Windows(known, "a")) == 1.0
-    assert overlap(Windows(known[:, :20], "a"), Windows(known[:, :64], "b")) == 1.0  # windows shorter than a run: whole windows
+    assert (
+        overlap(Windows(known[:, :20], "a"), Windows(known[:, :64], "b")) == 1.0
+    )  # windows shorter than a run: whole windows
 
 
 def test_bundled_texts_match_their_manifest():
@@ -265,7 +315,10 @@ def test_bundled_texts_match_their_manifest():
     assert set(manifest["files"]) == {bundled("calibration").name, bundled("evaluation").name}
     for name, entry in manifest["files"].items():
         content = (bundled_folder("calibration") / name).read_bytes()
-        assert (hashlib.sha256(content).hexdigest(), len(content)) == (entry["sha256"], entry["bytes"])
+        assert (hashlib.sha256(content).hexdigest(), len(content)) == (
+            entry["sha256"],
+            entry["bytes"],
+        )
     checkpoint = bundled_folder("reference") / "model.safetensors"
     assert hashlib.sha256(checkpoint.read_bytes()).hexdigest() == manifest["checkpoint_sha256"]
 

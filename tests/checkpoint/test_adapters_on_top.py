@@ -16,7 +16,9 @@ KINDS = list(TARGETS)
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory) -> dict:
     """Compressed folder with tokenizer of each architecture. Read only."""
-    return {kind: save_compressed(tmp_path_factory.mktemp("compressed") / kind, kind) for kind in KINDS}
+    return {
+        kind: save_compressed(tmp_path_factory.mktemp("compressed") / kind, kind) for kind in KINDS
+    }
 
 
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
@@ -28,11 +30,23 @@ def test_lm_eval_reads_the_folder_and_takes_the_model(kind, checkpoints):
     folder = checkpoints[kind]
     spec = read_json(folder / "config.json")["quantization_config"]
     assert AutoQuantizationConfig.from_dict(spec).to_dict() == spec
-    texts = [Instance("loglikelihood_rolling", {}, (text,), index) for index, text in enumerate(("w3 w4 w5 w6", "w90 w8 w7"))]
+    texts = [
+        Instance("loglikelihood_rolling", {}, (text,), index)
+        for index, text in enumerate(("w3 w4 w5 w6", "w90 w8 w7"))
+    ]
     scores = []
     for pretrained in (str(folder), loaded(folder)):
-        harness = HFLM(pretrained=pretrained, tokenizer=tiny_tokenizer(), device="cpu", dtype="float32", batch_size=2, max_length=64)
-        assert sum(isinstance(module, LowRank) for module in harness.model.modules()) == len(TARGETS[kind])
+        harness = HFLM(
+            pretrained=pretrained,
+            tokenizer=tiny_tokenizer(),
+            device="cpu",
+            dtype="float32",
+            batch_size=2,
+            max_length=64,
+        )
+        assert sum(isinstance(module, LowRank) for module in harness.model.modules()) == len(
+            TARGETS[kind]
+        )
         scores.append(harness.loglikelihood_rolling(texts, disable_tqdm=True))
     assert scores[0] == pytest.approx(scores[1], rel=COMPUTED[torch.float32])
     assert all(score < 0 for score in scores[0])
@@ -55,7 +69,9 @@ def test_lora_on_top_starts_equal_and_trains(kind, targets, checkpoints, tmp_pat
     expected = logits(loaded(folder))
     settings = LoraConfig(r=2, target_modules=ADAPTED[targets][kind], task_type="CAUSAL_LM")
     model = get_peft_model(loaded(folder), settings)
-    adapted = {name for name, module in model.get_base_model().named_modules() if hasattr(module, "lora_A")}
+    adapted = {
+        name for name, module in model.get_base_model().named_modules() if hasattr(module, "lora_A")
+    }
     assert adapted >= TARGETS[kind].keys()
     assert_same_output(logits(model), expected)  # B starts at zero
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -76,10 +92,15 @@ def test_lora_on_top_starts_equal_and_trains(kind, targets, checkpoints, tmp_pat
 @pytest.mark.parametrize("safe", [False, True])
 @pytest.mark.parametrize("target", list(TARGETS["llama"]))
 def test_merging_lora_into_factors_is_refused(target, safe, checkpoints):
-    """A merged weight has no room for a higher rank: PEFT's in-place sum meets another shape, and nothing changes."""
+    """A merged weight has no room for a higher rank: PEFT's in-place sum meets another shape, and
+    nothing changes.
+    """
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(loaded(checkpoints["llama"]), LoraConfig(r=2, target_modules=[target], init_lora_weights=False))
+    model = get_peft_model(
+        loaded(checkpoints["llama"]),
+        LoraConfig(r=2, target_modules=[target], init_lora_weights=False),
+    )
     before = logits(model)
     with pytest.raises(RuntimeError, match=r"size|shape"):
         model.merge_and_unload(safe_merge=safe)
@@ -90,4 +111,7 @@ def test_dora_on_factors_is_refused(checkpoints):
     from peft import LoraConfig, get_peft_model
 
     with pytest.raises(RuntimeError, match=r"size|shape"):
-        get_peft_model(loaded(checkpoints["llama"]), LoraConfig(r=2, target_modules=list(TARGETS["llama"]), use_dora=True))
+        get_peft_model(
+            loaded(checkpoints["llama"]),
+            LoraConfig(r=2, target_modules=list(TARGETS["llama"]), use_dora=True),
+        )

@@ -54,7 +54,9 @@ def api(monkeypatch):
 
 @pytest.fixture
 def compress(monkeypatch, tmp_path):
-    """Run `compress` with a pipeline that only writes the readable files of a checkpoint; its result may be a failed one."""
+    """Run `compress` with a pipeline that only writes the readable files of a checkpoint; its
+    result may be a failed one.
+    """
 
     def run(*arguments: str, failure: str | None = None):
         def made(recipe, output, **options):
@@ -71,11 +73,18 @@ def test_the_finished_folder_is_pushed_privately_in_one_commit(api, compress, tm
     fake = api()
     result = compress("--push-to", "model", "--json")
     assert result.exit_code == 0, result.stderr
-    assert json.loads(result.stdout)["pushed"] == {"repository": "me/model", "url": "https://hub/me/model", "private": True}
+    assert json.loads(result.stdout)["pushed"] == {
+        "repository": "me/model",
+        "url": "https://hub/me/model",
+        "private": True,
+    }
     (create, (_, options)) = fake.calls
     assert create == ("create", "model", True, True)
     assert options["repo_id"] == "me/model" and options["folder_path"] == tmp_path / "out"
-    assert options["ignore_patterns"] == ["timings.json"] and "*.safetensors" in options["delete_patterns"]
+    assert (
+        options["ignore_patterns"] == ["timings.json"]
+        and "*.safetensors" in options["delete_patterns"]
+    )
 
 
 def test_public_is_asked_for(api, compress):
@@ -88,7 +97,10 @@ def test_public_is_asked_for(api, compress):
 def test_a_public_repository_is_not_written_unasked(api, compress):
     fake = api(private=False)
     result = compress("--push-to", "me/model")
-    assert result.exit_code == 1 and "me/model is public on the hub and --public is not given" in result.stderr
+    assert (
+        result.exit_code == 1
+        and "me/model is public on the hub and --public is not given" in result.stderr
+    )
     assert [call[0] for call in fake.calls] == ["create"]
 
 
@@ -100,7 +112,9 @@ def test_a_public_repository_is_not_written_unasked(api, compress):
         (["--push-to", "me/model"], "no token; set HF_TOKEN"),
     ],
 )
-def test_what_cannot_succeed_is_refused_before_any_work(arguments, words, monkeypatch, tmp_path, api):
+def test_what_cannot_succeed_is_refused_before_any_work(
+    arguments, words, monkeypatch, tmp_path, api
+):
     api()
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     monkeypatch.setattr(pipeline, "compress", lambda *_, **__: pytest.fail("work was done"))
@@ -122,19 +136,30 @@ def test_a_failed_upload_keeps_the_folder_and_names_the_command(api, compress, t
     assert result.exit_code == 1 and (tmp_path / "out" / "report.json").exists()
     assert json.loads(result.stdout)["pushed"] is None
     command = f"`hf upload me/model {tmp_path / 'out'} . --exclude timings.json --private`"
-    assert result.stderr.splitlines()[-1].endswith(f"could not be pushed to me/model (connection reset); try again with {command}")
+    assert result.stderr.splitlines()[-1].endswith(
+        f"could not be pushed to me/model (connection reset); try again with {command}"
+    )
 
 
 def test_a_failed_evaluation_is_not_pushed(api, compress):
     fake = api()
     result = compress("--push-to", "me/model", failure="its evaluation failed")
-    assert result.exit_code == 1 and "its evaluation failed; not pushed, do so with `hf upload" in result.stderr
+    assert (
+        result.exit_code == 1
+        and "its evaluation failed; not pushed, do so with `hf upload" in result.stderr
+    )
     assert fake.calls == []
 
 
 def test_an_endpoint_that_is_dead(tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda kind=huggingface_hub.HfApi: kind(endpoint="http://127.0.0.1:9", token="hf_x"))
+    monkeypatch.setattr(
+        huggingface_hub,
+        "HfApi",
+        lambda kind=huggingface_hub.HfApi: kind(endpoint="http://127.0.0.1:9", token="hf_x"),
+    )
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     (tmp_path / "out").mkdir()
-    with pytest.raises(CheckpointError, match=r"could not be pushed to me/model .*try again with `hf upload"):
+    with pytest.raises(
+        CheckpointError, match=r"could not be pushed to me/model .*try again with `hf upload"
+    ):
         hub.push(tmp_path / "out", "me/model")

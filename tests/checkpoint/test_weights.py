@@ -26,7 +26,9 @@ def test_shards_stay_within_their_size_and_hold_what_the_index_says(tiny_llama, 
         for file in files:
             found |= load_file(file)
         assert found.keys() == stored_tensors(model).keys()
-        assert all(torch.equal(tensor, found[name]) for name, tensor in stored_tensors(model).items())
+        assert all(
+            torch.equal(tensor, found[name]) for name, tensor in stored_tensors(model).items()
+        )
     lone = tmp_path / "lone"
     lone.mkdir()
     write_weights(lone, model, 1)  # nothing fits: one tensor a file
@@ -34,9 +36,21 @@ def test_shards_stay_within_their_size_and_hold_what_the_index_says(tiny_llama, 
 
 
 def test_tensors_of_every_dtype_and_shape_are_read_by_safetensors(tmp_path, tiny_llama):
-    dtypes = (torch.float64, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.int8, torch.uint8, torch.bool)
+    dtypes = (
+        torch.float64,
+        torch.bfloat16,
+        torch.float8_e4m3fn,
+        torch.int64,
+        torch.int8,
+        torch.uint8,
+        torch.bool,
+    )
     tensors = {f"t{number}": torch.arange(7).to(dtype) for number, dtype in enumerate(dtypes)}
-    tensors |= {"scalar": torch.tensor(3.0), "empty": torch.zeros(0, 4), "transposed": torch.arange(6.0).view(2, 3).T}
+    tensors |= {
+        "scalar": torch.tensor(3.0),
+        "empty": torch.zeros(0, 4),
+        "transposed": torch.arange(6.0).view(2, 3).T,
+    }
     write_weights(tmp_path, load(tiny_llama)[0], WHOLE, tensors)
     found = load_file(tmp_path / "model.safetensors")
     assert found.keys() == tensors.keys()
@@ -45,17 +59,29 @@ def test_tensors_of_every_dtype_and_shape_are_read_by_safetensors(tmp_path, tiny
         assert found[name].shape == tensor.shape
         assert torch.equal(found[name].double(), tensor.double())
     header = read_header(tmp_path / "model.safetensors")
-    assert all(header[name].start % tensor.element_size() == 0 for name, tensor in tensors.items())  # aligned
+    assert all(
+        header[name].start % tensor.element_size() == 0 for name, tensor in tensors.items()
+    )  # aligned
     with pytest.raises(CheckpointError, match="complex64 cannot be stored"):
-        write_weights(tmp_path, load(tiny_llama)[0], WHOLE, {"c": torch.zeros(1, dtype=torch.complex64)})
+        write_weights(
+            tmp_path, load(tiny_llama)[0], WHOLE, {"c": torch.zeros(1, dtype=torch.complex64)}
+        )
 
 
 def test_offloaded_model_gives_the_same_bytes(tiny_llama, tmp_path):
     model = compress(load(tiny_llama)[0])
     plain = store(tmp_path / "plain", model, tiny_llama)
-    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "disk", "lm_head": "cpu"}
+    places = {
+        "model.embed_tokens": "cpu",
+        "model.layers.0": "cpu",
+        "model.layers.1": "disk",
+        "model.norm": "disk",
+        "lm_head": "cpu",
+    }
     places |= {"model.rotary_emb": "cpu"}
-    offloaded = AutoModelForCausalLM.from_pretrained(plain, device_map=places, offload_folder=tmp_path / "offload")
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        plain, device_map=places, offload_folder=tmp_path / "offload"
+    )
     assert any(tensor.is_meta for tensor in stored_tensors(offloaded).values())
     assert contents(store(tmp_path / "out", offloaded, tiny_llama)) == contents(plain)
 

@@ -32,7 +32,9 @@ def edit_tensors(folder: Path, name: str, edit) -> None:
     weight_map = {}
     for path in folder.glob("*.safetensors"):
         weight_map |= dict.fromkeys(load_file(path), path.name)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     (folder / "manifest.json").write_text(manifest.build(folder))
 
 
@@ -46,7 +48,9 @@ def test_a_reload_stores_the_same_and_computes_the_same(tmp_path, kind, dtype):
     assert_same_output(logits(reloaded), logits(model))
     assert verify(output) == []
     assert read_json(output / "config.json")["dtype"] == dtype
-    stored = {info.dtype for name, info in read(output).tensors.items() if not name.endswith("pivots")}
+    stored = {
+        info.dtype for name, info in read(output).tensors.items() if not name.endswith("pivots")
+    }
     assert stored == {{"float32": "F32", "bfloat16": "BF16"}[dtype]}
 
 
@@ -94,9 +98,20 @@ def test_without_source_the_objects_are_saved(tiny_llama, tmp_path):
 def test_companions_are_copied_but_no_code_and_nothing_from_outside(tiny_llama, tmp_path):
     source = Path(shutil.copytree(tiny_llama, tmp_path / "source"))
     (source / "additional_chat_templates").mkdir()
-    wanted = {"chat_template.jinja": "{{ a }}", "additional_chat_templates/tool.jinja": "{{ b }}", "LICENSE.txt": "free"}
-    wanted["generation_config.json"] = '{"do_sample": false, "temperature": 0.5}'  # which transformers would not write
-    refused = {"tokenizer_code.py": "boom", "pytorch_model.bin": "boom", "model.safetensors.index.json.bak": "old", "README.md": "theirs"}
+    wanted = {
+        "chat_template.jinja": "{{ a }}",
+        "additional_chat_templates/tool.jinja": "{{ b }}",
+        "LICENSE.txt": "free",
+    }
+    wanted["generation_config.json"] = (
+        '{"do_sample": false, "temperature": 0.5}'  # which transformers would not write
+    )
+    refused = {
+        "tokenizer_code.py": "boom",
+        "pytorch_model.bin": "boom",
+        "model.safetensors.index.json.bak": "old",
+        "README.md": "theirs",
+    }
     for name, text in (wanted | refused).items():
         (source / name).write_text(text)
     output = store(tmp_path / "out", load(tiny_llama)[0], source)
@@ -110,7 +125,10 @@ def test_companions_are_copied_but_no_code_and_nothing_from_outside(tiny_llama, 
 
 def test_model_and_its_config_are_not_changed(tiny_llama, tmp_path):
     model = compress(load(tiny_llama)[0])
-    before, tensors = model.config.to_dict(), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before, tensors = (
+        model.config.to_dict(),
+        {name: tensor.clone() for name, tensor in model.state_dict().items()},
+    )
     store(tmp_path / "out", model, tiny_llama)
     assert model.config.to_dict() == before
     assert_same_tensors(model.state_dict(), tensors)
@@ -121,8 +139,14 @@ def test_compare_reload_sees_one_bit(damaged):
     compare_reload(damaged, model)
     with torch.no_grad():
         model.model.norm.weight[3] = -0.0
-    edit_tensors(damaged, "model.norm.weight", lambda tensors: tensors["model.norm.weight"].__setitem__(3, 0.0))
-    with pytest.raises(CheckpointError, match=r"differs from what was written in model\.norm\.weight$"):
+    edit_tensors(
+        damaged,
+        "model.norm.weight",
+        lambda tensors: tensors["model.norm.weight"].__setitem__(3, 0.0),
+    )
+    with pytest.raises(
+        CheckpointError, match=r"differs from what was written in model\.norm\.weight$"
+    ):
         compare_reload(damaged, model)
 
 
@@ -134,8 +158,14 @@ UP = "model.layers.0.self_attn.q_proj.up"
     [
         (lambda tensors: tensors.pop(UP), f"{UP} is missing"),
         (lambda tensors: tensors.update(extra=torch.zeros(1)), "extra belongs to nothing"),
-        (lambda tensors: tensors.update({UP: torch.zeros(RANK, 32)}), rf"{UP} is F32 \[5, 32\], expected F32 \[32, 5\]"),
-        (lambda tensors: tensors.update({UP: torch.zeros(32, RANK).half()}), rf"{UP} is F16 \[32, 5\], expected F32"),
+        (
+            lambda tensors: tensors.update({UP: torch.zeros(RANK, 32)}),
+            rf"{UP} is F32 \[5, 32\], expected F32 \[32, 5\]",
+        ),
+        (
+            lambda tensors: tensors.update({UP: torch.zeros(32, RANK).half()}),
+            rf"{UP} is F16 \[32, 5\], expected F32",
+        ),
     ],
 )
 def test_f14_tensors_that_do_not_fit_the_specs(damaged, edit, message):
@@ -149,7 +179,10 @@ def test_f14_tensors_that_do_not_fit_the_specs(damaged, edit, message):
     [
         (lambda tensors: tensors.pop("model.norm.weight"), "missing model.norm.weight"),
         (lambda tensors: tensors.update(extra=torch.zeros(1)), "unexpected extra"),
-        (lambda tensors: tensors.update({"model.norm.weight": torch.zeros(31)}), r"model.norm.weight is \[31\], not \[32\]"),
+        (
+            lambda tensors: tensors.update({"model.norm.weight": torch.zeros(31)}),
+            r"model.norm.weight is \[31\], not \[32\]",
+        ),
     ],
 )
 def test_f14_tensors_that_do_not_fit_a_dense_model(tiny_llama, tmp_path, edit, message):
@@ -220,7 +253,11 @@ def test_compressed_checkpoint_is_refused_as_an_input(written):
 
 def test_specs_describe_the_compressed_linears_and_nothing_else(written):
     model, _ = load(written)
-    specs = {name: module.spec() for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
+    specs = {
+        name: module.spec()
+        for name, module in model.named_modules()
+        if isinstance(module, CompressedLinear)
+    }
     quantization = read_json(written / "config.json")["quantization_config"]
     assert quantization == {"quant_method": "compressor", "format_version": 1, "linears": specs}
     assert len(specs) == 7
@@ -229,5 +266,7 @@ def test_specs_describe_the_compressed_linears_and_nothing_else(written):
 def test_dense_model_is_written_without_quantization_config(tiny_gpt2, tmp_path, without_plugin):
     output = store(tmp_path / "out", load(tiny_gpt2)[0], tiny_gpt2)
     assert "quantization_config" not in read_json(output / "config.json")
-    assert isinstance(AutoModelForCausalLM.from_pretrained(output).transformer.h[0].mlp.c_fc, Conv1D)
+    assert isinstance(
+        AutoModelForCausalLM.from_pretrained(output).transformer.h[0].mlp.c_fc, Conv1D
+    )
     assert verify(output) == []

@@ -43,7 +43,9 @@ def run(*arguments: str):
 
 @pytest.fixture
 def pipeline(monkeypatch):
-    """A pipeline that records how it was called and returns what `returns` holds for the function."""
+    """A pipeline that records how it was called and returns what `returns` holds for the
+    function.
+    """
 
     class Recorder(types.ModuleType):
         def __getattr__(self, name):
@@ -69,7 +71,12 @@ def pipeline(monkeypatch):
 
 def options_of(name: str) -> set[str]:
     command = typer.main.get_command(app).commands[name]
-    return {option for parameter in command.params for option in parameter.opts if option.startswith("--")}
+    return {
+        option
+        for parameter in command.params
+        for option in parameter.opts
+        if option.startswith("--")
+    }
 
 
 def test_help_lists_every_verb():
@@ -87,7 +94,12 @@ def test_every_verb_explains_itself_and_speaks_json(verb):
 
 
 def test_plan_takes_the_options_of_compress():
-    assert options_of("compress") - options_of("plan") == {"--plan", "--restart", "--push-to", "--public"}
+    assert options_of("compress") - options_of("plan") == {
+        "--plan",
+        "--restart",
+        "--push-to",
+        "--public",
+    }
 
 
 def test_dangerous_options_stand_apart():
@@ -101,7 +113,14 @@ def test_version():
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["inspekt"], ["compress", "model"], ["compress", "model", "out", "--nope"], ["export", "a", "b", "--format", "x"]]
+    "arguments",
+    [
+        [],
+        ["inspekt"],
+        ["compress", "model"],
+        ["compress", "model", "out", "--nope"],
+        ["export", "a", "b", "--format", "x"],
+    ],
 )
 def test_wrong_usage_ends_with_2(arguments):
     assert run(*arguments).exit_code == 2
@@ -118,17 +137,27 @@ except SystemExit as end:
 assert not {"torch", "transformers", "datasets", "lm_eval"} & set(sys.modules)
 print(time.process_time(), file=sys.stderr)
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert float(result.stderr) < MAX_HELP_SECONDS
 
 
 def test_import_loads_no_torch_and_knows_its_functions():
-    code = "import compressor, sys; assert 'torch' not in sys.modules; assert 'compress' in compressor.__all__"
+    code = (
+        "import compressor, sys; assert 'torch' not in sys.modules; assert 'compress' in "
+        "compressor.__all__"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_module_can_be_run():
-    result = subprocess.run([sys.executable, "-m", "compressor", "--version"], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-m", "compressor", "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert result.stdout.strip() == compressor.__version__
 
 
@@ -147,7 +176,18 @@ def test_compress_hands_over_the_recipe_of_its_options(pipeline):
             "--calibration",
             "text.txt",
         ],
-        *["--set", "calibration.windows=10", "--set", "allocation.keep=0.1", "--device", "cpu", "--dtype", "float16", "--seed", "7"],
+        *[
+            "--set",
+            "calibration.windows=10",
+            "--set",
+            "allocation.keep=0.1",
+            "--device",
+            "cpu",
+            "--dtype",
+            "float16",
+            "--seed",
+            "7",
+        ],
         *["--overwrite", "--stats", "sums", "--plan", "plan.json"],
     )
     assert result.exit_code == 0, result.stderr
@@ -156,7 +196,13 @@ def test_compress_hands_over_the_recipe_of_its_options(pipeline):
     assert (keywords["stats"], keywords["plan"]) == (Path("sums"), Path("plan.json"))
     expected = load_recipe(
         "svd_llm",
-        ["calibration.windows=10", "model.name=some/model", "calibration.source=text.txt", "model.device=cpu", "output.dtype=float16"],
+        [
+            "calibration.windows=10",
+            "model.name=some/model",
+            "calibration.source=text.txt",
+            "model.device=cpu",
+            "output.dtype=float16",
+        ],
         {"method": "utilized_rank", "allocation.keep": 0.7, "seed": 7, "output.overwrite": True},
     )
     assert recipe == expected
@@ -165,7 +211,10 @@ def test_compress_hands_over_the_recipe_of_its_options(pipeline):
 
 def test_options_left_out_leave_the_recipe_alone(pipeline, tmp_path):
     file = tmp_path / "recipe.yaml"
-    file.write_text("seed: 3\nmodel: {device: cpu}\noutput: {overwrite: true, dtype: float32}\nallocation: {target_size: 3MB}\n")
+    file.write_text(
+        "seed: 3\nmodel: {device: cpu}\noutput: {overwrite: true, dtype: float32}\nallocation: "
+        "{target_size: 3MB}\n"
+    )
     assert run("compress", "m", "out", "-c", str(file)).exit_code == 0
     assert pipeline.calls["compress"][0][0] == load_recipe(file, ["model.name=m"])
 
@@ -191,9 +240,30 @@ def test_calibrate_passes_folder_and_overwrite(pipeline):
 
 
 def test_evaluate_passes_its_options(pipeline):
-    pipeline.returns["evaluate"] = {"perplexity": 12.5, "kl": 0.25, "tokens": 640, "window": 64, "lm_eval": None}
+    pipeline.returns["evaluate"] = {
+        "perplexity": 12.5,
+        "kl": 0.25,
+        "tokens": 640,
+        "window": 64,
+        "lm_eval": None,
+    }
     result = run(
-        *["evaluate", "m", "--against", "o", "--text", "t.txt", "--column", "page", "--window", "64", "--windows", "10", "--tasks", "a, b"],
+        *[
+            "evaluate",
+            "m",
+            "--against",
+            "o",
+            "--text",
+            "t.txt",
+            "--column",
+            "page",
+            "--window",
+            "64",
+            "--windows",
+            "10",
+            "--tasks",
+            "a, b",
+        ],
         *["--limit", "5", "--batch-size", "2", "--speed", "--device", "cpu", "--json"],
     )
     assert json.loads(result.stdout)["perplexity"] == 12.5
@@ -219,7 +289,11 @@ def test_evaluate_passes_its_options(pipeline):
 def test_overflow_in_an_evaluation_ends_with_1(pipeline):
     pipeline.returns["evaluate"] = EvaluationError("perplexity overflows")
     result = run("evaluate", "m", "--json")
-    assert (result.exit_code, result.stdout, result.stderr) == (1, "", "error: perplexity overflows\n")
+    assert (result.exit_code, result.stdout, result.stderr) == (
+        1,
+        "",
+        "error: perplexity overflows\n",
+    )
 
 
 def test_verify_lists_problems_and_ends_with_1(pipeline):
@@ -229,7 +303,10 @@ def test_verify_lists_problems_and_ends_with_1(pipeline):
     assert result.stdout.splitlines() == pipeline.returns["verify"]
     assert result.stderr == "error: m: 2 problems found\n"
     assert result.exit_code == 1
-    assert json.loads(run("verify", "m", "--json").stdout) == {"checkpoint": "m", "problems": pipeline.returns["verify"]}
+    assert json.loads(run("verify", "m", "--json").stdout) == {
+        "checkpoint": "m",
+        "problems": pipeline.returns["verify"],
+    }
 
 
 def test_inspect_and_export_pass_their_paths(pipeline):
@@ -237,11 +314,16 @@ def test_inspect_and_export_pass_their_paths(pipeline):
     assert pipeline.calls["inspect"] == (("m",), {"plot": Path("curves.png")})
     run("export", "m", "out", "--format", "dense", "--overwrite")
     arguments, options = pipeline.calls["export"]
-    assert (arguments, options.pop("progress") and options) == (("m", Path("out")), {"format": "dense", "overwrite": True})
+    assert (arguments, options.pop("progress") and options) == (
+        ("m", Path("out")),
+        {"format": "dense", "overwrite": True},
+    )
 
 
 def test_methods_lists_engines_with_paper_and_options():
-    listed = {record["name"]: record for record in json.loads(run("methods", "--json").stdout)["methods"]}
+    listed = {
+        record["name"]: record for record in json.loads(run("methods", "--json").stdout)["methods"]
+    }
     assert {"low_rank", "utilized_rank"} <= listed.keys()
     assert "arXiv" in listed["low_rank"]["paper"]
     assert listed["low_rank"]["options"]["storage"] == "pivoted"
@@ -249,14 +331,18 @@ def test_methods_lists_engines_with_paper_and_options():
 
 
 def test_presets_lists_titles_and_spells_out_one():
-    assert {record["name"] for record in json.loads(run("presets", "--json").stdout)["presets"]} == set(presets())
+    assert {
+        record["name"] for record in json.loads(run("presets", "--json").stdout)["presets"]
+    } == set(presets())
     assert "SVD-LLM" in run("presets").stdout
     assert run("presets", "lems").stdout == dump_yaml(load_recipe("lems"))
     assert json.loads(run("presets", "lems", "--json").stdout)["allocation"]["depth_bias"] == 5.0
 
 
 def test_schema_is_json_either_way():
-    assert json.loads(run("schema").stdout) == json.loads(run("schema", "--json").stdout) == schema()
+    assert (
+        json.loads(run("schema").stdout) == json.loads(run("schema", "--json").stdout) == schema()
+    )
 
 
 @pytest.mark.parametrize(
@@ -305,7 +391,9 @@ def test_lm_eval_passes_everything_on(monkeypatch):
     ],
     ids=["repeated", "nan", "tag", "alias", "deep", "long", "empty", "unknown"],
 )
-def test_bad_recipe_files_are_one_line_with_their_place_and_end_with_2(pipeline, tmp_path, text, place):
+def test_bad_recipe_files_are_one_line_with_their_place_and_end_with_2(
+    pipeline, tmp_path, text, place
+):
     file = tmp_path / "recipe.yaml"
     file.write_text(text)
     result = run("compress", "m", "out", "-c", str(file))

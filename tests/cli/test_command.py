@@ -92,7 +92,11 @@ def test_memory_that_runs_out_is_one_line_with_a_cure(name):
                 raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
     result = run(fill)
-    assert result.exit_code == 1 and "batch_size" in result.stderr and result.stderr.startswith("error: out of memory: ")
+    assert (
+        result.exit_code == 1
+        and "batch_size" in result.stderr
+        and result.stderr.startswith("error: out of memory: ")
+    )
     assert result.stderr.count("\n") == 1
 
 
@@ -111,7 +115,9 @@ def test_failure_is_reported_after_the_result():
 
 
 def test_numbers_that_json_does_not_know_are_a_bug():
-    assert isinstance(run(lambda: Outcome({"perplexity": float("nan")}), "--json").exception, ValueError)
+    assert isinstance(
+        run(lambda: Outcome({"perplexity": float("nan")}), "--json").exception, ValueError
+    )
 
 
 def test_interrupt_ends_with_130():
@@ -147,7 +153,9 @@ def test_progress_is_handed_over_and_quiet_silences_it():
     assert quiet.stderr == ""
 
 
-@pytest.mark.parametrize(("flags", "seen"), [((), ["warned"]), (("-v",), ["told", "warned"]), (("-q",), [])])
+@pytest.mark.parametrize(
+    ("flags", "seen"), [((), ["warned"]), (("-v",), ["told", "warned"]), (("-q",), [])]
+)
 def test_verbosity_selects_what_the_package_logs(flags, seen):
     def work() -> Outcome:
         logging.getLogger("compressor.test").info("told")
@@ -162,7 +170,8 @@ def test_what_compiled_code_prints_goes_to_stderr():
     """HiGHS writes to file descriptor 1 behind Python's back."""
     script = (
         "import os\nfrom compressor.cli.app import app\nfrom compressor.pipeline import run\n"
-        "run.verify = lambda checkpoint, progress: os.write(1, b'chatter\\n') and []\napp(['verify', 'x', '--json'])\n"
+        "run.verify = lambda checkpoint, progress: os.write(1, b'chatter\\n') and "
+        "[]\napp(['verify', 'x', '--json'])\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

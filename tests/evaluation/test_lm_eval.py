@@ -71,7 +71,9 @@ metadata: {{version: 1.0}}
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch, tmp_path_factory):
-    """No connection may be tried, with HF_HUB_OFFLINE unset on purpose, and no cache of the user is touched."""
+    """No connection may be tried, with HF_HUB_OFFLINE unset on purpose, and no cache of the user is
+    touched.
+    """
     import datasets
 
     tried = []
@@ -95,7 +97,9 @@ def model():
 
 @pytest.fixture(scope="module")
 def words():
-    ids = torch.randint(3, VOCABULARY, (WORDS,), generator=torch.Generator().manual_seed(3)).tolist()
+    ids = torch.randint(
+        3, VOCABULARY, (WORDS,), generator=torch.Generator().manual_seed(3)
+    ).tolist()
     return [f"w{i}" for i in ids]
 
 
@@ -120,16 +124,23 @@ def test_rolling_log_likelihood_is_our_sum_at_equal_windows(words, task, dtype, 
     stored = tiny_model("llama").to(dtype)
     found = scores(stored, tiny_tokenizer(), [str(task)], batch_size=3, max_length=WINDOW)
     assert found.keys() == {"local_words"}
-    assert found["local_words"]["bits_per_byte"] == pytest.approx(our_bits_per_byte(stored, words), rel=SAME_SUM)
+    assert found["local_words"]["bits_per_byte"] == pytest.approx(
+        our_bits_per_byte(stored, words), rel=SAME_SUM
+    )
     word_perplexity = 2 ** (our_bits_per_byte(stored, words) * len(" ".join(words)) / WORDS)
     assert found["local_words"]["word_perplexity"] == pytest.approx(word_perplexity, rel=1e-3)
-    assert {key: found["local_words"][key] for key in ("samples", "max_length", "word_perplexity_stderr")} == {
+    assert {
+        key: found["local_words"][key]
+        for key in ("samples", "max_length", "word_perplexity_stderr")
+    } == {
         "samples": 1,
         "max_length": WINDOW,
         "word_perplexity_stderr": None,
     }
     assert stored.dtype == dtype
-    assert "Running loglikelihood requests" not in capsys.readouterr().err  # no progress bar for each batch
+    assert (
+        "Running loglikelihood requests" not in capsys.readouterr().err
+    )  # no progress bar for each batch
     json.dumps(found, allow_nan=False)
 
 
@@ -141,7 +152,10 @@ def test_rolling_windows_worked_by_hand():
 
 
 def test_folder_of_tasks_limit_and_closed_form_errors(model, words, task, tmp_path, capsys):
-    documents = [{"question": word, "choices": words[i : i + 3], "answer": i % 3} for i, word in enumerate(words[:9])]
+    documents = [
+        {"question": word, "choices": words[i : i + 3], "answer": i % 3}
+        for i, word in enumerate(words[:9])
+    ]
     (tmp_path / "choice.jsonl").write_text("\n".join(map(json.dumps, documents)))
     (task.parent / "choice.yaml").write_text(CHOICE.format(data=tmp_path / "choice.jsonl"))
     (task.parent / "last.yaml").write_text(LAST.format(data=tmp_path / "choice.jsonl"))
@@ -163,7 +177,9 @@ def test_progress_counts_windows_and_requests(text, items, model, words, tmp_pat
     (tmp_path / "words.txt").write_text(" ".join(words))
     rows = [{"question": f"w{n} w4", "choices": ["w5", "w6"], "answer": 0} for n in (3, 7)]
     (tmp_path / "rows.json").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "task.yaml").write_text(text.format(name="local_words", text=tmp_path / "words.txt", data=tmp_path / "rows.json"))
+    (tmp_path / "task.yaml").write_text(
+        text.format(name="local_words", text=tmp_path / "words.txt", data=tmp_path / "rows.json")
+    )
     taken = []
 
     def progress(found, title, total=None):
@@ -172,12 +188,21 @@ def test_progress_counts_windows_and_requests(text, items, model, words, tmp_pat
             taken.append(item)
             yield item
 
-    scores(model, tiny_tokenizer(), [str(tmp_path / "task.yaml")], batch_size=3, max_length=WINDOW, progress=progress)
+    scores(
+        model,
+        tiny_tokenizer(),
+        [str(tmp_path / "task.yaml")],
+        batch_size=3,
+        max_length=WINDOW,
+        progress=progress,
+    )
     assert len(taken) == items
     assert "Running" not in capsys.readouterr().err  # the bars of lm-eval
 
 
-@pytest.mark.parametrize("value, message", [(math.nan, "is nan"), (1e8, "OverflowError: .* model is broken")])
+@pytest.mark.parametrize(
+    "value, message", [(math.nan, "is nan"), (1e8, "OverflowError: .* model is broken")]
+)
 def test_broken_models_fail_the_run(value, message, task):
     broken = tiny_model("llama")
     broken.model.norm.weight.data[0] = value
@@ -214,7 +239,11 @@ def test_data_sets_that_need_the_network_name_the_variable(model, task, monkeypa
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    task.write_text(TASK.format(name="remote", text="x.txt").replace("dataset_path: text", "dataset_path: someone/something"))
+    task.write_text(
+        TASK.format(name="remote", text="x.txt").replace(
+            "dataset_path: text", "dataset_path: someone/something"
+        )
+    )
     with pytest.raises(EvaluationError, match="HF_HUB_OFFLINE unset"):
         scores(model, tiny_tokenizer(), [str(task)])
 
@@ -222,13 +251,22 @@ def test_data_sets_that_need_the_network_name_the_variable(model, task, monkeypa
 def test_unknown_names_get_a_suggestion(model, task, monkeypatch):
     import lm_eval.tasks.manager
 
-    monkeypatch.setattr(lm_eval.tasks.manager, "__file__", str(task))  # the index of all of lm-eval's tasks takes long to read
+    monkeypatch.setattr(
+        lm_eval.tasks.manager, "__file__", str(task)
+    )  # the index of all of lm-eval's tasks takes long to read
     with pytest.raises(EvaluationError, match="no task 'local_word'; did you mean 'local_words'"):
         scores(model, tiny_tokenizer(), ["local_word"])
-    assert scores(model, tiny_tokenizer(), ["local_words"], max_length=WINDOW)["local_words"]["samples"] == 1
+    assert (
+        scores(model, tiny_tokenizer(), ["local_words"], max_length=WINDOW)["local_words"][
+            "samples"
+        ]
+        == 1
+    )
 
 
-def test_command_line_reads_our_checkpoints_and_gives_the_same_score(words, task, tmp_path, monkeypatch):
+def test_command_line_reads_our_checkpoints_and_gives_the_same_score(
+    words, task, tmp_path, monkeypatch
+):
     import lm_eval.tasks.manager
 
     folder = save_compressed(tmp_path / "models" / "llama", "llama")
@@ -256,5 +294,8 @@ def test_command_line_passes_exit_codes_on(task, capsys):
 
 
 def test_importing_the_bridge_does_not_import_lm_eval():
-    code = "import sys, compressor.evaluation.lm_eval; sys.exit('lm_eval' in sys.modules or 'datasets' in sys.modules)"
+    code = (
+        "import sys, compressor.evaluation.lm_eval; sys.exit('lm_eval' in sys.modules or "
+        "'datasets' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], env=os.environ).returncode == 0

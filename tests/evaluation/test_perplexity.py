@@ -1,4 +1,6 @@
-"""Perplexity and KL divergence: worked by hand, against transformers' own loss, and on broken models."""
+"""Perplexity and KL divergence: worked by hand, against transformers' own loss, and on broken
+models.
+"""
 
 import copy
 import math
@@ -39,8 +41,12 @@ def poison(model, value=math.nan):
 
 
 def test_nll_of_two_tokens_worked_by_hand():
-    logits = torch.tensor([[[0.0, math.log(3.0)], [50.0, -50.0]]])  # the second position predicts nothing
-    assert nll_sum(logits, torch.tensor([[0, 1]])).item() == pytest.approx(math.log(4 / 3), rel=1e-7)
+    logits = torch.tensor(
+        [[[0.0, math.log(3.0)], [50.0, -50.0]]]
+    )  # the second position predicts nothing
+    assert nll_sum(logits, torch.tensor([[0, 1]])).item() == pytest.approx(
+        math.log(4 / 3), rel=1e-7
+    )
     assert nll_sum(logits, torch.tensor([[1, 0]])).item() == pytest.approx(math.log(4), rel=1e-7)
 
 
@@ -57,9 +63,16 @@ def test_kl_of_two_positions_worked_by_hand():
 def test_kl_temperature_flattens_both_and_logits_need_no_normalisation():
     generator = torch.Generator().manual_seed(0)
     p, q = torch.randn(2, 3, 4, 7, generator=generator, dtype=torch.float64)
-    expected = functional.kl_div(functional.log_softmax(q / 2, -1), functional.log_softmax(p / 2, -1), log_target=True, reduction="sum")
+    expected = functional.kl_div(
+        functional.log_softmax(q / 2, -1),
+        functional.log_softmax(p / 2, -1),
+        log_target=True,
+        reduction="sum",
+    )
     assert kl_sum(p, q, temperature=2.0).item() == pytest.approx(expected.item(), rel=EXACT)
-    assert kl_sum(p + 5, functional.log_softmax(q, -1), temperature=2.0).item() == pytest.approx(expected.item(), rel=EXACT)
+    assert kl_sum(p + 5, functional.log_softmax(q, -1), temperature=2.0).item() == pytest.approx(
+        expected.item(), rel=EXACT
+    )
 
 
 def test_kl_keeps_nan():
@@ -89,14 +102,22 @@ def test_batch_size_does_not_matter_and_the_last_batch_counts(model, other, toke
     for result in (one, two):
         assert result.kl == pytest.approx(all_at_once.kl, rel=SAME_FORWARD)
         assert result.model.nll_sum == pytest.approx(all_at_once.model.nll_sum, rel=SAME_FORWARD)
-    assert compare(model, other, tokens[:4], batch_size=2).model.nll_sum != pytest.approx(two.model.nll_sum, rel=1e-3)
+    assert compare(model, other, tokens[:4], batch_size=2).model.nll_sum != pytest.approx(
+        two.model.nll_sum, rel=1e-3
+    )
 
 
 def test_compare_agrees_with_perplexity_and_has_the_direction_of_kl(model, other, tokens):
     forward, backward = compare(model, other, tokens), compare(other, model, tokens)
-    assert forward.original == perplexity(model, tokens) and forward.model == perplexity(other, tokens)
-    p, q = (functional.log_softmax(net(input_ids=tokens).logits.double(), -1) for net in (model, other))
-    assert forward.kl == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=SAME_FORWARD)  # mean over all positions
+    assert forward.original == perplexity(model, tokens) and forward.model == perplexity(
+        other, tokens
+    )
+    p, q = (
+        functional.log_softmax(net(input_ids=tokens).logits.double(), -1) for net in (model, other)
+    )
+    assert forward.kl == pytest.approx(
+        (p.exp() * (p - q)).sum(-1).mean().item(), rel=SAME_FORWARD
+    )  # mean over all positions
     assert backward.kl == pytest.approx((q.exp() * (q - p)).sum(-1).mean().item(), rel=SAME_FORWARD)
     assert forward.kl != pytest.approx(backward.kl, rel=1e-4)
     assert compare(model, model, tokens).kl == 0.0
@@ -104,7 +125,12 @@ def test_compare_agrees_with_perplexity_and_has_the_direction_of_kl(model, other
 
 def test_json_of_scores(model, other, tokens):
     comparison = compare(model, other, tokens)
-    assert comparison.model.to_json() == {"perplexity": comparison.model.perplexity, "kl": None, "tokens": 80, "window": 16}
+    assert comparison.model.to_json() == {
+        "perplexity": comparison.model.perplexity,
+        "kl": None,
+        "tokens": 80,
+        "window": 16,
+    }
     assert comparison.to_json()["perplexity_original"] == comparison.original.perplexity
 
 
@@ -113,7 +139,9 @@ def test_narrow_models_are_scored_in_float32_and_left_as_they_were(model, tokens
     narrow = copy.deepcopy(model).to(dtype).train()
     before = {name: tensor.clone() for name, tensor in narrow.state_dict().items()}
     wide = copy.deepcopy(narrow).float().eval()
-    assert perplexity(narrow, tokens).nll_sum == pytest.approx(perplexity(wide, tokens).nll_sum, rel=EXACT)
+    assert perplexity(narrow, tokens).nll_sum == pytest.approx(
+        perplexity(wide, tokens).nll_sum, rel=EXACT
+    )
     assert narrow.training
     assert_same_tensors(narrow.state_dict(), before)
 
@@ -122,7 +150,11 @@ def test_in_float32_restores_dtype_mode_and_ties_after_an_error():
     tied = tiny_model("qwen3", tie_word_embeddings=True).to(torch.bfloat16).train()
     tied.model.embed_tokens.eval()
     with pytest.raises(KeyboardInterrupt), in_float32(tied):
-        assert tied.lm_head.weight.dtype == torch.float32 and not tied.training and not torch.is_grad_enabled()
+        assert (
+            tied.lm_head.weight.dtype == torch.float32
+            and not tied.training
+            and not torch.is_grad_enabled()
+        )
         raise KeyboardInterrupt
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
     assert tied.lm_head.weight.dtype == torch.bfloat16 and torch.is_grad_enabled()
@@ -208,7 +240,9 @@ def test_progress_sees_every_batch(model, tokens):
 @pytest.mark.parametrize("kind", ["gpt2", "opt", "gpt_neox", "gemma2", "mixtral"])
 def test_other_architectures(kind, tokens):
     model = tiny_model(kind).to(torch.bfloat16)
-    assert perplexity(model, tokens).perplexity == pytest.approx(VOCABULARY, rel=0.5)  # random weights know next to nothing
+    assert perplexity(model, tokens).perplexity == pytest.approx(
+        VOCABULARY, rel=0.5
+    )  # random weights know next to nothing
 
 
 def test_devices(device, model, other, tokens):

@@ -1,4 +1,5 @@
-"""Writes docs/reliability.md, the list of faults, from the docstrings of their tests: `python -m tests.faults.page`.
+"""Writes docs/reliability.md, the list of faults, from the docstrings of their tests: `python -m
+tests.faults.page`.
 
 A docstring is one line, "fault: what happens".
 """
@@ -19,7 +20,9 @@ tests by `python -m tests.faults.page`.
 
 
 def faults() -> dict[str, tuple[str, str]]:
-    """Number of every fault that has a test, with the fault and what happens. Raises ValueError for a docstring of another form."""
+    """Number of every fault that has a test, with the fault and what happens. Raises ValueError for
+    a docstring of another form.
+    """
     found = {}
     for path in sorted(FOLDER.glob("test_*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
@@ -28,13 +31,18 @@ def faults() -> dict[str, tuple[str, str]]:
             number, text = node.name.split("_")[1].upper(), ast.get_docstring(node) or ""
             fault, colon, expected = text.partition(": ")
             if not colon or "\n" in text or number in found:
-                raise ValueError(f"{path.name}: {node.name} needs a docstring of one line, 'fault: what happens', and a number of its own")
+                raise ValueError(
+                    f"{path.name}: {node.name} needs a docstring of one line, 'fault: what "
+                    "happens', and a number of its own"
+                )
             found[number] = fault, expected.rstrip(".")
     return dict(sorted(found.items()))
 
 
 def render() -> str:
-    rows = [f"| {number} | {fault} | {expected} |\n" for number, (fault, expected) in faults().items()]
+    rows = [
+        f"| {number} | {fault} | {expected} |\n" for number, (fault, expected) in faults().items()
+    ]
     return HEAD + "".join(rows)
 
 

@@ -1,4 +1,6 @@
-"""Runs of every kind of method, stopped just before they write: nothing is computed twice, and the bytes are those of an unbroken run."""
+"""Runs of every kind of method, stopped just before they write: nothing is computed twice, and the
+bytes are those of an unbroken run.
+"""
 
 import pytest
 import torch
@@ -23,7 +25,9 @@ def impossible(*args, **options):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_every_storage_kind_comes_back_from_the_journal(preset, tiny_llama, text_file, tmp_path, monkeypatch):
+def test_every_storage_kind_comes_back_from_the_journal(
+    preset, tiny_llama, text_file, tmp_path, monkeypatch
+):
     def command(output):
         arguments = compress(tiny_llama, output, text_file, **PRESETS[preset])
         arguments[arguments.index("svd_llm")] = preset
@@ -32,7 +36,10 @@ def test_every_storage_kind_comes_back_from_the_journal(preset, tiny_llama, text
     result = run(*command(tmp_path / "expected" / "out"))
     assert result.exit_code == 0, result.stderr
     killed(command(tmp_path / "stopped" / "out"), "compressor.pipeline.run.write")
-    for where in ("compressor.allocation.decompose.built", "compressor.pipeline.sequential_solve.built"):
+    for where in (
+        "compressor.allocation.decompose.built",
+        "compressor.pipeline.sequential_solve.built",
+    ):
         monkeypatch.setattr(where, impossible)
     monkeypatch.setattr(torch.linalg, "eigh", impossible)
     result = run(*command(tmp_path / "stopped" / "out"))

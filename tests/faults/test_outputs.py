@@ -1,4 +1,6 @@
-"""Faults while output is written: kills, a full disk, places that cannot or must not be written, two writers."""
+"""Faults while output is written: kills, a full disk, places that cannot or must not be written,
+two writers.
+"""
 
 import os
 import shutil
@@ -23,7 +25,9 @@ def reported_or_gone(result: Result, leftover: Path) -> bool:
 
 
 def test_f02_killed_before_the_output_is_in_place(tiny_llama, text_file, tmp_path):
-    """SIGKILL between the last shard, the index and the rename: there is no half model under the output's name, and the next run works."""
+    """SIGKILL between the last shard, the index and the rename: there is no half model under the
+    output's name, and the next run works.
+    """
     points = {
         "compressor.checkpoint.weights.write_shard": 3,  # a shard is missing
         "compressor.checkpoint.write.write_companions": 1,  # the index is the last thing written
@@ -43,7 +47,9 @@ def test_f02_killed_before_the_output_is_in_place(tiny_llama, text_file, tmp_pat
 
 
 def test_f05_disk_full(tiny_llama, text_file, old, tmp_path, monkeypatch):
-    """Disk full in a shard, the journal, a report, statistics or a result: exit 1, the file named, old output and journal intact."""
+    """Disk full in a shard, the journal, a report, statistics or a result: exit 1, the file named,
+    old output and journal intact.
+    """
     before, overwrite = bytes_of(old), compress(tiny_llama, old, text_file, "--overwrite")
     with disk_of_20_kb():
         refused(run(*overwrite), 1, old.with_name("out.journal"), "File too large")
@@ -53,17 +59,30 @@ def test_f05_disk_full(tiny_llama, text_file, old, tmp_path, monkeypatch):
     for name in ("plan.json", "report.json", "README.md", "timings.json"):
         with full_disk(monkeypatch, name):
             refused(run(*overwrite), 1, name, "No space left on device")
-    assert bytes_of(old) == before and {path.name for path in old.parent.iterdir()} == {"out", "out.journal"}
+    assert bytes_of(old) == before and {path.name for path in old.parent.iterdir()} == {
+        "out",
+        "out.journal",
+    }
 
-    with full_disk(monkeypatch, "README.md", spared=1):  # written with the checkpoint, and again with the scores
+    with full_disk(
+        monkeypatch, "README.md", spared=1
+    ):  # written with the checkpoint, and again with the scores
         refused(run(*overwrite), 1, "README.md", "No space left on device")
     assert run("verify", old).exit_code == 0 and not list(old.glob("*.partial-*"))
-    assert run(*overwrite).exit_code == 0 and [path.name for path in old.parent.iterdir()] == ["out"]
+    assert run(*overwrite).exit_code == 0 and [path.name for path in old.parent.iterdir()] == [
+        "out"
+    ]
 
     with full_disk(monkeypatch, "statistics.json"):
-        refused(run("calibrate", *compress(tiny_llama, tmp_path / "stats", text_file)[1:]), 1, "statistics.json")
+        refused(
+            run("calibrate", *compress(tiny_llama, tmp_path / "stats", text_file)[1:]),
+            1,
+            "statistics.json",
+        )
     with full_disk(monkeypatch, "page.md"):
-        refused(run("report", old, "-o", tmp_path / "page.md"), 1, "page.md", "No space left on device")
+        refused(
+            run("report", old, "-o", tmp_path / "page.md"), 1, "page.md", "No space left on device"
+        )
     assert not (tmp_path / "stats").exists() and not (tmp_path / "page.md").exists()
 
 
@@ -74,12 +93,18 @@ def test_f06_output_exists(tiny_llama, text_file, old, tmp_path, monkeypatch):
     refused(run(*compress(tiny_llama, old, text_file)), 2, old, "--overwrite")
     refused(run("export", old, tmp_path), 2, "exists already")
     (tmp_path / "stats").mkdir()
-    refused(run("calibrate", *compress(tiny_llama, tmp_path / "stats", text_file)[1:]), 2, "exists already")
+    refused(
+        run("calibrate", *compress(tiny_llama, tmp_path / "stats", text_file)[1:]),
+        2,
+        "exists already",
+    )
     assert bytes_of(old) == before
 
 
 def test_f07_overwrite_is_killed(tiny_llama, text_file, checkpoint, tmp_path):
-    """SIGKILL while an output is replaced: it is the old or the new one, or the old one lies aside whole under a name that is reported."""
+    """SIGKILL while an output is replaced: it is the old or the new one, or the old one lies aside
+    whole under a name that is reported.
+    """
     command = [*compress(tiny_llama, tmp_path / "new", text_file, allocation__keep=0.6)]
     assert run(*command).exit_code == 0
     versions = {"old": bytes_of(checkpoint), "new": bytes_of(tmp_path / "new")}
@@ -87,20 +112,32 @@ def test_f07_overwrite_is_killed(tiny_llama, text_file, checkpoint, tmp_path):
     for point, (expected, call) in points.items():
         output = tmp_path / point / "out"
         shutil.copytree(checkpoint, output)
-        command = compress(tiny_llama, output, text_file, "--overwrite", "--set", "evaluation.enabled=false", allocation__keep=0.6)
+        command = compress(
+            tiny_llama,
+            output,
+            text_file,
+            "--overwrite",
+            "--set",
+            "evaluation.enabled=false",
+            allocation__keep=0.6,
+        )
         killed(command, "os.rename" if point == "between" else point, call)
         found = bytes_of(output) if output.exists() else None
         weights = {name: version["model.safetensors"] for name, version in versions.items()}
         assert (found and found["model.safetensors"]) == (expected and weights[expected])
         aside = [path for path in output.parent.iterdir() if ".old-" in path.name]
-        assert [bytes_of(path) for path in aside] == ([] if expected == "old" else [versions["old"]])
+        assert [bytes_of(path) for path in aside] == (
+            [] if expected == "old" else [versions["old"]]
+        )
         again = run(*command)
         assert again.exit_code == 0 and all(reported_or_gone(again, path) for path in aside)
         assert run("verify", output).exit_code == 0
 
 
 def test_f08_output_that_is_no_new_folder(tiny_llama, text_file, model, tmp_path):
-    """The output is a file, a link, a device, a pipe, inside the input, the input or around it: refused with exit 2, nothing touched."""
+    """The output is a file, a link, a device, a pipe, inside the input, the input or around it:
+    refused with exit 2, nothing touched.
+    """
     (tmp_path / "file").write_text("keep")
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     os.mkfifo(tmp_path / "pipe")
@@ -115,7 +152,9 @@ def test_f08_output_that_is_no_new_folder(tiny_llama, text_file, model, tmp_path
 
 
 def test_f09_two_processes_and_one_output(tiny_llama, text_file, tmp_path, monkeypatch):
-    """Two processes write one output: the second is refused with number and host of the first; a dead one's lock stops nobody."""
+    """Two processes write one output: the second is refused with number and host of the first; a
+    dead one's lock stops nobody.
+    """
     output, (said, say), (heard, tell) = tmp_path / "out", os.pipe(), os.pipe()
     command = compress(tiny_llama, output, text_file)
 
@@ -133,7 +172,12 @@ def test_f09_two_processes_and_one_output(tiny_llama, text_file, tmp_path, monke
         os.read(said, 1)
         with monkeypatch.context() as patch:
             patch.setattr(job, "start", lambda *_: pytest.fail("work was done"))
-            refused(run(*command), 2, "another process is writing it", f"process {child} on {socket.gethostname()}")
+            refused(
+                run(*command),
+                2,
+                "another process is writing it",
+                f"process {child} on {socket.gethostname()}",
+            )
     finally:
         os.write(tell, b"1")
         assert wait(child) == 0
@@ -142,7 +186,9 @@ def test_f09_two_processes_and_one_output(tiny_llama, text_file, tmp_path, monke
     assert run("verify", output).exit_code == 0
 
 
-def test_f10_output_that_cannot_be_written(tiny_llama, text_file, checkpoint, tmp_path, monkeypatch):
+def test_f10_output_that_cannot_be_written(
+    tiny_llama, text_file, checkpoint, tmp_path, monkeypatch
+):
     """The place of the output cannot be written: refused with exit 2 before any work."""
     monkeypatch.setattr(job, "start", lambda *_: pytest.fail("work was done"))
     (tmp_path / "file").touch()

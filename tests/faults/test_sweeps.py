@@ -1,4 +1,6 @@
-"""Faults of sweeps: points that fail, run out of memory or are killed, and files that ask for the impossible."""
+"""Faults of sweeps: points that fail, run out of memory or are killed, and files that ask for the
+impossible.
+"""
 
 import json
 import os
@@ -31,8 +33,15 @@ def rows(output: Path) -> list[dict]:
 
 
 def test_f32_points_that_fail(tiny_llama, text_file, tmp_path, monkeypatch):
-    """A point of a sweep fails, runs out of memory or is killed: the others finish, exit 1, and the next run does what is missing."""
-    path = sweep_file(tmp_path, tiny_llama, text_file, "runs: {a: {config: svd}, b: {config: svd_llm}, c: {config: welore}}")
+    """A point of a sweep fails, runs out of memory or is killed: the others finish, exit 1, and the
+    next run does what is missing.
+    """
+    path = sweep_file(
+        tmp_path,
+        tiny_llama,
+        text_file,
+        "runs: {a: {config: svd}, b: {config: svd_llm}, c: {config: welore}}",
+    )
     unbroken = tmp_path / "unbroken"
     assert run("sweep", path, unbroken).exit_code == 0
     real = pipeline.compress
@@ -44,8 +53,15 @@ def test_f32_points_that_fail(tiny_llama, text_file, tmp_path, monkeypatch):
 
     monkeypatch.setattr(pipeline, "compress", compress)
     result = run("sweep", path, tmp_path / "out")
-    assert result.exit_code == 1 and "1 of 3 points failed; the same command runs them again" in result.stderr
-    assert [row["status"] for row in rows(tmp_path / "out")] == ["failed", "done", "done"] and "MemoryError" in result.stdout
+    assert (
+        result.exit_code == 1
+        and "1 of 3 points failed; the same command runs them again" in result.stderr
+    )
+    assert [row["status"] for row in rows(tmp_path / "out")] == [
+        "failed",
+        "done",
+        "done",
+    ] and "MemoryError" in result.stdout
     monkeypatch.undo()
     assert run("sweep", path, tmp_path / "out").exit_code == 0
     assert rows(tmp_path / "out") == rows(unbroken)
@@ -57,22 +73,32 @@ def test_f32_points_that_fail(tiny_llama, text_file, tmp_path, monkeypatch):
 
     monkeypatch.setattr(sweep.subprocess, "run", one_is_killed)
     result = run("sweep", path, tmp_path / "jobs", "--jobs", 2)
-    assert result.exit_code == 1 and [row["status"] for row in rows(tmp_path / "jobs")] == ["done", "failed", "done"]
+    assert result.exit_code == 1 and [row["status"] for row in rows(tmp_path / "jobs")] == [
+        "done",
+        "failed",
+        "done",
+    ]
     assert "killed by signal 9" in rows(tmp_path / "jobs")[1]["error"]
 
 
 def test_f33_impossible_grids(tmp_path):
-    """Two points of a sweep would have one output name, or there are a million: refused with exit 2 before any work."""
+    """Two points of a sweep would have one output name, or there are a million: refused with exit 2
+    before any work.
+    """
     path = tmp_path / "sweep.yaml"
     path.write_text("base: {model: {name: reference}}\ngrid:\n  seed: [1, 1]\n")
     refused(run("sweep", path, tmp_path / "out"), 2, "two points have the output name 'seed=1'")
     values = list(range(1, 1001))
     path.write_text(f"grid:\n  seed: {values}\n  calibration.windows: {values}\n")
-    refused(run("sweep", path, tmp_path / "out"), 2, f"{path}:1: 1,000,000 points, 10,000 are the most")
+    refused(
+        run("sweep", path, tmp_path / "out"), 2, f"{path}:1: 1,000,000 points, 10,000 are the most"
+    )
     assert not (tmp_path / "out").exists()
 
 
-def test_a_sweep_of_twelve_points_killed_twice_ends_as_an_unbroken_one(text_file, tmp_path, tiny_llama):
+def test_a_sweep_of_twelve_points_killed_twice_ends_as_an_unbroken_one(
+    text_file, tmp_path, tiny_llama
+):
     grid = "grid: {config: [svd, svd_llm, welore, oats], allocation.keep: [0.8, 0.7, 0.6]}\n"
     path = sweep_file(tmp_path, tiny_llama, text_file, grid)
     assert run("sweep", path, tmp_path / "unbroken").exit_code == 0

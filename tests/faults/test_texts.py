@@ -1,4 +1,6 @@
-"""Faults of the texts: what is calibrated and evaluated on, recipes, and a hub that cannot be reached."""
+"""Faults of the texts: what is calibrated and evaluated on, recipes, and a hub that cannot be
+reached.
+"""
 
 import json
 import math
@@ -21,7 +23,9 @@ pytestmark = pytest.mark.faults
 
 
 def test_f24_texts_that_are_hardly_texts(tiny_llama, tmp_path, monkeypatch):
-    """Text that is empty, one line, too short, binary, CRLF, with a BOM, not UTF-8 or one huge line: a warning or a refusal with counts."""
+    """Text that is empty, one line, too short, binary, CRLF, with a BOM, not UTF-8 or one huge
+    line: a warning or a refusal with counts.
+    """
     monkeypatch.setattr(sources, "LONG_LINE", 5_000)
     words = b" ".join(b"w%d" % (3 + n % 90) for n in range(2000))
     refusals = {
@@ -33,8 +37,11 @@ def test_f24_texts_that_are_hardly_texts(tiny_llama, tmp_path, monkeypatch):
     }
     warnings = {
         words: "1 lines are longer than",
-        words.replace(b" ", b"\r\n"): "1999 carriage returns (CRLF or CR line ends) were read as newlines",
-        b"\xef\xbb\xbf" + words[:1000]: "windows of 32 tokens, where 12 were asked for; all are used",
+        words.replace(
+            b" ", b"\r\n"
+        ): "1999 carriage returns (CRLF or CR line ends) were read as newlines",
+        b"\xef\xbb\xbf"
+        + words[:1000]: "windows of 32 tokens, where 12 were asked for; all are used",
     }
     path = tmp_path / "text.txt"
     for content, message in refusals.items():
@@ -44,11 +51,15 @@ def test_f24_texts_that_are_hardly_texts(tiny_llama, tmp_path, monkeypatch):
     for number, (content, message) in enumerate(warnings.items()):
         path.write_bytes(content)
         result = run("calibrate", *compress(tiny_llama, tmp_path / f"stats{number}", path)[1:])
-        assert result.exit_code == 0 and f"{path}: " in result.stderr and message in result.stderr, result.stderr
+        assert (
+            result.exit_code == 0 and f"{path}: " in result.stderr and message in result.stderr
+        ), result.stderr
 
 
 def test_f31_recipes_that_do_not_say_what_they_mean(tmp_path, monkeypatch):
-    """Unknown or repeated keys, .nan, tags, aliases, 5,000 levels, 50 MB, nothing: one line with the place and exit 2; 1e-3 is a number."""
+    """Unknown or repeated keys, .nan, tags, aliases, 5,000 levels, 50 MB, nothing: one line with
+    the place and exit 2; 1e-3 is a number.
+    """
     monkeypatch.setattr(job, "open_source", lambda *_: pytest.fail("work was done"))
     path = tmp_path / "recipe.yaml"
     bomb = "a: &a [x]\nb: [" + ", ".join(["*a"] * 10) + "]\n"
@@ -65,7 +76,12 @@ def test_f31_recipes_that_do_not_say_what_they_mean(tmp_path, monkeypatch):
     }
     for text, (line, words) in refusals.items():
         path.write_text(text)
-        refused(run("compress", "reference", tmp_path / "never", "-c", path), 2, f"{path}:{line}: ", words)
+        refused(
+            run("compress", "reference", tmp_path / "never", "-c", path),
+            2,
+            f"{path}:{line}: ",
+            words,
+        )
     path.write_text("allocation: {depth_bias: 1e-3}\n")
     monkeypatch.undo()
     assert load_recipe(path).allocation.depth_bias == 0.001
@@ -73,20 +89,49 @@ def test_f31_recipes_that_do_not_say_what_they_mean(tmp_path, monkeypatch):
 
 
 def test_f34_evaluations_that_fail(tiny_llama, model, checkpoint, text_file, tmp_path):
-    """An evaluation gives NaN, overflows, or its text is empty or missing: exit not 0, the checkpoint kept, scores null with the reason."""
+    """An evaluation gives NaN, overflows, or its text is empty or missing: exit not 0, the
+    checkpoint kept, scores null with the reason.
+    """
     (tmp_path / "empty.txt").touch()
-    for number, (text, words) in enumerate({tmp_path / "empty.txt": "no text", tmp_path / "none.txt": "none.txt"}.items()):
+    for number, (text, words) in enumerate(
+        {tmp_path / "empty.txt": "no text", tmp_path / "none.txt": "none.txt"}.items()
+    ):
         output = tmp_path / str(number)
         result = run(*compress(tiny_llama, output, text_file, "--text", text, "--json"))
-        assert result.exit_code == 1 and "the checkpoint is written, its evaluation failed" in result.stderr.splitlines()[-1]
+        assert (
+            result.exit_code == 1
+            and "the checkpoint is written, its evaluation failed" in result.stderr.splitlines()[-1]
+        )
         for found in (json.loads(result.stdout), read_json(output / "report.json")):
-            assert found["kl"] is None and found["perplexity"] == {"original": None, "compressed": None} and words in found["reason"]
+            assert (
+                found["kl"] is None
+                and found["perplexity"] == {"original": None, "compressed": None}
+                and words in found["reason"]
+            )
         assert run("verify", output).exit_code == 0
         refused(run("evaluate", output, "--text", text), 1, words)
     edit_tensors(model / WEIGHTS, lambda tensors: tensors["lm_head.weight"].mul_(1e6))
-    refused(run("evaluate", model, "--text", text_file, "--window", 32, "--json"), 1, "overflow as a perplexity")
+    refused(
+        run("evaluate", model, "--text", text_file, "--window", 32, "--json"),
+        1,
+        "overflow as a perplexity",
+    )
     edit_tensors(model / WEIGHTS, lambda tensors: tensors["lm_head.weight"].fill_(math.nan))
-    refused(run("evaluate", checkpoint, "--against", model, "--text", text_file, "--window", 32, "--json"), 1, "is nan")
+    refused(
+        run(
+            "evaluate",
+            checkpoint,
+            "--against",
+            model,
+            "--text",
+            text_file,
+            "--window",
+            32,
+            "--json",
+        ),
+        1,
+        "is nan",
+    )
 
 
 LOCAL_THEN_HUB = """
@@ -107,16 +152,33 @@ app(["compress", "organisation/model", "never"])
 
 
 def test_f36_no_network(tiny_llama, text_file, tmp_path, monkeypatch):
-    """No network, a dead proxy, no token: local inputs work and open no socket; what needs the hub is refused naming the variables."""
+    """No network, a dead proxy, no token: local inputs work and open no socket; what needs the hub
+    is refused naming the variables.
+    """
     words = ("organisation/model", "HF_HUB_OFFLINE", "HF_TOKEN", "HTTPS_PROXY")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     refused(run("compress", "organisation/model", tmp_path / "never"), 1, *words)
 
-    environment = {key: value for key, value in os.environ.items() if "PROXY" not in key.upper() and not key.startswith("HF_")}
-    environment |= {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if "PROXY" not in key.upper() and not key.startswith("HF_")
+    }
+    environment |= {
+        "HTTPS_PROXY": "http://127.0.0.1:9",
+        "HTTP_PROXY": "http://127.0.0.1:9",
+        "HF_HOME": str(tmp_path),
+    }
     environment |= {"PYTHONPATH": str(Path(compressor.__file__).parents[1])}
     local = [str(part) for part in compress(tiny_llama, tmp_path / "out", text_file)]
     code = LOCAL_THEN_HUB.format(local=local)
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 1 and done.stdout == "", done.stderr
     assert all(word in done.stderr.splitlines()[-1] for word in words)

@@ -11,7 +11,9 @@ from compressor.files import manifest
 from compressor.files.staging import Staging, amend
 
 
-@pytest.mark.parametrize(("shard_size", "file"), [(10**9, "model.safetensors"), (30 * KB, "model-00001-of-0000")])
+@pytest.mark.parametrize(
+    ("shard_size", "file"), [(10**9, "model.safetensors"), (30 * KB, "model-00001-of-0000")]
+)
 def test_f5_disk_full_in_a_shard(output, shard_size, file):
     from compressor.checkpoint.weights import write_weights
 
@@ -29,7 +31,10 @@ def test_f5_disk_full_in_a_shard(output, shard_size, file):
 def test_f5_disk_full_in_a_document(output):
     produce(output, "old")
     before = {path.name: path.read_bytes() for path in output.iterdir()}
-    with disk_of_20_kb(), pytest.raises(CheckpointError, match=r"report\.json: could not be written"):
+    with (
+        disk_of_20_kb(),
+        pytest.raises(CheckpointError, match=r"report\.json: could not be written"),
+    ):
         amend(output, {"report.json": "x" * 30 * KB})
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
 
@@ -49,7 +54,12 @@ def test_amend_replaces_documents_and_their_entries_only(output):
     produce(output, "new")
     entry = manifest.read(output)["model.safetensors"]
     amend(output, {"report.json": "{}", "README.md": "# new"})
-    assert manifest.read(output).keys() == {"config.json", "model.safetensors", "report.json", "README.md"}
+    assert manifest.read(output).keys() == {
+        "config.json",
+        "model.safetensors",
+        "report.json",
+        "README.md",
+    }
     assert manifest.read(output)["model.safetensors"] == entry
     assert manifest.problems(output, manifest.read(output)) == []
     with pytest.raises(CheckpointError, match="only README"):

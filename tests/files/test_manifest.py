@@ -40,11 +40,20 @@ def test_an_edited_document_is_reported_but_does_not_stop_reading(damaged):
     (damaged / "README.md").write_text("written")
     (damaged / "manifest.json").write_text(manifest.build(damaged))
     (damaged / "README.md").write_text("edited!")
-    assert verify(damaged) == [f"{damaged / 'README.md'}: its bytes differ from the sha256 in manifest.json"]
+    assert verify(damaged) == [
+        f"{damaged / 'README.md'}: its bytes differ from the sha256 in manifest.json"
+    ]
     assert read(damaged).tensors
 
 
-@pytest.mark.parametrize("text", ["{", '{"format": "compressor manifest", "files": {"a": 1}}', '{"format": "compressor manifest"}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        '{"format": "compressor manifest", "files": {"a": 1}}',
+        '{"format": "compressor manifest"}',
+    ],
+)
 def test_damaged_manifest(damaged, text):
     (damaged / "manifest.json").write_text(text)
     assert "manifest.json" in verify(damaged)[0]
@@ -65,7 +74,11 @@ def test_manifest_covers_all_but_itself_and_timings(output):
         (stage.folder / "templates").mkdir()
         (stage.folder / "templates" / "tool.jinja").write_text("{{ x }}")
         stage.commit()
-    assert read_json(output / "manifest.json")["files"].keys() == {"config.json", "model.safetensors", "templates/tool.jinja"}
+    assert read_json(output / "manifest.json")["files"].keys() == {
+        "config.json",
+        "model.safetensors",
+        "templates/tool.jinja",
+    }
 
 
 def test_manifest_entries_outside_the_folder_are_not_read(output):

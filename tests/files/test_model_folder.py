@@ -14,7 +14,15 @@ from support.models import tiny_config
 
 from compressor.errors import CheckpointError, ConfigError
 from compressor.files import model_folder as folder_module
-from compressor.files.model_folder import check_finite, check_sizes, content_digest, non_finite, read, refuse_quantised, resolve
+from compressor.files.model_folder import (
+    check_finite,
+    check_sizes,
+    content_digest,
+    non_finite,
+    read,
+    refuse_quantised,
+    resolve,
+)
 
 SMALL = 5_000_000  # bytes of Python memory that reading headers of a tiny model may take
 
@@ -30,7 +38,10 @@ def test_reads_sizes_and_places_of_every_tensor(llama):
         assert data.tobytes() == tensors[name].numpy().tobytes()
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "mixtral", "gpt2", "opt", "gpt_neox"])
+@pytest.mark.parametrize(
+    "kind",
+    ["llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "mixtral", "gpt2", "opt", "gpt_neox"],
+)
 def test_sizes_of_every_architecture_are_accepted(kind):
     check_sizes(Path("config.json"), tiny_config(kind).to_dict())
 
@@ -46,12 +57,17 @@ def test_content_digest_ignores_sharding_and_sees_every_bit(tiny_llama, sharded)
 
 def test_f14_integer_weight(llama):
     name = "model.layers.0.mlp.up_proj.weight"
-    edit_tensors(llama / WEIGHTS, lambda tensors: tensors.update({name: torch.zeros(48, 32, dtype=torch.int32)}))
+    edit_tensors(
+        llama / WEIGHTS,
+        lambda tensors: tensors.update({name: torch.zeros(48, 32, dtype=torch.int32)}),
+    )
     with pytest.raises(CheckpointError, match=rf"not floating point: {name}"):
         read(llama)
 
 
-@pytest.mark.parametrize("name", ["adapter_config.json", "shard-00000-model-00001-of-00001.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["adapter_config.json", "shard-00000-model-00001-of-00001.safetensors"]
+)
 def test_files_that_would_change_what_is_loaded_are_refused(llama, name):
     (llama / name).write_text("{}")
     with pytest.raises(CheckpointError, match=r"merge it into them|remove it"):
@@ -78,7 +94,10 @@ def test_files_that_would_change_what_is_loaded_are_refused(llama, name):
 )
 @pytest.mark.parametrize("nested", [False, True])
 def test_f17_sizes_out_of_bounds(llama, field, value, nested):
-    edit_json(llama / "config.json", **({"text_config": {"num_attention_heads": 4, field: value}} if nested else {field: value}))
+    edit_json(
+        llama / "config.json",
+        **({"text_config": {"num_attention_heads": 4, field: value}} if nested else {field: value}),
+    )
     tracemalloc.start()
     try:
         with pytest.raises(CheckpointError, match=rf"config\.json: {field} is"):
@@ -90,7 +109,9 @@ def test_f17_sizes_out_of_bounds(llama, field, value, nested):
 
 def test_f17_heads_that_do_not_divide(llama, tiny_gpt2, tmp_path):
     edit_json(llama / "config.json", num_attention_heads=6, head_dim=None)
-    with pytest.raises(CheckpointError, match="attention heads is 6, which does not divide the hidden size 32"):
+    with pytest.raises(
+        CheckpointError, match="attention heads is 6, which does not divide the hidden size 32"
+    ):
         read(llama)
     gpt2 = Path(shutil.copytree(tiny_gpt2, tmp_path / "gpt2"))
     edit_json(gpt2 / "config.json", n_head=5)
@@ -122,7 +143,8 @@ WITH_INFINITY = [torch.float64, torch.float32, torch.float16, torch.bfloat16, to
 
 @pytest.mark.parametrize(
     ("dtype", "value"),
-    [(dtype, float(value)) for dtype in WITH_INFINITY for value in ("nan", "inf", "-inf")] + [(torch.float8_e4m3fn, float("nan"))],
+    [(dtype, float(value)) for dtype in WITH_INFINITY for value in ("nan", "inf", "-inf")]
+    + [(torch.float8_e4m3fn, float("nan"))],
 )
 def test_f20_non_finite_weight(llama, dtype, value, monkeypatch):
     monkeypatch.setattr(folder_module, "BLOCK", 100)  # several blocks, the last one short
@@ -172,15 +194,28 @@ def test_resolve_local_names(llama, monkeypatch):
         resolve("no such model")
 
 
-@pytest.mark.parametrize("variables", [{"HF_HUB_OFFLINE": "1"}, {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}])
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"HF_HUB_OFFLINE": "1"},
+        {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"},
+    ],
+)
 def test_f36_no_network(variables, tmp_path):
     code = (
-        "from compressor.files.model_folder import resolve\nfrom compressor.errors import CheckpointError\n"
+        "from compressor.files.model_folder import resolve\nfrom compressor.errors import "
+        "CheckpointError\n"
         "try: resolve('organisation/model')\nexcept CheckpointError as error: print(error)"
     )
     environment = {key: value for key, value in os.environ.items() if "PROXY" not in key.upper()}
-    environment |= {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "PYTHONPATH": str(Path(folder_module.__file__).parents[2])} | variables
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    environment |= {
+        "HF_HOME": str(tmp_path),
+        "HF_HUB_OFFLINE": "0",
+        "PYTHONPATH": str(Path(folder_module.__file__).parents[2]),
+    } | variables
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60
+    )
     assert len(result.stdout.splitlines()) == 1, result.stderr
     for word in ("organisation/model", "HF_HUB_OFFLINE", "HF_TOKEN", "HTTPS_PROXY"):
         assert word in result.stdout

@@ -20,25 +20,47 @@ from compressor.files.model_folder import read
 def test_f12_truncated_shard(sharded, damage):
     shard = min(sharded.glob("model-*.safetensors"))
     data = shard.read_bytes()
-    content = {"truncated": data[:-1], "empty": b"", "huge header": struct.pack("<Q", 2**62) + data[8:], "no header": data[:20]}
+    content = {
+        "truncated": data[:-1],
+        "empty": b"",
+        "huge header": struct.pack("<Q", 2**62) + data[8:],
+        "no header": data[:20],
+    }
     shard.write_bytes(content[damage])
     with pytest.raises(CheckpointError, match=shard.name):
         read(sharded)
 
 
 def test_f14_missing_and_extra_tensors_are_named_up_to_ten(sharded):
-    shard = max(sharded.glob("model-*.safetensors"), key=lambda path: len(safetensors.read_header(path)))
+    shard = max(
+        sharded.glob("model-*.safetensors"), key=lambda path: len(safetensors.read_header(path))
+    )
     name = min(load_file(shard))
     edit_tensors(shard, lambda tensors: tensors.pop(name))
     with pytest.raises(CheckpointError, match=rf"{shard.name}: missing {name};"):
         read(sharded)
-    edit_tensors(shard, lambda tensors: tensors.update({f"extra{i:02}": torch.zeros(1) for i in range(12)}, **{name: torch.zeros(1)}))
+    edit_tensors(
+        shard,
+        lambda tensors: tensors.update(
+            {f"extra{i:02}": torch.zeros(1) for i in range(12)}, **{name: torch.zeros(1)}
+        ),
+    )
     with pytest.raises(CheckpointError, match=r"not in the index: extra00, .*extra09 and 2 more"):
         read(sharded)
 
 
 @pytest.mark.parametrize(
-    "target", ["../outside.safetensors", "/outside.safetensors", "sub/outside.safetensors", "..", "model.bin", "a\0.safetensors", 7, None]
+    "target",
+    [
+        "../outside.safetensors",
+        "/outside.safetensors",
+        "sub/outside.safetensors",
+        "..",
+        "model.bin",
+        "a\0.safetensors",
+        7,
+        None,
+    ],
 )
 def test_f15_index_entry_that_is_no_plain_shard_name(sharded, target, monkeypatch):
     shutil.copy(min(sharded.glob("model-*.safetensors")), sharded.parent / "outside.safetensors")
@@ -64,7 +86,9 @@ def test_f15_link_that_leads_out(sharded, name, monkeypatch):
     path.symlink_to(sharded.parent / "outside")
     opened = []
     original = safetensors.read_header
-    monkeypatch.setattr(safetensors, "read_header", lambda path: opened.append(path) or original(path))
+    monkeypatch.setattr(
+        safetensors, "read_header", lambda path: opened.append(path) or original(path)
+    )
     with pytest.raises(CheckpointError, match="leads out of the folder"):
         read(sharded)
     assert path not in opened
@@ -73,13 +97,18 @@ def test_f15_link_that_leads_out(sharded, name, monkeypatch):
 def test_f15_special_file_is_not_opened(llama, monkeypatch):
     (llama / WEIGHTS).unlink()
     os.mkfifo(llama / WEIGHTS)
-    monkeypatch.setattr(safetensors, "read_header", lambda path: pytest.fail("opened, which would wait for ever"))
+    monkeypatch.setattr(
+        safetensors, "read_header", lambda path: pytest.fail("opened, which would wait for ever")
+    )
     with pytest.raises(CheckpointError, match="expected a regular file"):
         read(llama)
 
 
 def test_links_of_the_hub_cache_are_followed(llama, tmp_path):
-    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "main", tmp_path / "models--a--b" / "blobs"
+    snapshot, blobs = (
+        tmp_path / "models--a--b" / "snapshots" / "main",
+        tmp_path / "models--a--b" / "blobs",
+    )
     snapshot.mkdir(parents=True)
     blobs.mkdir()
     for path in llama.iterdir():
@@ -92,7 +121,9 @@ def test_f15_same_tensor_twice(sharded):
     first, *_, last = sorted(sharded.glob("model-*.safetensors"))
     name = min(load_file(first))
     text = (sharded / INDEX).read_text()
-    (sharded / INDEX).write_text(text.replace('"weight_map": {', f'"weight_map": {{"{name}": "{last.name}",'))
+    (sharded / INDEX).write_text(
+        text.replace('"weight_map": {', f'"weight_map": {{"{name}": "{last.name}",')
+    )
     with pytest.raises(CheckpointError, match=f"given twice: {name}"):
         read(sharded)
     (sharded / INDEX).write_text(text)
@@ -117,7 +148,11 @@ def test_f16_cut_short(sharded, name):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"\xff{}", "byte 0 is not UTF-8"), (b"[]", "expected a JSON object"), (b"[" * 10**5, "too deeply|cut short")],
+    [
+        (b"\xff{}", "byte 0 is not UTF-8"),
+        (b"[]", "expected a JSON object"),
+        (b"[" * 10**5, "too deeply|cut short"),
+    ],
 )
 def test_f16_config_that_is_no_json_object(llama, content, message):
     (llama / "config.json").write_bytes(content)

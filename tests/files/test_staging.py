@@ -51,7 +51,10 @@ def test_f8_output_is_no_folder(output, tmp_path, kind):
         if kind == "link":
             produce(target, "old")
         output.symlink_to(target)
-    for attempt in (lambda: preflight(output, None, True, 0), lambda: produce(output, "new", overwrite=True)):
+    for attempt in (
+        lambda: preflight(output, None, True, 0),
+        lambda: produce(output, "new", overwrite=True),
+    ):
         with pytest.raises(ConfigError, match=r"not a folder|symbolic link"):
             attempt()
 
@@ -62,7 +65,14 @@ def test_f8_output_overlaps_the_input(tmp_path):
     write(source, "source")
     (tmp_path / "link").symlink_to(source)
     (tmp_path / "a" / "config.json").touch()
-    for output in (source / "out", source, source / "x" / "y", tmp_path / "link" / "out", tmp_path / "a", source / ".." / "model" / "out"):
+    for output in (
+        source / "out",
+        source,
+        source / "x" / "y",
+        tmp_path / "link" / "out",
+        tmp_path / "a",
+        source / ".." / "model" / "out",
+    ):
         with pytest.raises(ConfigError, match="overlap"):
             preflight(output, source, True, 0)
     with pytest.raises(ConfigError, match="overlap"):
@@ -106,11 +116,20 @@ def test_preflight_wants_enough_room(output):
 
 
 class Fuse:
-    """Raises, or kills the process, before or after the n-th call of what it wraps; counts the calls."""
+    """Raises, or kills the process, before or after the n-th call of what it wraps; counts the
+    calls.
+    """
 
     def __init__(self, monkeypatch, blow, at: int, after: bool):
         self.blow, self.at, self.after, self.calls = blow, at, after, 0
-        for module, name in ((os, "rename"), (os, "fsync"), (shutil, "rmtree"), (manifest, "build"), (manifest, "digest"), (os, "mkdir")):
+        for module, name in (
+            (os, "rename"),
+            (os, "fsync"),
+            (shutil, "rmtree"),
+            (manifest, "build"),
+            (manifest, "digest"),
+            (os, "mkdir"),
+        ):
             monkeypatch.setattr(module, name, self.wrap(getattr(module, name)))
 
     def wrap(self, function):
@@ -192,12 +211,19 @@ with Staging(Path(sys.argv[1]), overwrite=True) as stage:
 def test_f2_f7_killed(output, caplog, point, found, aside):
     produce(output, "old")
     environment = os.environ | {"PYTHONPATH": str(Path(staging.__file__).parents[2])}
-    result = subprocess.run([sys.executable, "-c", KILLED, output, point], env=environment, capture_output=True, timeout=60)
+    result = subprocess.run(
+        [sys.executable, "-c", KILLED, output, point],
+        env=environment,
+        capture_output=True,
+        timeout=60,
+    )
     assert result.returncode == -signal.SIGKILL
     assert version_of(output) == found
     old = [path for path in leftovers(output) if ".old-" in path.name]
     assert [version_of(path) for path in old] == ([aside] if aside else [])
-    preflight(output, None, True, 0)  # what is left is reported, not touched, and does not stop the next run
+    preflight(
+        output, None, True, 0
+    )  # what is left is reported, not touched, and does not stop the next run
     assert all(str(path) in caplog.text for path in leftovers(output))
     produce(output, "newer", overwrite=True)
     assert version_of(output) == "newer"
@@ -205,7 +231,9 @@ def test_f2_f7_killed(output, caplog, point, found, aside):
 
 def test_f9_second_writer_of_one_output_is_refused(output):
     with Staging(output) as first:
-        with pytest.raises(ConfigError, match=f"another process is writing it .*{first.folder.name}"):
+        with pytest.raises(
+            ConfigError, match=f"another process is writing it .*{first.folder.name}"
+        ):
             produce(output, "second")
         write(first.folder, "first")
         first.commit()

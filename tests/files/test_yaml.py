@@ -7,7 +7,13 @@ from hypothesis import strategies as st
 from compressor.errors import ConfigError
 from compressor.files.yaml import MAX_BYTES, dump, parse_document, parse_yaml, read_text
 
-PLAIN = st.none() | st.booleans() | st.integers(-(10**20), 10**20) | st.floats(allow_nan=False, allow_infinity=False) | st.text()
+PLAIN = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**20), 10**20)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text()
+)
 
 
 def refused(text: str) -> str:
@@ -51,7 +57,9 @@ def test_scalars_mean_what_they_look_like(text, value):
 
 @pytest.mark.parametrize("text", [".nan", ".NaN", ".inf", "-.Inf", "1e999", "-1e400"])
 def test_numbers_that_are_not_finite_are_refused(text):
-    assert refused(f"a: 1\nkey: {text}").startswith(f"recipe.yaml:2: '{text}' is not a finite number")
+    assert refused(f"a: 1\nkey: {text}").startswith(
+        f"recipe.yaml:2: '{text}' is not a finite number"
+    )
 
 
 def test_leading_zero_is_refused_as_ambiguous():
@@ -68,17 +76,34 @@ def test_repeated_key_names_both_lines():
     assert message == "recipe.yaml:4: key 'keep' is repeated; it stands at recipe.yaml:2 already"
 
 
-@pytest.mark.parametrize("tag", ["!!python/object/apply:os.system ['true']", "!!python/name:os.system ''", "!!str 5", "!mine x"])
+@pytest.mark.parametrize(
+    "tag",
+    [
+        "!!python/object/apply:os.system ['true']",
+        "!!python/name:os.system ''",
+        "!!str 5",
+        "!mine x",
+    ],
+)
 def test_tags_are_refused(tag):
     assert refused(f"a: 1\nkey: {tag}").startswith("recipe.yaml:2: the tag")
 
 
 def test_alias_bomb_is_refused_at_its_first_alias():
-    bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12))
+    bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+        f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12)
+    )
     assert refused(bomb).startswith("recipe.yaml:2: '*a0' is a YAML alias")
 
 
-@pytest.mark.parametrize("text", ["[" * 5000 + "]" * 5000, "{a: " * 5000 + "}" * 5000, "\n".join(" " * i + "a:" for i in range(1000))])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 5000 + "]" * 5000,
+        "{a: " * 5000 + "}" * 5000,
+        "\n".join(" " * i + "a:" for i in range(1000)),
+    ],
+)
 def test_deep_nesting_is_refused(text):
     assert "nested deeper" in refused(text)
 
@@ -142,7 +167,13 @@ def test_byte_order_mark_and_windows_line_ends(tmp_path):
     assert parse_yaml(read_text(tmp_path / "windows.yaml"), "f") == {"a": 1, "b": 2}
 
 
-@given(st.recursive(PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3), max_leaves=8))
+@given(
+    st.recursive(
+        PLAIN,
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+        max_leaves=8,
+    )
+)
 @example({"\x85": "a\u2028b"})
 def test_dump_is_read_back_to_the_same_value(value):
     restored = parse_yaml(dump({"value": value}), "dump")["value"]
@@ -150,6 +181,8 @@ def test_dump_is_read_back_to_the_same_value(value):
     assert repr(restored) == repr(value)
 
 
-@pytest.mark.parametrize("text", ["1e5", "08", "0o7", ".5", "yes", "null", "", "*", "a: b", "1e400"])
+@pytest.mark.parametrize(
+    "text", ["1e5", "08", "0o7", ".5", "yes", "null", "", "*", "a: b", "1e400"]
+)
 def test_text_that_looks_like_something_else_stays_text(text):
     assert parse_yaml(dump({"key": text}), "dump") == {"key": text}

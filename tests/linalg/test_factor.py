@@ -46,24 +46,44 @@ def test_relative_error_is_the_trace_formula_and_the_mean_over_tokens():
     case = cases.make("wide")
     weight, close = case.dense.weight.double(), 0.9 * case.dense.weight.double()
     close[0] += 1
-    lost, gram, moment = weight - close, case.stats.gram, case.stats.grad_gram + torch.eye(20, dtype=torch.float64)
-    direct = torch.trace(moment @ lost @ gram @ lost.T) / torch.trace(moment @ weight @ gram @ weight.T)
+    lost, gram, moment = (
+        weight - close,
+        case.stats.gram,
+        case.stats.grad_gram + torch.eye(20, dtype=torch.float64),
+    )
+    direct = torch.trace(moment @ lost @ gram @ lost.T) / torch.trace(
+        moment @ weight @ gram @ weight.T
+    )
     root = torch.linalg.cholesky(moment)
-    assert linalg.relative_error(weight, close, Metric(gram), root) == pytest.approx(direct.item(), rel=1e-10)
+    assert linalg.relative_error(weight, close, Metric(gram), root) == pytest.approx(
+        direct.item(), rel=1e-10
+    )
     by_tokens = (case.x @ lost.T).square().sum() / (case.x @ weight.T).square().sum()
-    assert linalg.relative_error(weight, close, Metric(gram, 0.1)) == pytest.approx(by_tokens.item(), rel=1e-10)
+    assert linalg.relative_error(weight, close, Metric(gram, 0.1)) == pytest.approx(
+        by_tokens.item(), rel=1e-10
+    )
     assert linalg.relative_error(weight, weight, Metric(gram)) == 0
-    assert linalg.relative_error(torch.zeros_like(weight), torch.zeros_like(weight), Metric(gram)) == 0
+    assert (
+        linalg.relative_error(torch.zeros_like(weight), torch.zeros_like(weight), Metric(gram)) == 0
+    )
 
 
 @pytest.mark.parametrize("kind", ["matrix", "diagonal", "identity"])
 def test_metric_is_the_matrix_it_stands_for(kind):
     case, mean = cases.make("wide"), torch.linspace(0, 0.1, 44, dtype=torch.float64)
-    moment = {"matrix": case.stats.gram, "diagonal": case.stats.gram.diagonal(), "identity": None}[kind]
-    full = {"matrix": moment, "diagonal": torch.diag(case.stats.gram.diagonal()), "identity": torch.eye(44, dtype=torch.float64)}[kind]
+    moment = {"matrix": case.stats.gram, "diagonal": case.stats.gram.diagonal(), "identity": None}[
+        kind
+    ]
+    full = {
+        "matrix": moment,
+        "diagonal": torch.diag(case.stats.gram.diagonal()),
+        "identity": torch.eye(44, dtype=torch.float64),
+    }[kind]
     metric = Metric(moment, 0.25, mean=mean, shift=2.0)
     expected = 0.25 * full - torch.outer(mean, mean) + 2.0 * torch.eye(44, dtype=torch.float64)
-    torch.testing.assert_close(metric.weigh(case.dense.weight), case.dense.weight.double() @ expected)
+    torch.testing.assert_close(
+        metric.weigh(case.dense.weight), case.dense.weight.double() @ expected
+    )
     if kind == "matrix":
         shrunk = Metric(moment, 0.25).shrunk(0.3)
         torch.testing.assert_close(shrunk.weigh(torch.eye(44)), linalg.shrink(0.25 * moment, 0.3))
@@ -73,14 +93,20 @@ def test_shrinkage_keeps_the_trace_and_ends_at_the_scaled_identity():
     gram = cases.make("square").stats.gram
     half = linalg.shrink(gram, 0.5)
     assert half.trace().item() == pytest.approx(gram.trace().item())
-    torch.testing.assert_close(half - torch.diag(half.diagonal()), 0.5 * (gram - torch.diag(gram.diagonal())))
-    torch.testing.assert_close(linalg.shrink(gram, 1.0), gram.diagonal().mean() * torch.eye(28, dtype=torch.float64))
+    torch.testing.assert_close(
+        half - torch.diag(half.diagonal()), 0.5 * (gram - torch.diag(gram.diagonal()))
+    )
+    torch.testing.assert_close(
+        linalg.shrink(gram, 1.0), gram.diagonal().mean() * torch.eye(28, dtype=torch.float64)
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_pivots_are_exact_and_bounded(seed):
     generator = torch.Generator().manual_seed(seed)
-    down = torch.randn(9, 30, generator=generator, dtype=torch.float64) @ torch.diag(torch.logspace(0, -6, 30, dtype=torch.float64))
+    down = torch.randn(9, 30, generator=generator, dtype=torch.float64) @ torch.diag(
+        torch.logspace(0, -6, 30, dtype=torch.float64)
+    )
     mask, coefficients = linalg.pivot_columns(down, bound=1.2)
     assert mask.sum() == 9 and coefficients.abs().max() <= 1.2 + 1e-9
     torch.testing.assert_close(down[:, mask] @ coefficients, down[:, ~mask], rtol=1e-8, atol=1e-14)

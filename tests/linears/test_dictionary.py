@@ -1,4 +1,6 @@
-"""The dictionary storage kind: algebra, sizes, spec round trip, what is kept between forward passes, and reading it with transformers."""
+"""The dictionary storage kind: algebra, sizes, spec round trip, what is kept between forward
+passes, and reading it with transformers.
+"""
 
 import copy
 import json
@@ -22,15 +24,34 @@ DOUBLE = 1e-12  # relative, float64 rounding of a few dozen sums
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
-def made(shape, blocks: int = 1, bias: bool = True, atoms: int = 3, dtype: torch.dtype = torch.float64, seed: int = 0) -> Dictionary:
-    """Random atoms (`atoms` for each block) and random codes above 0.3: outputs with unequal numbers of nonzeros."""
+def made(
+    shape,
+    blocks: int = 1,
+    bias: bool = True,
+    atoms: int = 3,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> Dictionary:
+    """Random atoms (`atoms` for each block) and random codes above 0.3: outputs with unequal
+    numbers of nonzeros.
+    """
     height, width = shape
-    codes, offset = random(height, blocks * atoms, seed=seed, dtype=dtype), random(height, seed=seed + 1, dtype=dtype)
-    dictionary, mask = random(blocks * atoms, width // blocks, seed=seed + 2, dtype=dtype), random(*codes.shape, seed=seed) > 0.3
-    return Dictionary(codes[mask], dictionary, pack_mask(mask.flatten()), offset if bias else None, height, blocks)
+    codes, offset = (
+        random(height, blocks * atoms, seed=seed, dtype=dtype),
+        random(height, seed=seed + 1, dtype=dtype),
+    )
+    dictionary, mask = (
+        random(blocks * atoms, width // blocks, seed=seed + 2, dtype=dtype),
+        random(*codes.shape, seed=seed) > 0.3,
+    )
+    return Dictionary(
+        codes[mask], dictionary, pack_mask(mask.flatten()), offset if bias else None, height, blocks
+    )
 
 
 BLOCKS = pytest.mark.parametrize("blocks", [1, 4], ids=["whole", "blocks"])
@@ -49,11 +70,15 @@ def test_forward_is_the_dense_product(shape, blocks, atoms, bias, device):
     torch.testing.assert_close(module(inputs), expected, rtol=DOUBLE, atol=DOUBLE)
     with torch.no_grad():
         torch.testing.assert_close(module(inputs), expected, rtol=DOUBLE, atol=DOUBLE)
-        torch.testing.assert_close(module(inputs[0, 0]), expected[0, 0], rtol=DOUBLE, atol=DOUBLE)  # one token, no batch
+        torch.testing.assert_close(
+            module(inputs[0, 0]), expected[0, 0], rtol=DOUBLE, atol=DOUBLE
+        )  # one token, no batch
 
 
 def test_by_hand():
-    """Three atoms, two outputs in one byte of mask: output 0 is 2 × atom 0, output 1 is atom 1 − 3 × atom 2."""
+    """Three atoms, two outputs in one byte of mask: output 0 is 2 × atom 0, output 1 is atom 1 − 3
+    × atom 2.
+    """
     module = Dictionary(
         weight=torch.tensor([2.0, 1.0, -3.0]),
         atoms=torch.tensor([[1.0, 0.0, 2.0, 0.0], [0.0, 1.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]),
@@ -70,7 +95,14 @@ def test_by_hand():
 def test_blocks_by_hand():
     """Two slices of two inputs with one atom each: the second atom sees inputs 2 and 3 only."""
     atoms = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    module = Dictionary(torch.tensor([1.0, 10.0]), atoms, torch.tensor([0b11000000], dtype=torch.uint8), None, 1, blocks=2)
+    module = Dictionary(
+        torch.tensor([1.0, 10.0]),
+        atoms,
+        torch.tensor([0b11000000], dtype=torch.uint8),
+        None,
+        1,
+        blocks=2,
+    )
     assert module.to_dense().tolist() == [[1.0, 2.0, 30.0, 40.0]]
     assert module(torch.ones(4)).tolist() == [73.0]
 
@@ -78,7 +110,9 @@ def test_blocks_by_hand():
 def test_the_pair_runs_where_it_takes_fewer_multiply_adds():
     """24 × 16 = 384 multiply-adds dense; k atoms take 40 k, in two blocks 32 for each atom."""
     assert made((24, 16), atoms=9).runs_as_pair() and not made((24, 16), atoms=10).runs_as_pair()
-    assert made((24, 16), 2, atoms=5).runs_as_pair() and not made((24, 16), 2, atoms=6).runs_as_pair()
+    assert (
+        made((24, 16), 2, atoms=5).runs_as_pair() and not made((24, 16), 2, atoms=6).runs_as_pair()
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -89,7 +123,9 @@ def test_bits_are_the_bytes_written(shape, blocks, dtype, itemsize):
     nonzeros = int(unpack_mask(module.mask, height * 3 * blocks).sum())
     assert module.weight.numel() == nonzeros
     assert module.stored_parameters() == nonzeros + 3 * width + height
-    assert module.bits() == 8 * (itemsize * (nonzeros + 3 * width + height) + -(-height * 3 * blocks // 8))
+    assert module.bits() == 8 * (
+        itemsize * (nonzeros + 3 * width + height) + -(-height * 3 * blocks // 8)
+    )
     assert module.bits() == 8 * sum(tensor.nbytes for tensor in module.state_dict().values())
 
 
@@ -105,10 +141,13 @@ def test_spec_rebuilds_the_module_exactly(blocks, atoms, bias, dtype):
     assert_same_output(rebuilt(inputs), module(inputs))
     assert_same_output(rebuilt.to_dense(), module.to_dense())
     assert rebuilt.spec() == module.spec()
-    assert {name: (tensor.dtype, tensor.shape) for name, tensor in rebuilt.state_dict().items()} == {
-        name: (tensor.dtype, tensor.shape) for name, tensor in module.state_dict().items()
-    }
-    assert all(tensor.device.type == "meta" for tensor in build_empty(module.spec(), dtype).state_dict().values())
+    assert {
+        name: (tensor.dtype, tensor.shape) for name, tensor in rebuilt.state_dict().items()
+    } == {name: (tensor.dtype, tensor.shape) for name, tensor in module.state_dict().items()}
+    assert all(
+        tensor.device.type == "meta"
+        for tensor in build_empty(module.spec(), dtype).state_dict().values()
+    )
 
 
 def test_stored_names_and_kind():
@@ -124,14 +163,22 @@ def test_casts_keep_the_mask_and_take_effect(atoms):
     with torch.no_grad():
         wide, mask = module(inputs), module.mask.clone()
         module.to(torch.bfloat16)
-        assert module.weight.dtype == module.atoms.dtype == module.bias.dtype == torch.bfloat16 and torch.equal(module.mask, mask)
+        assert (
+            module.weight.dtype == module.atoms.dtype == module.bias.dtype == torch.bfloat16
+            and torch.equal(module.mask, mask)
+        )
         assert module(inputs.bfloat16()).dtype == torch.bfloat16
         assert module.to_dense().dtype == torch.float32
         with in_float32(module):
             narrow = module(inputs)
         assert narrow.dtype == torch.float32 and not torch.equal(narrow, wide)
-        torch.testing.assert_close(narrow, inputs @ module.to_dense().T + module.bias.float(), rtol=1e-5, atol=1e-5)
-        assert module.weight.dtype == torch.bfloat16 and module(inputs.bfloat16()).dtype == torch.bfloat16
+        torch.testing.assert_close(
+            narrow, inputs @ module.to_dense().T + module.bias.float(), rtol=1e-5, atol=1e-5
+        )
+        assert (
+            module.weight.dtype == torch.bfloat16
+            and module(inputs.bfloat16()).dtype == torch.bfloat16
+        )
 
 
 @BLOCKS
@@ -152,7 +199,10 @@ def test_whatever_is_written_after_a_forward_pass_takes_effect(blocks, atoms):
         module.mask.copy_(pack_mask(unpack_mask(module.mask, 9 * blocks * atoms).flip(0)))
         check()
         for assign in (False, True):
-            state = {name: tensor + (tensor.ndim > 0 and tensor.is_floating_point()) for name, tensor in module.state_dict().items()}
+            state = {
+                name: tensor + (tensor.ndim > 0 and tensor.is_floating_point())
+                for name, tensor in module.state_dict().items()
+            }
             module.load_state_dict(state, assign=assign)
             check()
         module.atoms = nn.Parameter(module.atoms * 3)
@@ -184,7 +234,9 @@ def test_training_after_inference_mode(atoms):
         module(random(3, 12))
     inputs = random(3, 12).requires_grad_(True)
     module(inputs).sum().backward()
-    torch.testing.assert_close(inputs.grad, module.to_dense().sum(0).expand(3, 12), rtol=DOUBLE, atol=DOUBLE)
+    torch.testing.assert_close(
+        inputs.grad, module.to_dense().sum(0).expand(3, 12), rtol=DOUBLE, atol=DOUBLE
+    )
     with torch.inference_mode():
         made_there = made((9, 12), atoms=atoms)
         expected = functional.linear(inputs, made_there.to_dense(), made_there.bias)
@@ -199,7 +251,9 @@ def test_gradients_reach_input_and_stored_tensors(blocks):
     tensors = [random(4, 8, seed=3), *(getattr(module, name).data for name in names)]
 
     def forward(inputs, weight, atoms, bias):
-        return torch.func.functional_call(module, {"weight": weight, "atoms": atoms, "bias": bias}, inputs)
+        return torch.func.functional_call(
+            module, {"weight": weight, "atoms": atoms, "bias": bias}, inputs
+        )
 
     assert torch.autograd.gradcheck(forward, [tensor.requires_grad_(True) for tensor in tensors])
 
@@ -212,7 +266,9 @@ def test_frozen_tensors_pass_gradients_to_the_input():
     module = made((9, 12)).requires_grad_(False)
     inputs = random(3, 12).requires_grad_(True)
     module(inputs).sum().backward()
-    torch.testing.assert_close(inputs.grad, module.to_dense().sum(0).expand(3, 12), rtol=DOUBLE, atol=DOUBLE)
+    torch.testing.assert_close(
+        inputs.grad, module.to_dense().sum(0).expand(3, 12), rtol=DOUBLE, atol=DOUBLE
+    )
 
 
 @BLOCKS
@@ -221,7 +277,9 @@ def test_transformers_reads_it_back(blocks, tmp_path):
     modules = {}
     for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
         linear = model.get_submodule(name)
-        modules[name] = made((linear.out_features, linear.in_features), blocks, bias=False, dtype=torch.float32)
+        modules[name] = made(
+            (linear.out_features, linear.in_features), blocks, bias=False, dtype=torch.float32
+        )
     compress_in_place(model, modules)
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)

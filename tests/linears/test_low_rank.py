@@ -1,4 +1,6 @@
-"""The low-rank storage kind: algebra, sizes, spec round trip, and the shapes that make readers without the plugin stop."""
+"""The low-rank storage kind: algebra, sizes, spec round trip, and the shapes that make readers
+without the plugin stop.
+"""
 
 import json
 
@@ -18,8 +20,19 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> to
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def made(shape: tuple[int, int], pivoted: bool, bias: bool = True, rank: int = 4, dtype: torch.dtype = torch.float64) -> LowRank:
-    return low_rank(random(*shape, dtype=dtype), random(shape[0], seed=1, dtype=dtype) if bias else None, rank, pivoted)
+def made(
+    shape: tuple[int, int],
+    pivoted: bool,
+    bias: bool = True,
+    rank: int = 4,
+    dtype: torch.dtype = torch.float64,
+) -> LowRank:
+    return low_rank(
+        random(*shape, dtype=dtype),
+        random(shape[0], seed=1, dtype=dtype) if bias else None,
+        rank,
+        pivoted,
+    )
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
@@ -31,16 +44,22 @@ def test_forward_is_the_dense_product(shape, pivoted, bias, device):
     expected = inputs @ module.to_dense().T + (module.bias if bias else 0)
     assert module(inputs).shape == (2, 3, shape[0])
     torch.testing.assert_close(module(inputs), expected, rtol=DOUBLE, atol=DOUBLE)
-    torch.testing.assert_close(module(inputs[0, 0]), expected[0, 0], rtol=DOUBLE, atol=DOUBLE)  # one token, no batch
+    torch.testing.assert_close(
+        module(inputs[0, 0]), expected[0, 0], rtol=DOUBLE, atol=DOUBLE
+    )  # one token, no batch
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_pivoting_loses_nothing(shape):
-    torch.testing.assert_close(made(shape, True).to_dense(), made(shape, False).to_dense(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        made(shape, True).to_dense(), made(shape, False).to_dense(), rtol=1e-9, atol=1e-9
+    )
 
 
 def test_pivoted_pair_by_hand():
-    """Columns 1 and 3 of Ŵ are pivots; columns 0 and 2 are 2 × pivot 0 and pivot 0 + 3 × pivot 1."""
+    """Columns 1 and 3 of Ŵ are pivots; columns 0 and 2 are 2 × pivot 0 and pivot 0 + 3 × pivot
+    1.
+    """
     module = LowRank(
         weight=torch.tensor([[2.0, 1.0], [0.0, 3.0]]),
         up=torch.tensor([[1.0, 0.0], [0.0, 1.0], [5.0, 7.0]]),
@@ -74,10 +93,13 @@ def test_spec_rebuilds_the_module_exactly(pivoted, dtype):
     inputs = random(3, 13, dtype=torch.float32).to(dtype)
     assert_same_output(rebuilt(inputs), module(inputs))
     assert rebuilt.spec() == module.spec()
-    assert {name: (tensor.dtype, tensor.shape) for name, tensor in rebuilt.state_dict().items()} == {
-        name: (tensor.dtype, tensor.shape) for name, tensor in module.state_dict().items()
-    }
-    assert all(tensor.device.type == "meta" for tensor in build_empty(module.spec(), dtype).state_dict().values())
+    assert {
+        name: (tensor.dtype, tensor.shape) for name, tensor in rebuilt.state_dict().items()
+    } == {name: (tensor.dtype, tensor.shape) for name, tensor in module.state_dict().items()}
+    assert all(
+        tensor.device.type == "meta"
+        for tensor in build_empty(module.spec(), dtype).state_dict().values()
+    )
 
 
 @pytest.mark.parametrize("pivoted", [False, True], ids=["plain", "pivoted"])
@@ -91,12 +113,24 @@ def test_a_cast_keeps_the_pivots(pivoted):
 
 @pytest.mark.parametrize("pivoted", [False, True], ids=["plain", "pivoted"])
 def test_weight_never_has_the_dense_shape(pivoted):
-    """Over all small sizes: a reader that expects (out, in), or (in, out) for Conv1D, meets another shape."""
+    """Over all small sizes: a reader that expects (out, in), or (in, out) for Conv1D, meets another
+    shape.
+    """
     for height in range(2, 9):
         for width in range(2, 9):
             for rank in range(1, min(height, width)):
-                spec = {"kind": "low_rank", "out_features": height, "in_features": width, "rank": rank, "pivoted": pivoted, "bias": False}
-                assert tuple(build_empty(spec, torch.float32).weight.shape) not in {(height, width), (width, height)}
+                spec = {
+                    "kind": "low_rank",
+                    "out_features": height,
+                    "in_features": width,
+                    "rank": rank,
+                    "pivoted": pivoted,
+                    "bias": False,
+                }
+                assert tuple(build_empty(spec, torch.float32).weight.shape) not in {
+                    (height, width),
+                    (width, height),
+                }
 
 
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 16, 171])
@@ -117,7 +151,9 @@ def test_gradients_reach_input_and_factors():
     tensors = [random(4, 5, seed=3), module.weight.data, module.up.data, module.bias.data]
 
     def forward(inputs, weight, up, bias):
-        return torch.func.functional_call(module, {"weight": weight, "up": up, "bias": bias}, inputs)
+        return torch.func.functional_call(
+            module, {"weight": weight, "up": up, "bias": bias}, inputs
+        )
 
     assert torch.autograd.gradcheck(forward, [tensor.requires_grad_(True) for tensor in tensors])
 
@@ -137,7 +173,9 @@ def test_training_after_inference_mode():
         module(random(3, 12))
     inputs = random(3, 12).requires_grad_(True)
     module(inputs).sum().backward()
-    torch.testing.assert_close(inputs.grad, module.to_dense().sum(0).expand(3, 12), rtol=DOUBLE, atol=DOUBLE)
+    torch.testing.assert_close(
+        inputs.grad, module.to_dense().sum(0).expand(3, 12), rtol=DOUBLE, atol=DOUBLE
+    )
 
 
 def test_registered_under_its_kind():

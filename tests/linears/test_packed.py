@@ -1,4 +1,6 @@
-"""The packed storage kind: exact codes, sizes, spec round trip, what is kept between passes, and reading it back with transformers."""
+"""The packed storage kind: exact codes, sizes, spec round trip, what is kept between passes, and
+reading it back with transformers.
+"""
 
 import builtins
 import copy
@@ -17,28 +19,52 @@ from compressor.evaluation.perplexity import in_float32
 from compressor.linears import KINDS, Adapted, Packed, build_empty
 from compressor.linears.packed import library, pack, unpack, words
 
-SHAPES = [((24, 16), 8), ((16, 24), 24), ((5, 31), 31), ((6, 86), 43), ((8, 8), 1)]  # (out, in), group
+SHAPES = [
+    ((24, 16), 8),
+    ((16, 24), 24),
+    ((5, 31), 31),
+    ((6, 86), 43),
+    ((8, 8), 1),
+]  # (out, in), group
 BITS = range(2, 9)
 
 
 def integers(*shape: int, bits: int, seed: int = 0) -> Tensor:
     """Random codes, both extremes among them."""
-    codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), shape, generator=torch.Generator().manual_seed(seed))
+    codes = torch.randint(
+        -(2 ** (bits - 1)), 2 ** (bits - 1), shape, generator=torch.Generator().manual_seed(seed)
+    )
     codes.view(-1)[0], codes.view(-1)[-1] = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     return codes
 
 
-def made(shape=(6, 86), group: int = 43, bits: int = 3, symmetric: bool = True, bias: bool = True, dtype=torch.float32) -> Packed:
+def made(
+    shape=(6, 86),
+    group: int = 43,
+    bits: int = 3,
+    symmetric: bool = True,
+    bias: bool = True,
+    dtype=torch.float32,
+) -> Packed:
     generator, groups = torch.Generator().manual_seed(3), shape[1] // group
-    scales, offset = (torch.randn(*size, generator=generator).to(dtype) for size in ((shape[0], groups), (shape[0],)))
+    scales, offset = (
+        torch.randn(*size, generator=generator).to(dtype)
+        for size in ((shape[0], groups), (shape[0],))
+    )
     zeros = None if symmetric else integers(shape[0], groups, bits=bits, seed=1)
-    return Packed.of_codes(integers(*shape, bits=bits), scales, zeros, offset if bias else None, bits)
+    return Packed.of_codes(
+        integers(*shape, bits=bits), scales, zeros, offset if bias else None, bits
+    )
 
 
 def expected(module: Packed, bits: int, group: int, symmetric: bool) -> Tensor:
     """Ŵ by definition, float64, from the codes that `made` drew."""
     height, width = module.out_features, module.in_features
-    zeros = torch.zeros(height, width // group) if symmetric else integers(height, width // group, bits=bits, seed=1)
+    zeros = (
+        torch.zeros(height, width // group)
+        if symmetric
+        else integers(height, width // group, bits=bits, seed=1)
+    )
     codes = integers(height, width, bits=bits).double() - zeros.repeat_interleave(group, 1)
     return codes * module.scales.double().repeat_interleave(group, 1)
 
@@ -48,19 +74,29 @@ def expected(module: Packed, bits: int, group: int, symmetric: bool) -> Tensor:
 def test_every_code_comes_back_and_no_bit_is_wasted(bits, count):
     codes = integers(count, bits=bits)
     packed = pack(codes, bits)
-    assert packed.dtype == torch.int32 and packed.shape == (words(count, bits),) == (-(-count * bits // 32),)
+    assert packed.dtype == torch.int32 and packed.shape == (words(count, bits),) == (
+        -(-count * bits // 32),
+    )
     assert torch.equal(unpack(packed, bits, (1, count))[0], codes.to(torch.int8))
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(("shape", "group"), SHAPES, ids=str)
-def test_the_dense_form_is_the_definition_and_bits_are_the_bytes_written(shape, group, bits, symmetric):
+def test_the_dense_form_is_the_definition_and_bits_are_the_bytes_written(
+    shape, group, bits, symmetric
+):
     module, (height, width) = made(shape, group, bits, symmetric, dtype=torch.bfloat16), shape
-    assert torch.equal(module.to_dense().double(), expected(module, bits, group, symmetric))  # 9 bits times 8 bits fit into float32
+    assert torch.equal(
+        module.to_dense().double(), expected(module, bits, group, symmetric)
+    )  # 9 bits times 8 bits fit into float32
     scales = height * width // group
     codes = words(height * width, bits) + (0 if symmetric else words(scales, bits))
-    assert module.bits() == 32 * codes + 16 * (scales + height) == 8 * sum(t.nbytes for t in module.state_dict().values())
+    assert (
+        module.bits()
+        == 32 * codes + 16 * (scales + height)
+        == 8 * sum(t.nbytes for t in module.state_dict().values())
+    )
     assert module.stored_parameters() == scales + height
 
 
@@ -71,7 +107,9 @@ def test_forward_rounds_the_dense_form_once(dtype, symmetric, device):
     inputs = torch.randn(3, 86, generator=torch.Generator().manual_seed(1)).to(device, dtype)
     dense = module.to_dense()
     assert dense.dtype == torch.float32 and not dense.requires_grad
-    assert_same_output(module(inputs), torch.nn.functional.linear(inputs, dense.to(dtype), module.bias))
+    assert_same_output(
+        module(inputs), torch.nn.functional.linear(inputs, dense.to(dtype), module.bias)
+    )
     assert module(inputs[0]).shape == (6,)
 
 
@@ -80,13 +118,22 @@ def test_by_hand():
     codes = torch.tensor([[1, -2, -2, 0]])
     module = Packed.of_codes(codes, torch.tensor([[0.5, 2.0]]), torch.tensor([[-2, 1]]), None, 2)
     assert module.to_dense().tolist() == [[1.5, 0.0, -6.0, -2.0]]
-    assert module.weight.tolist() == [0b10_00_00_11] and module.zeros.tolist() == [0b11_00]  # plus 2, the first in the lowest bits
+    assert module.weight.tolist() == [0b10_00_00_11] and module.zeros.tolist() == [
+        0b11_00
+    ]  # plus 2, the first in the lowest bits
 
 
 def makers():
     low = {"up": torch.randn(6, 2), "down": torch.randn(2, 86)}
-    integers = Adapted(made(symmetric=False), made((2, 6), 3, 4, True, False), made((2, 86), 43, 4, True, False))
-    return [made(), made(symmetric=False, bias=False, bits=4), Adapted(made(symmetric=False), **low), integers]
+    integers = Adapted(
+        made(symmetric=False), made((2, 6), 3, 4, True, False), made((2, 86), 43, 4, True, False)
+    )
+    return [
+        made(),
+        made(symmetric=False, bias=False, bits=4),
+        Adapted(made(symmetric=False), **low),
+        integers,
+    ]
 
 
 NAMES = ["symmetric", "asymmetric", "adapted", "adapted by integers"]
@@ -100,7 +147,10 @@ def test_spec_rebuilds_the_module_exactly(module):
     assert_same_output(rebuilt(inputs), module(inputs))
     assert_same_output(rebuilt.to_dense(), module.to_dense())
     assert rebuilt.spec() == module.spec() and rebuilt.bits() == module.bits()
-    assert build_empty(module.spec(), torch.float32).weight.shape == module.weight.shape and module.weight.ndim == 1
+    assert (
+        build_empty(module.spec(), torch.float32).weight.shape == module.weight.shape
+        and module.weight.ndim == 1
+    )
     assert KINDS["packed"] is Packed
 
 
@@ -113,9 +163,24 @@ def test_a_residual_is_added_and_keeps_the_names_of_the_base():
 
 def test_a_residual_of_integers_is_counted_in_words_and_scales():
     module = makers()[3]
-    base, up, down = made(symmetric=False), made((2, 6), 3, 4, True, False), made((2, 86), 43, 4, True, False)
-    torch.testing.assert_close(module.to_dense(), base.to_dense() + up.to_dense().T @ down.to_dense())
-    assert set(module.state_dict()) == {"weight", "scales", "zeros", "bias", "up", "up_scales", "down", "down_scales"}
+    base, up, down = (
+        made(symmetric=False),
+        made((2, 6), 3, 4, True, False),
+        made((2, 86), 43, 4, True, False),
+    )
+    torch.testing.assert_close(
+        module.to_dense(), base.to_dense() + up.to_dense().T @ down.to_dense()
+    )
+    assert set(module.state_dict()) == {
+        "weight",
+        "scales",
+        "zeros",
+        "bias",
+        "up",
+        "up_scales",
+        "down",
+        "down_scales",
+    }
     assert module.bits() - base.bits() == 32 * (2 + 22 + 4 + 4)
     assert module.multiply_adds() == 6 * 86 + 2 * (6 + 86) and module.rank == 2
     up, down = module.pair()
@@ -129,7 +194,11 @@ def test_whatever_is_written_or_cast_after_a_forward_pass_takes_effect(module):
     inputs, close = torch.randn(3, 86), {"rtol": 1e-4, "atol": 1e-3}
 
     def check():
-        torch.testing.assert_close(module(inputs), inputs @ module.to_dense().T + (0 if module.bias is None else module.bias), **close)
+        torch.testing.assert_close(
+            module(inputs),
+            inputs @ module.to_dense().T + (0 if module.bias is None else module.bias),
+            **close,
+        )
 
     with torch.no_grad():
         check()
@@ -155,7 +224,11 @@ def test_whatever_is_written_or_cast_after_a_forward_pass_takes_effect(module):
 def test_scales_learn():
     module = made(symmetric=False).requires_grad_(True)
     module(torch.ones(2, 86)).sum().backward()
-    steps = (module.to_dense() / module.scales.detach().repeat_interleave(43, 1)).unflatten(1, (-1, 43)).sum(2)
+    steps = (
+        (module.to_dense() / module.scales.detach().repeat_interleave(43, 1))
+        .unflatten(1, (-1, 43))
+        .sum(2)
+    )
     torch.testing.assert_close(module.scales.grad, 2 * steps)
     with torch.inference_mode():
         made()(torch.ones(2, 86))
@@ -171,10 +244,16 @@ def test_reads_back_through_from_pretrained(kind, tmp_path):
     modules = {}
     for name, symmetric in zip(names, (True, False), strict=True):
         dense = model.get_submodule(name)
-        height, width = (dense.nf, dense.nx) if kind == "gpt2" else (dense.out_features, dense.in_features)
-        base = made((height, width), width // 2, 3, symmetric, dense.bias is not None, torch.bfloat16)
+        height, width = (
+            (dense.nf, dense.nx) if kind == "gpt2" else (dense.out_features, dense.in_features)
+        )
+        base = made(
+            (height, width), width // 2, 3, symmetric, dense.bias is not None, torch.bfloat16
+        )
         pair = (0.1 * torch.ones(height, 2).bfloat16(), 0.1 * torch.ones(2, width).bfloat16())
-        integers = [made((2, side), side // 2, 8, True, False, torch.bfloat16) for side in (height, width)]
+        integers = [
+            made((2, side), side // 2, 8, True, False, torch.bfloat16) for side in (height, width)
+        ]
         modules[name] = Adapted(base, *integers) if symmetric else Adapted(base, *pair)
     compress_in_place(model, modules)
     model.save_pretrained(tmp_path)
@@ -185,7 +264,10 @@ def test_reads_back_through_from_pretrained(kind, tmp_path):
         assert_same_output(again.get_submodule(name)(inputs), module(inputs))
     assert logits(again).isfinite().all()
     wide = loaded(tmp_path, dtype=torch.float32)
-    assert all(is_same_output(wide.get_submodule(name).to_dense(), module.to_dense()) for name, module in modules.items())
+    assert all(
+        is_same_output(wide.get_submodule(name).to_dense(), module.to_dense())
+        for name, module in modules.items()
+    )
 
 
 @pytest.fixture
@@ -212,7 +294,11 @@ def test_missing_library_names_the_command(monkeypatch, anew):
 def test_a_release_that_pads_codes_is_refused(monkeypatch, anew):
     from compressed_tensors.compressors.pack_quantized import helpers
 
-    monkeypatch.setattr(helpers, "pack_to_int32", lambda codes, bits: torch.zeros(1, -(-codes.numel() // (32 // bits)), dtype=torch.int32))
+    monkeypatch.setattr(
+        helpers,
+        "pack_to_int32",
+        lambda codes, bits: torch.zeros(1, -(-codes.numel() // (32 // bits)), dtype=torch.int32),
+    )
     with pytest.raises(ConfigError, match="pads codes to whole words; run `pip install"):
         pack(torch.zeros(64), 4)
 

@@ -10,7 +10,11 @@ from compressor.linears import Pruned, build_empty
 
 ROWS = torch.tensor([True, False, True, True, False, True, True, False, True])
 COLUMNS = torch.tensor([True, True, False, True, False, True])
-CASES = pytest.mark.parametrize(("rows", "columns"), [(ROWS, None), (None, COLUMNS), (ROWS, COLUMNS)], ids=["rows", "columns", "both"])
+CASES = pytest.mark.parametrize(
+    ("rows", "columns"),
+    [(ROWS, None), (None, COLUMNS), (ROWS, COLUMNS)],
+    ids=["rows", "columns", "both"],
+)
 
 
 def dense() -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,7 +46,9 @@ def test_it_is_the_masked_dense_linear(rows, columns, biased):
 def test_sizes_spec_and_names(rows, columns, dtype):
     module = Pruned.of(*dense(), rows, columns, dtype)
     height, width = 6 if rows is not None else 9, 4 if columns is not None else 6
-    masks = (2 if rows is not None else 0) + (1 if columns is not None else 0)  # bytes for 9 and for 6 bits
+    masks = (2 if rows is not None else 0) + (
+        1 if columns is not None else 0
+    )  # bytes for 9 and for 6 bits
     assert module.bits() == 8 * (dtype.itemsize * (height * width + height) + masks)
     assert module.multiply_adds() == height * width and module.weight.ndim == 1
     rebuilt = build_empty(json.loads(json.dumps(module.spec())), dtype, "cpu")

@@ -1,4 +1,6 @@
-"""Dictionaries stored once for several linears: splitting, borrowing, and reading them with transformers."""
+"""Dictionaries stored once for several linears: splitting, borrowing, and reading them with
+transformers.
+"""
 
 import copy
 
@@ -19,9 +21,19 @@ MEMBERS = {"self_attn.q_proj": 32, "self_attn.k_proj": 16, "self_attn.v_proj": 1
 def stacked(bias: bool = False, blocks: int = 1, dtype=torch.float32) -> Dictionary:
     """64 outputs over 32 inputs, 11 atoms: no multiple of eight codes in any linear."""
     generator = torch.Generator().manual_seed(0)
-    codes, atoms = torch.randn(64, 11 * blocks, generator=generator), torch.randn(11 * blocks, 32 // blocks, generator=generator)
+    codes, atoms = (
+        torch.randn(64, 11 * blocks, generator=generator),
+        torch.randn(11 * blocks, 32 // blocks, generator=generator),
+    )
     mask, offset = codes.abs() > 0.6, torch.randn(64, generator=generator)
-    return Dictionary(codes[mask].to(dtype), atoms.to(dtype), pack_mask(mask.flatten()), offset.to(dtype) if bias else None, 64, blocks)
+    return Dictionary(
+        codes[mask].to(dtype),
+        atoms.to(dtype),
+        pack_mask(mask.flatten()),
+        offset.to(dtype) if bias else None,
+        64,
+        blocks,
+    )
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
@@ -37,7 +49,10 @@ def test_the_parts_of_a_split_are_the_rows_of_the_whole(bias, blocks):
 def test_atoms_are_stored_and_counted_once():
     parts = stacked().split(MEMBERS)
     stored = {name: set(part.state_dict()) for name, part in parts.items()}
-    assert stored == {name: {"weight", "mask"} | ({"atoms"} if name.endswith("q_proj") else set()) for name in MEMBERS}
+    assert stored == {
+        name: {"weight", "mask"} | ({"atoms"} if name.endswith("q_proj") else set())
+        for name in MEMBERS
+    }
     padding = sum(-(-height * 11 // 8) for height in MEMBERS.values()) - 64 * 11 // 8
     assert sum(part.bits() for part in parts.values()) == stacked().bits() + 8 * padding
 
@@ -59,7 +74,9 @@ def test_training_reaches_the_lender_through_a_borrower():
 
 @pytest.fixture
 def folder(tmp_path):
-    """A tiny Llama whose first block shares a dictionary between q, k and v, and its logits in memory."""
+    """A tiny Llama whose first block shares a dictionary between q, k and v, and its logits in
+    memory.
+    """
     from compressor.checkpoint import write
 
     model = tiny_model("llama")
@@ -82,7 +99,10 @@ def test_a_checkpoint_reloads_and_saves_again(folder, tmp_path):
     path, ids, logits = folder
     model, _ = compressor.load(path)
     assert_same_output(model(ids).logits, logits)
-    assert model.model.layers[0].self_attn.k_proj.dictionary().data_ptr() == model.model.layers[0].self_attn.q_proj.atoms.data_ptr()
+    assert (
+        model.model.layers[0].self_attn.k_proj.dictionary().data_ptr()
+        == model.model.layers[0].self_attn.q_proj.atoms.data_ptr()
+    )
     assert_same_output(copy.deepcopy(model)(ids).logits, logits)
     model.save_pretrained(tmp_path / "again")
     again, _ = compressor.load(tmp_path / "again")
@@ -95,13 +115,23 @@ def test_disk_offload_fetches_the_lender(folder, tmp_path):
 
     path, ids, logits = folder
     model, _ = compressor.load(path)
-    where = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
-    placed = dispatch_model(model, where, main_device="cpu", offload_dir=str(tmp_path / "offload"), force_hooks=True)
+    where = {
+        "model.embed_tokens": "cpu",
+        "model.layers": "disk",
+        "model.norm": "cpu",
+        "model.rotary_emb": "cpu",
+        "lm_head": "cpu",
+    }
+    placed = dispatch_model(
+        model, where, main_device="cpu", offload_dir=str(tmp_path / "offload"), force_hooks=True
+    )
     torch.testing.assert_close(placed(ids).logits, logits)
 
 
 def test_a_lender_that_has_no_such_dictionary_is_refused():
-    model = nn.ModuleDict({"a": build_empty(stacked().spec(), torch.float32, "cpu"), "b": nn.Linear(32, 16)})
+    model = nn.ModuleDict(
+        {"a": build_empty(stacked().spec(), torch.float32, "cpu"), "b": nn.Linear(32, 16)}
+    )
     part = stacked().split({"a": 32, "b": 16, "c": 16})["b"]
     spec = part.spec()
     borrower = build_empty(spec, torch.float32, "cpu")

@@ -1,4 +1,6 @@
-"""The sparse storage kind: algebra, sizes, spec round trip, what is kept between forward passes, and reading it back with transformers."""
+"""The sparse storage kind: algebra, sizes, spec round trip, what is kept between forward passes,
+and reading it back with transformers.
+"""
 
 import copy
 import json
@@ -24,18 +26,32 @@ DOUBLE = 1e-12  # relative, float64 rounding of a few dozen sums
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
-def made(shape: tuple[int, int], bias: bool = True, dtype: torch.dtype = torch.float64, seed: int = 0) -> Sparse:
+def made(
+    shape: tuple[int, int], bias: bool = True, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> Sparse:
     """Entries of a random weight above 0.3: rows with unequal numbers of nonzeros."""
-    weight, offset = random(*shape, seed=seed, dtype=dtype), random(shape[0], seed=seed + 1, dtype=dtype)
+    weight, offset = (
+        random(*shape, seed=seed, dtype=dtype),
+        random(shape[0], seed=seed + 1, dtype=dtype),
+    )
     mask = random(*shape, seed=seed) > 0.3
-    return Sparse(weight[mask], pack_mask(mask.flatten()), offset if bias else None, shape[1], shape[0])
+    return Sparse(
+        weight[mask], pack_mask(mask.flatten()), offset if bias else None, shape[1], shape[0]
+    )
 
 
-def adapted(shape: tuple[int, int], bias: bool = True, dtype: torch.dtype = torch.float64, rank: int = 3) -> Adapted:
-    up, down = random(shape[0], rank, seed=7, dtype=dtype), random(rank, shape[1], seed=8, dtype=dtype)
+def adapted(
+    shape: tuple[int, int], bias: bool = True, dtype: torch.dtype = torch.float64, rank: int = 3
+) -> Adapted:
+    up, down = (
+        random(shape[0], rank, seed=7, dtype=dtype),
+        random(rank, shape[1], seed=8, dtype=dtype),
+    )
     return Adapted(made(shape, bias, dtype), up, down)
 
 
@@ -52,17 +68,29 @@ def test_forward_is_the_dense_product(make, shape, bias, device):
     assert module(inputs).shape == (2, 3, shape[0])
     torch.testing.assert_close(module(inputs), expected, rtol=DOUBLE, atol=DOUBLE)
     with torch.no_grad():
-        torch.testing.assert_close(module(inputs[0, 0]), expected[0, 0], rtol=DOUBLE, atol=DOUBLE)  # one token, no batch
+        torch.testing.assert_close(
+            module(inputs[0, 0]), expected[0, 0], rtol=DOUBLE, atol=DOUBLE
+        )  # one token, no batch
 
 
 def test_by_hand():
-    """Twelve entries in two bytes; the stored zero is inside the mask, the second output has no entry at all."""
-    module = Sparse(torch.tensor([1.0, 2.0, 0.0, 3.0]), torch.tensor([0b10010000, 0b01010000], dtype=torch.uint8), None, 4, 3)
+    """Twelve entries in two bytes; the stored zero is inside the mask, the second output has no
+    entry at all.
+    """
+    module = Sparse(
+        torch.tensor([1.0, 2.0, 0.0, 3.0]),
+        torch.tensor([0b10010000, 0b01010000], dtype=torch.uint8),
+        None,
+        4,
+        3,
+    )
     dense = torch.tensor([[1.0, 0.0, 0.0, 2.0], [0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 3.0]])
     dense[2, 1] = 0.0
     assert torch.equal(module.to_dense(), dense)
     assert torch.equal(module(torch.eye(4)), dense.T)
-    sum_of_both = Adapted(module, up=torch.tensor([[1.0], [0.0], [2.0]]), down=torch.tensor([[0.0, 5.0, 0.0, 1.0]]))
+    sum_of_both = Adapted(
+        module, up=torch.tensor([[1.0], [0.0], [2.0]]), down=torch.tensor([[0.0, 5.0, 0.0, 1.0]])
+    )
     low_rank = torch.tensor([[0.0, 5.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0], [0.0, 10.0, 0.0, 2.0]])
     assert torch.equal(sum_of_both.to_dense(), dense + low_rank)
 
@@ -91,10 +119,13 @@ def test_spec_rebuilds_the_module_exactly(make, bias, dtype):
     assert_same_output(rebuilt(inputs), module(inputs))
     assert_same_output(rebuilt.to_dense(), module.to_dense())
     assert rebuilt.spec() == module.spec()
-    assert {name: (tensor.dtype, tensor.shape) for name, tensor in rebuilt.state_dict().items()} == {
-        name: (tensor.dtype, tensor.shape) for name, tensor in module.state_dict().items()
-    }
-    assert all(tensor.device.type == "meta" for tensor in build_empty(module.spec(), dtype).state_dict().values())
+    assert {
+        name: (tensor.dtype, tensor.shape) for name, tensor in rebuilt.state_dict().items()
+    } == {name: (tensor.dtype, tensor.shape) for name, tensor in module.state_dict().items()}
+    assert all(
+        tensor.device.type == "meta"
+        for tensor in build_empty(module.spec(), dtype).state_dict().values()
+    )
 
 
 def test_stored_names():
@@ -105,7 +136,9 @@ def test_stored_names():
 
 @MAKERS
 def test_weight_is_one_dimensional(make):
-    """So no reader that expects (out, in), or (in, out) for Conv1D, can take it for a dense weight."""
+    """So no reader that expects (out, in), or (in, out) for Conv1D, can take it for a dense
+    weight.
+    """
     assert build_empty(make((5, 31)).spec(), torch.float32).weight.ndim == 1
 
 
@@ -117,14 +150,21 @@ def test_casts_keep_the_mask_and_take_effect(make):
         wide = module(inputs)
         mask = module.mask.clone()
         module.to(torch.bfloat16)
-        assert module.weight.dtype == module.bias.dtype == torch.bfloat16 and torch.equal(module.mask, mask)
+        assert module.weight.dtype == module.bias.dtype == torch.bfloat16 and torch.equal(
+            module.mask, mask
+        )
         assert module(inputs.bfloat16()).dtype == torch.bfloat16
         assert module.to_dense().dtype == torch.float32 and not module.to_dense().requires_grad
         with in_float32(module):
             narrow = module(inputs)
         assert narrow.dtype == torch.float32 and not torch.equal(narrow, wide)
-        torch.testing.assert_close(narrow, inputs @ module.to_dense().T + module.bias.float(), rtol=1e-5, atol=1e-5)
-        assert module.weight.dtype == torch.bfloat16 and module(inputs.bfloat16()).dtype == torch.bfloat16
+        torch.testing.assert_close(
+            narrow, inputs @ module.to_dense().T + module.bias.float(), rtol=1e-5, atol=1e-5
+        )
+        assert (
+            module.weight.dtype == torch.bfloat16
+            and module(inputs.bfloat16()).dtype == torch.bfloat16
+        )
 
 
 @MAKERS
@@ -172,13 +212,17 @@ def test_training_after_inference_mode(make):
     module.requires_grad_(False)
     inputs = random(3, 12).requires_grad_(True)
     module(inputs).sum().backward()
-    torch.testing.assert_close(inputs.grad, module.to_dense().sum(0).expand(3, 12), rtol=DOUBLE, atol=DOUBLE)
+    torch.testing.assert_close(
+        inputs.grad, module.to_dense().sum(0).expand(3, 12), rtol=DOUBLE, atol=DOUBLE
+    )
 
 
 def test_modules_made_in_inference_mode_work():
     with torch.inference_mode():
         module = made((9, 12))
-        torch.testing.assert_close(module(torch.eye(12, dtype=torch.float64)) - module.bias, module.to_dense().T)
+        torch.testing.assert_close(
+            module(torch.eye(12, dtype=torch.float64)) - module.bias, module.to_dense().T
+        )
 
 
 @MAKERS

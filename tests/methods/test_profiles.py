@@ -1,4 +1,6 @@
-"""Curves of sparse dictionaries: the grid of sizes, its front, and profiles between truncation and start."""
+"""Curves of sparse dictionaries: the grid of sizes, its front, and profiles between truncation and
+start.
+"""
 
 import math
 
@@ -7,13 +9,28 @@ import torch
 from support import weights as cases
 
 from compressor.linears import Dense
-from compressor.methods.dictionary.base import Basis, basis_of, front, grid, profiled, spread, start_errors
+from compressor.methods.dictionary.base import (
+    Basis,
+    basis_of,
+    front,
+    grid,
+    profiled,
+    spread,
+    start_errors,
+)
 from compressor.plan import Candidate
 
 
 def tall() -> Basis:
     case = cases.make("tall")
-    return basis_of("linear", Dense(case.dense.weight.double(), None, torch.float64), case.stats, "gram", 0.0, 0.1)
+    return basis_of(
+        "linear",
+        Dense(case.dense.weight.double(), None, torch.float64),
+        case.stats,
+        "gram",
+        0.0,
+        0.1,
+    )
 
 
 def candidate(bits: int, error: float) -> Candidate:
@@ -41,9 +58,14 @@ def lattice(most: int) -> list[Candidate]:
 
 
 def test_profiles_lie_between_the_truncated_decomposition_and_the_start_where_the_anchors_say():
-    """Fits 30 % of the way up: two anchors predict all of them, and the front moves to more atoms with fewer nonzeros."""
+    """Fits 30 % of the way up: two anchors predict all of them, and the front moves to more atoms
+    with fewer nonzeros.
+    """
     basis, sizes, asked = tall(), lattice(20), []
-    start = {tuple(size.setting.values()): error for size, error in zip(sizes, start_errors(sizes, basis.coordinates), strict=True)}
+    start = {
+        tuple(size.setting.values()): error
+        for size, error in zip(sizes, start_errors(sizes, basis.coordinates), strict=True)
+    }
     tails = 1 - basis.values.cumsum(0) / basis.energy
 
     def fit(atoms: int, nonzeros: int) -> float:
@@ -53,11 +75,15 @@ def test_profiles_lie_between_the_truncated_decomposition_and_the_start_where_th
 
     found = profiled(sizes, basis.coordinates, 2, fit)
     assert 1 <= len(asked) <= 3
-    assert [size.error for size in found] == pytest.approx([fit(**size.setting) for size in found], rel=1e-6, abs=1e-9)
+    assert [size.error for size in found] == pytest.approx(
+        [fit(**size.setting) for size in found], rel=1e-6, abs=1e-9
+    )
     best = front(sizes, [fit(**size.setting) for size in sizes])
     assert [size.setting for size in found] == [sizes[place].setting for place in best]
     plain = profiled(sizes, basis.coordinates, 0, None)
-    assert [size.error for size in plain] == pytest.approx([start[tuple(size.setting.values())] for size in plain], rel=1e-9)
+    assert [size.error for size in plain] == pytest.approx(
+        [start[tuple(size.setting.values())] for size in plain], rel=1e-9
+    )
 
     def ratio(sizes: list[Candidate]) -> float:
         return sum(size.setting["atoms"] / size.setting["nonzeros"] for size in sizes) / len(sizes)
@@ -67,15 +93,25 @@ def test_profiles_lie_between_the_truncated_decomposition_and_the_start_where_th
 
 def test_without_a_number_of_anchors_every_size_of_the_front_is_fitted():
     basis, sizes = tall(), lattice(12)
-    expected = {tuple(size.setting.values()): size.error / 2 for size in profiled(sizes, basis.coordinates, 0, None)}
-    found = profiled(sizes, basis.coordinates, None, lambda atoms, nonzeros: expected[atoms, nonzeros])
+    expected = {
+        tuple(size.setting.values()): size.error / 2
+        for size in profiled(sizes, basis.coordinates, 0, None)
+    }
+    found = profiled(
+        sizes, basis.coordinates, None, lambda atoms, nonzeros: expected[atoms, nonzeros]
+    )
     assert {tuple(size.setting.values()): size.error for size in found} == expected
 
 
 def test_grid_offers_what_saves_bits_and_parameters():
     dense = Dense(torch.empty(40, 24, device="meta"), None, torch.bfloat16)
     sizes = grid("any", dense, (1.0, 2.0), None, 24)
-    assert {(size.setting["atoms"], size.setting["nonzeros"]) for size in sizes} >= {(1, 1), (10, 5), (14, 14), (20, 10)}
+    assert {(size.setting["atoms"], size.setting["nonzeros"]) for size in sizes} >= {
+        (1, 1),
+        (10, 5),
+        (14, 14),
+        (20, 10),
+    }
     assert all(size.bits < dense.bits and size.parameters < dense.parameters for size in sizes)
     assert [size.bits for size in sizes] == sorted(size.bits for size in sizes)
     assert {size.setting["atoms"] for size in grid("any", dense, (2.0,), 5, 24)} == {5, 10, 15, 20}

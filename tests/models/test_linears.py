@@ -14,9 +14,12 @@ from compressor.models.linears import blocks, covered_share, dense_of, fused, li
 from compressor.models.load import load, skeleton
 
 CLOSE = 1e-4  # logits of a weight of exact rank r against its rank-r factors, float32
-LLAMA = [("self_attn", {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}, ["q", "k", "v"])]
+LLAMA = [
+    ("self_attn", {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}, ["q", "k", "v"])
+]
 GATED = [("mlp", {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}, ["gate", "up"])]
-# architecture: (path of the blocks, per parent module: role → child, and the roles that share an input)
+# architecture: (path of the blocks, per parent module: role → child, and the roles that share an
+# input)
 EXPECTED = {
     "llama": ("model.layers", LLAMA + GATED),
     "mistral": ("model.layers", LLAMA + GATED),
@@ -25,14 +28,27 @@ EXPECTED = {
     "gemma2": ("model.layers", LLAMA + GATED),
     "phi3": (
         "model.layers",
-        [("self_attn", {"qkv": "qkv_proj", "o": "o_proj"}, []), ("mlp", {"gate_up": "gate_up_proj", "down": "down_proj"}, [])],
+        [
+            ("self_attn", {"qkv": "qkv_proj", "o": "o_proj"}, []),
+            ("mlp", {"gate_up": "gate_up_proj", "down": "down_proj"}, []),
+        ],
     ),
     "mixtral": ("model.layers", LLAMA),
-    "gpt2": ("transformer.h", [("attn", {"qkv": "c_attn", "o": "c_proj"}, []), ("mlp", {"fc1": "c_fc", "fc2": "c_proj"}, [])]),
+    "gpt2": (
+        "transformer.h",
+        [
+            ("attn", {"qkv": "c_attn", "o": "c_proj"}, []),
+            ("mlp", {"fc1": "c_fc", "fc2": "c_proj"}, []),
+        ],
+    ),
     "opt": (
         "model.decoder.layers",
         [
-            ("self_attn", {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}, ["q", "k", "v"]),
+            (
+                "self_attn",
+                {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"},
+                ["q", "k", "v"],
+            ),
             ("", {"fc1": "fc1", "fc2": "fc2"}, []),
         ],
     ),
@@ -51,7 +67,11 @@ ARCHITECTURES = list(EXPECTED)
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def architecture(request, tmp_path_factory) -> tuple[str, object, object]:
     """Name, folder and model of one tiny architecture. Read only."""
-    folder = save_tiny(tmp_path_factory.mktemp("architectures") / request.param, request.param, **CHANGES.get(request.param, {}))
+    folder = save_tiny(
+        tmp_path_factory.mktemp("architectures") / request.param,
+        request.param,
+        **CHANGES.get(request.param, {}),
+    )
     return request.param, folder, load(folder)[0]
 
 
@@ -63,8 +83,14 @@ def test_roles_blocks_and_shared_inputs(architecture):
     expected = {}
     for block in range(2):
         for parent, roles, sharing in families:
-            names = {role: ".".join(filter(None, (prefix, str(block), parent, child))) for role, child in roles.items()}
-            expected |= {name: (role, block, names[sharing[0]] if role in sharing else name) for role, name in names.items()}
+            names = {
+                role: ".".join(filter(None, (prefix, str(block), parent, child)))
+                for role, child in roles.items()
+            }
+            expected |= {
+                name: (role, block, names[sharing[0]] if role in sharing else name)
+                for role, name in names.items()
+            }
     assert {name: (info.role, info.block, info.feeds) for name, info in found.items()} == expected
 
 
@@ -86,10 +112,15 @@ def test_the_skeleton_tells_the_same_without_weights(architecture):
     assert all(tensor.is_meta for tensor in (*bare.parameters(), *bare.buffers()))
 
     def told(model):
-        return [(info.name, info.role, info.block, info.feeds, info.conv1d, info.outside) for info in linears(model).values()]
+        return [
+            (info.name, info.role, info.block, info.feeds, info.conv1d, info.outside)
+            for info in linears(model).values()
+        ]
 
     assert told(bare) == told(model)
-    assert sum(parameter.numel() for parameter in bare.parameters()) == sum(parameter.numel() for parameter in model.parameters())
+    assert sum(parameter.numel() for parameter in bare.parameters()) == sum(
+        parameter.numel() for parameter in model.parameters()
+    )
     assert covered_share(bare, linears(bare)) == covered_share(model, linears(model))
 
 
@@ -103,7 +134,9 @@ def test_the_head_runs_after_the_blocks(architecture):
 @pytest.mark.parametrize("pivoted", [False, True], ids=["plain", "pivoted"])
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_every_linear_as_exact_factors_survives_a_reload(kind, pivoted, tmp_path):
-    """Weights of exact rank r, replaced by their rank-r factors: the same function, in memory and from the folder."""
+    """Weights of exact rank r, replaced by their rank-r factors: the same function, in memory and
+    from the folder.
+    """
     model = tiny_model(kind, **CHANGES.get(kind, {}))
     modules = {}
     with torch.no_grad():
@@ -126,10 +159,17 @@ def test_every_linear_as_exact_factors_survives_a_reload(kind, pivoted, tmp_path
 
 def test_covered_share():
     model = tiny_model("llama", tie_word_embeddings=True)
-    attention, mlp, norms, embedding = 32 * 32 * 2 + 16 * 32 * 2, 3 * 32 * 48, 2 * 32, VOCABULARY * 32
+    attention, mlp, norms, embedding = (
+        32 * 32 * 2 + 16 * 32 * 2,
+        3 * 32 * 48,
+        2 * 32,
+        VOCABULARY * 32,
+    )
     total = 2 * (attention + mlp + norms) + 32 + embedding
     assert covered_share(model, linears(model)) == pytest.approx(2 * (attention + mlp) / total)
-    assert covered_share(model, linears(model, ["*q_proj", "lm_head"])) == pytest.approx((2 * 32 * 32 + embedding) / total)
+    assert covered_share(model, linears(model, ["*q_proj", "lm_head"])) == pytest.approx(
+        (2 * 32 * 32 + embedding) / total
+    )
     assert fused(model) == {}
 
 
@@ -138,13 +178,20 @@ def test_fused_experts_are_not_covered():
     attention, experts = 2 * (32 * 32 * 2 + 16 * 32 * 2), 2 * 4 * 3 * 32 * 48
     assert sum(fused(model).values()) == experts
     assert all(".experts." in name for name in fused(model))
-    assert covered_share(model, linears(model)) == pytest.approx(attention / sum(parameter.numel() for parameter in model.parameters()))
+    assert covered_share(model, linears(model)) == pytest.approx(
+        attention / sum(parameter.numel() for parameter in model.parameters())
+    )
 
 
 def test_patterns_select_whole_names():
     model = tiny_model("llama")
-    assert list(linears(model, ["model.layers.1.self_attn.k_proj"])) == ["model.layers.1.self_attn.k_proj"]
-    assert list(linears(model, ["*.v_proj"])) == ["model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.v_proj"]
+    assert list(linears(model, ["model.layers.1.self_attn.k_proj"])) == [
+        "model.layers.1.self_attn.k_proj"
+    ]
+    assert list(linears(model, ["*.v_proj"])) == [
+        "model.layers.0.self_attn.v_proj",
+        "model.layers.1.self_attn.v_proj",
+    ]
     assert list(linears(model, [r"re:.*0\.(self_attn\.[qk]|mlp\.up)_proj"])) == [
         "model.layers.0.self_attn.q_proj",
         "model.layers.0.self_attn.k_proj",
@@ -152,15 +199,24 @@ def test_patterns_select_whole_names():
     ]
     assert linears(model, ["*"]).keys() == linears(model).keys() == linears(model, ["re:.*"]).keys()
     assert "lm_head" not in linears(model, ["*"])
-    assert list(linears(model, ["lm_head", "*.0.*.q_proj"])) == ["model.layers.0.self_attn.q_proj", "lm_head"]
+    assert list(linears(model, ["lm_head", "*.0.*.q_proj"])) == [
+        "model.layers.0.self_attn.q_proj",
+        "lm_head",
+    ]
 
 
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("q_proj", r"target 'q_proj' selects no linear of this model; the nearest is 'model\.layers\.\d\.self_attn\.q_proj'"),
+        (
+            "q_proj",
+            r"target 'q_proj' selects no linear of this model; the nearest is 'model\.layers\.\d\.self_attn\.q_proj'",
+        ),
         ("re:q_proj", "selects no linear"),
-        ("model.layers.7.self_attn.v_proj", r"the nearest is 'model\.layers\.\d\.self_attn\.v_proj'"),
+        (
+            "model.layers.7.self_attn.v_proj",
+            r"the nearest is 'model\.layers\.\d\.self_attn\.v_proj'",
+        ),
         ("lm_haed", "the nearest is 'lm_head'"),
         ("*head", "selects no linear"),
         ("model.embed_tokens", "selects no linear"),
@@ -207,12 +263,17 @@ def test_installed_modules_leave_no_trace():
     model = tiny_model("llama", tie_word_embeddings=True)
     before, names = logits(model), ["model.layers.1.mlp.up_proj", "lm_head"]
     former = {name: model.get_submodule(name) for name in names}
-    with pytest.raises(KeyboardInterrupt), installed(model, {name: low_rank_like(former[name], 3, True) for name in names}):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        installed(model, {name: low_rank_like(former[name], 3, True) for name in names}),
+    ):
         assert not torch.equal(logits(model), before)
         assert model.config.tie_word_embeddings is False
         raise KeyboardInterrupt
     assert all(model.get_submodule(name) is module for name, module in former.items())
-    assert model.config.tie_word_embeddings is True and "lm_head.weight" in model.all_tied_weights_keys
+    assert (
+        model.config.tie_word_embeddings is True and "lm_head.weight" in model.all_tied_weights_keys
+    )
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert torch.equal(logits(model), before)
 
@@ -222,7 +283,10 @@ def test_installing_at_an_unknown_name_restores_the_others():
     good = "model.layers.1.mlp.up_proj"
     former = model.get_submodule(good)
     module = low_rank_like(former, 3, False)
-    with pytest.raises(AttributeError), installed(model, {good: module, "model.layers.9.mlp.up_proj": module}):
+    with (
+        pytest.raises(AttributeError),
+        installed(model, {good: module, "model.layers.9.mlp.up_proj": module}),
+    ):
         pass
     assert model.get_submodule(good) is former
 
@@ -233,9 +297,14 @@ def test_replacing_casts_a_copy_to_the_dtype_of_the_linear():
     module = low_rank_like(model.get_submodule(name), 5, True)
     replace(model, name, module)
     assert model.get_submodule(name) is module
-    half = low_rank_like(tiny_model("llama", seed=1).get_submodule(name), 5, True).to(torch.bfloat16)
+    half = low_rank_like(tiny_model("llama", seed=1).get_submodule(name), 5, True).to(
+        torch.bfloat16
+    )
     replace(model, name, half)
-    assert model.get_submodule(name).up.dtype == torch.float32 and model.get_submodule(name).pivots.dtype == torch.uint8
+    assert (
+        model.get_submodule(name).up.dtype == torch.float32
+        and model.get_submodule(name).pivots.dtype == torch.uint8
+    )
     assert half.up.dtype == torch.bfloat16
     assert_same_output(model.get_submodule(name).to_dense(), half.to_dense())
 

@@ -29,7 +29,10 @@ def test_loading_prints_nothing_and_leaves_the_settings_of_transformers(tiny_lla
     before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     linears(load(tiny_llama)[0])
     assert capfd.readouterr() == ("", "")
-    assert (transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()) == before
+    assert (
+        transformers_logging.get_verbosity(),
+        transformers_logging.is_progress_bar_enabled(),
+    ) == before
 
 
 def rewritten(source, folder, change, **config) -> object:
@@ -46,9 +49,20 @@ def rewritten(source, folder, change, **config) -> object:
     ("change", "message"),
     [
         (lambda tensors: tensors.pop("model.norm.weight"), r"missing model\.norm\.weight$"),
-        (lambda tensors: tensors.update({"model.extra.weight": torch.zeros(2)}), r"unexpected model\.extra\.weight$"),
-        (lambda tensors: tensors.update({"lm_head.weight": torch.zeros(9, 9)}), r"lm_head\.weight is \[9, 9\], not \[96, 32\]$"),
-        (lambda tensors: [tensors.pop(name) for name in list(tensors) if ".0." in name or ".1.mlp" in name], r"missing .* and 2 more$"),
+        (
+            lambda tensors: tensors.update({"model.extra.weight": torch.zeros(2)}),
+            r"unexpected model\.extra\.weight$",
+        ),
+        (
+            lambda tensors: tensors.update({"lm_head.weight": torch.zeros(9, 9)}),
+            r"lm_head\.weight is \[9, 9\], not \[96, 32\]$",
+        ),
+        (
+            lambda tensors: [
+                tensors.pop(name) for name in list(tensors) if ".0." in name or ".1.mlp" in name
+            ],
+            r"missing .* and 2 more$",
+        ),
     ],
     ids=["missing", "unexpected", "wrong shape", "many"],
 )
@@ -65,23 +79,38 @@ def test_a_tensor_missing_from_a_compressed_folder_is_refused(tmp_path):
     name = "model.layers.0.self_attn.q_proj"
     compress_in_place(model, {name: low_rank_like(model.get_submodule(name), 5, True)})
     model.save_pretrained(tmp_path / "good")
-    folder = rewritten(tmp_path / "good", tmp_path / "bad", lambda tensors: tensors.pop(f"{name}.pivots"))
-    with pytest.raises(CheckpointError, match=r"missing model\.layers\.0\.self_attn\.q_proj\.pivots$"):
+    folder = rewritten(
+        tmp_path / "good", tmp_path / "bad", lambda tensors: tensors.pop(f"{name}.pivots")
+    )
+    with pytest.raises(
+        CheckpointError, match=r"missing model\.layers\.0\.self_attn\.q_proj\.pivots$"
+    ):
         load(folder)
 
 
 def test_what_transformers_refuses_is_one_line(tiny_llama, tmp_path):
-    folder = rewritten(tiny_llama, tmp_path / "bad", lambda tensors: None, hidden_act="no_such_function")
-    with pytest.raises(CheckpointError, match="bad: cannot be loaded: KeyError: 'no_such_function'"):
+    folder = rewritten(
+        tiny_llama, tmp_path / "bad", lambda tensors: None, hidden_act="no_such_function"
+    )
+    with pytest.raises(
+        CheckpointError, match="bad: cannot be loaded: KeyError: 'no_such_function'"
+    ):
         load(folder)
-    with pytest.raises(CheckpointError, match="bad: cannot be loaded: KeyError: 'no_such_function'"):
+    with pytest.raises(
+        CheckpointError, match="bad: cannot be loaded: KeyError: 'no_such_function'"
+    ):
         skeleton(folder)
 
 
 @pytest.fixture
 def offloaded(tiny_llama):
     """The tiny Llama with its embedding and second block on disk."""
-    placement = {"model.embed_tokens": "disk", "model.rotary_emb": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+    placement = {
+        "model.embed_tokens": "disk",
+        "model.rotary_emb": "cpu",
+        "model.layers.0": "cpu",
+        "model.layers.1": "disk",
+    }
     return load(tiny_llama, device_map=placement | {"model.norm": "cpu", "lm_head": "cpu"})[0]
 
 
@@ -89,9 +118,13 @@ def test_offloaded_linears_are_found_and_read(offloaded, tiny_llama):
     plain = load(tiny_llama)[0]
     assert offloaded.model.layers[1].mlp.up_proj.weight.is_meta
     found, expected = linears(offloaded), linears(plain)
-    assert [(info.name, info.feeds, info.role) for info in found.values()] == [(i.name, i.feeds, i.role) for i in expected.values()]
+    assert [(info.name, info.feeds, info.role) for info in found.values()] == [
+        (i.name, i.feeds, i.role) for i in expected.values()
+    ]
     for name, info in found.items():
-        assert torch.equal(dense_of(info, torch.float32).weight, dense_of(expected[name], torch.float32).weight)
+        assert torch.equal(
+            dense_of(info, torch.float32).weight, dense_of(expected[name], torch.float32).weight
+        )
     assert offloaded.model.layers[1].mlp.up_proj.weight.is_meta
 
 

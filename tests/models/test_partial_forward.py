@@ -1,4 +1,6 @@
-"""Restarted forward passes: equal to full ones bit for bit, on every architecture, and no block run twice."""
+"""Restarted forward passes: equal to full ones bit for bit, on every architecture, and no block run
+twice.
+"""
 
 import pytest
 import torch
@@ -11,7 +13,18 @@ from compressor.models.linears import blocks, linears
 from compressor.models.load import load
 from compressor.models.partial_forward import Restart, block_outputs, forward_from, recomputing
 
-ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "mixtral", "gpt2", "opt", "gpt_neox"]
+ARCHITECTURES = [
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "phi3",
+    "mixtral",
+    "gpt2",
+    "opt",
+    "gpt_neox",
+]
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -21,7 +34,9 @@ def test_a_restart_anywhere_is_bit_equal(kind, device):
     assert torch.equal(full, logits(model, input_ids))
     for block in range(len(blocks(model)[1]) + 1):
         assert torch.equal(forward_from(model, block, outputs, input_ids), full)
-    assert torch.equal(logits(model, tokens(2).to(device)), block_outputs(model, tokens(2).to(device))[0])  # nothing stays behind
+    assert torch.equal(
+        logits(model, tokens(2).to(device)), block_outputs(model, tokens(2).to(device))[0]
+    )  # nothing stays behind
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -53,16 +68,26 @@ def test_a_failing_pass_leaves_the_model_as_it_was():
     full, outputs = block_outputs(model, tokens())
     with pytest.raises(IndexError):
         forward_from(model, 2, outputs, torch.full((2, 12), VOCABULARY))
-    assert all("forward" not in block.__dict__ and not block._forward_hooks for block in blocks(model)[1])
+    assert all(
+        "forward" not in block.__dict__ and not block._forward_hooks for block in blocks(model)[1]
+    )
     assert torch.equal(logits(model, tokens()), full)
 
 
 def test_offloaded_blocks(tiny_llama):
-    placement = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers": "disk", "model.norm": "cpu", "lm_head": "cpu"}
+    placement = {
+        "model.embed_tokens": "cpu",
+        "model.rotary_emb": "cpu",
+        "model.layers": "disk",
+        "model.norm": "cpu",
+        "lm_head": "cpu",
+    }
     model = load(tiny_llama, device_map=placement)[0]
     placed = [block.__dict__["forward"] for block in blocks(model)[1]]  # accelerate's
     full, outputs = block_outputs(model, tokens())
-    assert all(torch.equal(forward_from(model, block, outputs, tokens()), full) for block in range(3))
+    assert all(
+        torch.equal(forward_from(model, block, outputs, tokens()), full) for block in range(3)
+    )
     assert [block.__dict__["forward"] for block in blocks(model)[1]] == placed
     assert torch.equal(logits(model, tokens()), full)
 
@@ -72,7 +97,9 @@ def test_blocks_that_pass_each_other_more_than_their_output_are_refused():
     first, second = blocks(model)[1]
     passed = [torch.zeros(())]
     first.mlp.register_forward_hook(lambda module, args, output: passed.append(output))
-    second.register_forward_hook(lambda module, args, output: output + (passed.pop() if len(passed) > 1 else passed[0]))
+    second.register_forward_hook(
+        lambda module, args, output: output + (passed.pop() if len(passed) > 1 else passed[0])
+    )
     with pytest.raises(CompressorError, match="restarted between its blocks differs"):
         Restart(model, [tokens()])
 
@@ -83,11 +110,23 @@ def test_blocks_that_run_again_keep_their_inputs_only_and_give_the_same_gradient
 
     def passed():
         kept: list[torch.Tensor] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (kept.append(tensor), tensor)[1], lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: (kept.append(tensor), tensor)[1], lambda tensor: tensor
+        ):
             found = model(input_ids=input_ids, use_cache=False).logits
-        gradients = torch.autograd.grad(found.square().mean(), list(model.parameters()), allow_unused=True)
+        gradients = torch.autograd.grad(
+            found.square().mean(), list(model.parameters()), allow_unused=True
+        )
         parameters = {parameter.data_ptr() for parameter in model.parameters()}
-        return found, gradients, sum({one.data_ptr(): one.nbytes for one in kept if one.data_ptr() not in parameters}.values())
+        return (
+            found,
+            gradients,
+            sum(
+                {
+                    one.data_ptr(): one.nbytes for one in kept if one.data_ptr() not in parameters
+                }.values()
+            ),
+        )
 
     expected, gradients, whole = passed()
     with recomputing(model):

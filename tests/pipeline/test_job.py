@@ -30,12 +30,22 @@ def test_pieces_depend_on_the_heldout_windows_and_statistics_do_not(job, tmp_pat
 def test_statistics_are_where_the_weights_are(job, tmp_path):
     run.calibrate(job.recipe, tmp_path / "stats")
     stats = run.statistics(job, tmp_path / "stats")
-    query, key, down = (f"model.layers.0.{name}_proj" for name in ("self_attn.q", "self_attn.k", "mlp.down"))
+    query, key, down = (
+        f"model.layers.0.{name}_proj" for name in ("self_attn.q", "self_attn.k", "mlp.down")
+    )
     for name in (query, key):
         job.assignments[name].info.module.to("meta")
     moved = beside(job.assignments, stats | {"another": stats[down]})
-    assert moved[query].gram.is_meta and moved[key].gram is moved[query].gram and moved[query].tokens == stats[query].tokens
-    assert moved[down] == stats[down] and moved["another"] is stats[down] and not stats[query].gram.is_meta
+    assert (
+        moved[query].gram.is_meta
+        and moved[key].gram is moved[query].gram
+        and moved[query].tokens == stats[query].tokens
+    )
+    assert (
+        moved[down] == stats[down]
+        and moved["another"] is stats[down]
+        and not stats[query].gram.is_meta
+    )
     name = "model.layers.1.self_attn.q_proj"
     job.assignments[name].info.module.to("meta")
     assert run.statistics(job, tmp_path / "stats")[name].gram.is_meta

@@ -66,7 +66,10 @@ def test_report_counts_what_is_on_disk(run, tiny_llama):
     assert found["bytes"]["original"] == (tiny_llama / "model.safetensors").stat().st_size
     headers = read_headers(folder).tensors
     for name, choice in plan.items():
-        assert 8 * sum(info.bytes for key, info in headers.items() if key.startswith(f"{name}.")) == choice["bits"]
+        assert (
+            8 * sum(info.bytes for key, info in headers.items() if key.startswith(f"{name}."))
+            == choice["bits"]
+        )
         assert choice["error"] == 0 if choice["method"] == "dense" else choice["error"] > 0
         assert choice["measured"] == pytest.approx(choice["predicted"], rel=0.05, abs=1e-5)
     for key in ("perplexity", "kl", "tokens", "window", "heldout", "fingerprints"):
@@ -91,7 +94,10 @@ def test_the_installed_error_is_the_error_of_the_stored_weights(run, tiny_llama,
         module = compressed.get_submodule(linear["name"])
         weight = module.to_dense() if linear["method"] != "dense" else module.weight
         lost = (job.assignments[linear["name"]].info.module.weight - weight).double().detach()
-        gram, dense = stats[linear["name"]].gram, job.assignments[linear["name"]].info.module.weight.double().detach()
+        gram, dense = (
+            stats[linear["name"]].gram,
+            job.assignments[linear["name"]].info.module.weight.double().detach(),
+        )
         expected = torch.trace(lost @ gram @ lost.T) / torch.trace(dense @ gram @ dense.T)
         assert linear["error"] == pytest.approx(expected.item(), rel=1e-6, abs=1e-12)
 
@@ -105,8 +111,14 @@ def test_every_long_stage_reports_its_progress(run, tiny_llama, tmp_path):
         stages[title] = len(items) if total is None else total
         return items
 
-    options = {"calibration.sequential": True, "compensation.rank": 1, "model.name": str(tiny_llama)}
-    pipeline.compress(load_recipe(folder / "recipe.yaml", options=options), tmp_path / "out", progress=progress)
+    options = {
+        "calibration.sequential": True,
+        "compensation.rank": 1,
+        "model.name": str(tiny_llama),
+    }
+    pipeline.compress(
+        load_recipe(folder / "recipe.yaml", options=options), tmp_path / "out", progress=progress
+    )
     assert stages == {
         "check weights": 21,
         "calibrate": 2,
@@ -119,7 +131,9 @@ def test_every_long_stage_reports_its_progress(run, tiny_llama, tmp_path):
         "evaluate": 1,
     }
     pipeline.compress(
-        made.model_copy(update={"compensation": made.compensation.model_copy(update={"rank": 1})}), tmp_path / "b", progress=progress
+        made.model_copy(update={"compensation": made.compensation.model_copy(update={"rank": 1})}),
+        tmp_path / "b",
+        progress=progress,
     )
     assert stages["compensate"] <= 14
     stages.clear()
@@ -137,7 +151,9 @@ def test_same_seed_same_bytes(run, tmp_path):
             assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
 
 
-def test_statistics_are_an_artifact_that_gives_the_same_bytes_and_refuses_another_run(run, tmp_path):
+def test_statistics_are_an_artifact_that_gives_the_same_bytes_and_refuses_another_run(
+    run, tmp_path
+):
     made, folder, _ = run
     pipeline.calibrate(made, tmp_path / "stats")
     pipeline.compress(made, tmp_path / "out", stats=tmp_path / "stats")
@@ -177,7 +193,9 @@ def test_an_edited_plan_runs_as_it_stands(run, tmp_path):
         pipeline.compress(made, tmp_path / "bad", plan=tmp_path / "plan.json")
 
 
-def test_f6_existing_output_is_refused_before_any_work_and_replaced_with_overwrite(run, tmp_path, monkeypatch):
+def test_f6_existing_output_is_refused_before_any_work_and_replaced_with_overwrite(
+    run, tmp_path, monkeypatch
+):
     made, folder, _ = run
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text("{}")
@@ -190,7 +208,9 @@ def test_f6_existing_output_is_refused_before_any_work_and_replaced_with_overwri
     assert tensors(tmp_path / "out") == tensors(folder)
 
 
-def test_f34_failed_evaluation_keeps_the_checkpoint_with_null_scores_and_a_reason(tiny_llama, text_file, tmp_path):
+def test_f34_failed_evaluation_keeps_the_checkpoint_with_null_scores_and_a_reason(
+    tiny_llama, text_file, tmp_path
+):
     broken = recipe(tiny_llama, text_file, **{"evaluation.source": "/nowhere/text.txt"})
     found = pipeline.compress(broken, tmp_path / "out")
     assert "evaluation failed" in found["failure"]
@@ -209,32 +229,54 @@ def test_f26_infeasible_budget_names_the_least_reachable(tiny_llama, text_file, 
 
 
 @pytest.mark.parametrize("keep", [0.5, 0.8])
-def test_f27_linears_that_would_not_shrink_stay_dense_and_count_so(tiny_llama, text_file, tmp_path, keep):
-    found = pipeline.compress(recipe(tiny_llama, text_file, f"allocation.keep={keep}", "evaluation.enabled=false"), tmp_path / "out")
+def test_f27_linears_that_would_not_shrink_stay_dense_and_count_so(
+    tiny_llama, text_file, tmp_path, keep
+):
+    found = pipeline.compress(
+        recipe(tiny_llama, text_file, f"allocation.keep={keep}", "evaluation.enabled=false"),
+        tmp_path / "out",
+    )
     assert all(linear["bits"] <= linear["dense_bits"] for linear in found["linears"])
-    assert all(linear["bits"] == linear["dense_bits"] for linear in found["linears"] if linear["method"] == "dense")
+    assert all(
+        linear["bits"] == linear["dense_bits"]
+        for linear in found["linears"]
+        if linear["method"] == "dense"
+    )
     assert found["kept"]["targets"] <= keep
     assert found["kl"] is None and "switched off" in found["reason"]
 
 
 def test_target_size_bounds_the_weight_files(tiny_llama, text_file, tmp_path):
     size = (tiny_llama / "model.safetensors").stat().st_size
-    found = pipeline.compress(recipe(tiny_llama, text_file, f"allocation.target_size={int(0.8 * size)}"), tmp_path / "out")
+    found = pipeline.compress(
+        recipe(tiny_llama, text_file, f"allocation.target_size={int(0.8 * size)}"), tmp_path / "out"
+    )
     assert 0.6 * size < found["bytes"]["compressed"] <= 0.8 * size
     with pytest.raises(ConfigError, match="not targeted"):
-        pipeline.compress(recipe(tiny_llama, text_file, "allocation.target_size=1kB"), tmp_path / "bad")
+        pipeline.compress(
+            recipe(tiny_llama, text_file, "allocation.target_size=1kB"), tmp_path / "bad"
+        )
 
 
 def test_keep_may_differ_by_target(tiny_llama, text_file, tmp_path):
-    found = pipeline.compress(recipe(tiny_llama, text_file, "allocation.keep={'*mlp*': 0.5, '*': 0.9}"), tmp_path / "out")
+    found = pipeline.compress(
+        recipe(tiny_llama, text_file, "allocation.keep={'*mlp*': 0.5, '*': 0.9}"), tmp_path / "out"
+    )
     for pattern, least, most in (("mlp", 0.4, 0.5), ("attn", 0.8, 0.9)):
         group = [linear for linear in found["linears"] if pattern in linear["name"]]
-        assert least < sum(linear["bits"] for linear in group) / sum(linear["dense_bits"] for linear in group) <= most
+        assert (
+            least
+            < sum(linear["bits"] for linear in group)
+            / sum(linear["dense_bits"] for linear in group)
+            <= most
+        )
 
 
 def test_targets_that_select_nothing_are_an_error(tiny_llama, text_file, tmp_path):
     with pytest.raises(ConfigError, match="selects no linear"):
-        pipeline.compress(recipe(tiny_llama, text_file, "method.0.targets='*experts*'"), tmp_path / "out")
+        pipeline.compress(
+            recipe(tiny_llama, text_file, "method.0.targets='*experts*'"), tmp_path / "out"
+        )
 
 
 def test_first_matching_target_wins(tiny_llama, text_file, tmp_path):
@@ -247,20 +289,46 @@ method:
 allocation: {keep: 0.6}
 """
     (tmp_path / "recipe.yaml").write_text(lines)
-    found = pipeline.compress(recipe(tiny_llama, text_file, config=str(tmp_path / "recipe.yaml")), tmp_path / "out")
-    assert all(linear["method"] in ("low_rank", "dense") for linear in found["linears"] if "mlp" in linear["name"])
+    found = pipeline.compress(
+        recipe(tiny_llama, text_file, config=str(tmp_path / "recipe.yaml")), tmp_path / "out"
+    )
+    assert all(
+        linear["method"] in ("low_rank", "dense")
+        for linear in found["linears"]
+        if "mlp" in linear["name"]
+    )
     model, _ = compressor.load(tmp_path / "out")
     for linear in found["linears"]:
         if linear["method"] == "low_rank":
             assert (model.get_submodule(linear["name"]).pivots is None) == ("mlp" in linear["name"])
 
 
-PRESETS = ["svd", "fwsvd", "asvd", "awsvd", "svd_llm", "lord", "afm", "utilized_rank", "welore", "kfac_svd", "lems", "default"]
+PRESETS = [
+    "svd",
+    "fwsvd",
+    "asvd",
+    "awsvd",
+    "svd_llm",
+    "lord",
+    "afm",
+    "utilized_rank",
+    "welore",
+    "kfac_svd",
+    "lems",
+    "default",
+]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_runs_by_name_and_keeps_its_fraction(preset, tiny_llama, text_file, tmp_path):
-    made = recipe(tiny_llama, text_file, "allocation.keep=0.7", "evaluation.enabled=false", "allocation.probe.skip=0", config=preset)
+    made = recipe(
+        tiny_llama,
+        text_file,
+        "allocation.keep=0.7",
+        "evaluation.enabled=false",
+        "allocation.probe.skip=0",
+        config=preset,
+    )
     found = pipeline.compress(made, tmp_path / "out")
     assert 0.3 < found["kept"]["targets"] <= 0.7
     compressor.load(tmp_path / "out")
@@ -278,42 +346,81 @@ def test_every_allocation_rule_meets_its_budget(rule, count, tiny_llama, text_fi
 
 
 def test_a_rule_that_cannot_work_says_so(tiny_llama, text_file, tmp_path):
-    made = recipe(tiny_llama, text_file, "allocation.kind=svd_llm_v2", "allocation.keep=0.6", config="svd_llm")
+    made = recipe(
+        tiny_llama, text_file, "allocation.kind=svd_llm_v2", "allocation.keep=0.6", config="svd_llm"
+    )
     with pytest.raises(ConfigError, match="losses above e"):  # a random model loses almost nothing
         pipeline.compress(made, tmp_path / "out")
 
 
 def test_afm_gives_biases_which_no_stock_architecture_has_room_for(tiny_llama, text_file, tmp_path):
-    made = recipe(tiny_llama, text_file, "allocation.keep=0.7", "evaluation.enabled=false", config="afm")
+    made = recipe(
+        tiny_llama, text_file, "allocation.keep=0.7", "evaluation.enabled=false", config="afm"
+    )
     pipeline.compress(made, tmp_path / "out")
-    assert compressor.load(tmp_path / "out")[0].get_submodule("model.layers.0.self_attn.q_proj").bias is not None
+    assert (
+        compressor.load(tmp_path / "out")[0].get_submodule("model.layers.0.self_attn.q_proj").bias
+        is not None
+    )
     with pytest.raises(CheckpointError, match="bias"):
         pipeline.export(tmp_path / "out", tmp_path / "dense")
     assert not (tmp_path / "dense").exists()
 
 
-def test_damage_in_nats_has_a_price_and_relative_error_has_none(run, tiny_llama, text_file, tmp_path):
+def test_damage_in_nats_has_a_price_and_relative_error_has_none(
+    run, tiny_llama, text_file, tmp_path
+):
     assert run[2]["price"] > 0
     for damage, priced in (("two_sided", True), ("relative_error", False)):
-        made = recipe(tiny_llama, text_file, f"allocation.damage={damage}", "allocation.keep=0.6", "evaluation.enabled=false")
+        made = recipe(
+            tiny_llama,
+            text_file,
+            f"allocation.damage={damage}",
+            "allocation.keep=0.6",
+            "evaluation.enabled=false",
+        )
         assert (pipeline.compress(made, tmp_path / damage)["price"] is not None) == priced
-    made = recipe(tiny_llama, text_file, "allocation.kind=knapsack", "allocation.damage=gram", "evaluation.enabled=false", config="svd_llm")
-    assert pipeline.compress(made, tmp_path / "gram")["price"] is None  # output energy is no divergence
+    made = recipe(
+        tiny_llama,
+        text_file,
+        "allocation.kind=knapsack",
+        "allocation.damage=gram",
+        "evaluation.enabled=false",
+        config="svd_llm",
+    )
+    assert (
+        pipeline.compress(made, tmp_path / "gram")["price"] is None
+    )  # output energy is no divergence
     with pytest.raises(ConfigError, match="needs methods with metric 'two_sided'"):
-        made = recipe(tiny_llama, text_file, "allocation.kind=knapsack", "allocation.damage=two_sided", config="svd_llm")
+        made = recipe(
+            tiny_llama,
+            text_file,
+            "allocation.kind=knapsack",
+            "allocation.damage=two_sided",
+            config="svd_llm",
+        )
         pipeline.compress(made, tmp_path / "bad")
 
 
 def test_output_dtype_changes_what_is_stored_and_counted(tiny_llama, text_file, tmp_path):
-    found = pipeline.compress(recipe(tiny_llama, text_file, "output.dtype=bfloat16", "allocation.keep=0.6"), tmp_path / "out")
+    found = pipeline.compress(
+        recipe(tiny_llama, text_file, "output.dtype=bfloat16", "allocation.keep=0.6"),
+        tmp_path / "out",
+    )
     model, _ = compressor.load(tmp_path / "out")
     assert model.dtype == torch.bfloat16
-    assert sum(linear["dense_bits"] for linear in found["linears"]) == 16 * sum(linear["dense_parameters"] for linear in found["linears"])
+    assert sum(linear["dense_bits"] for linear in found["linears"]) == 16 * sum(
+        linear["dense_parameters"] for linear in found["linears"]
+    )
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "qwen2", "qwen3", "mistral", "gemma2", "phi3", "opt", "gpt_neox", "mixtral"])
+@pytest.mark.parametrize(
+    "kind", ["gpt2", "qwen2", "qwen3", "mistral", "gemma2", "phi3", "opt", "gpt_neox", "mixtral"]
+)
 def test_architectures(kind, text_file, tmp_path):
-    """One default run each: compressed, reloaded with equal logits, exported dense with equal logits."""
+    """One default run each: compressed, reloaded with equal logits, exported dense with equal
+    logits.
+    """
     source = save_tiny(tmp_path / "model", kind)
     windows = torch.randint(3, VOCABULARY, (12, 32), generator=torch.Generator().manual_seed(0))
     save_file({"windows": windows}, tmp_path / "tokens.safetensors")
@@ -330,7 +437,13 @@ def test_architectures(kind, text_file, tmp_path):
 
 
 def test_f28_ties_biases_and_odd_widths_survive(text_file, tmp_path):
-    source = save_tiny(tmp_path / "model", "qwen3", tie_word_embeddings=True, intermediate_size=43, num_hidden_layers=1)
+    source = save_tiny(
+        tmp_path / "model",
+        "qwen3",
+        tie_word_embeddings=True,
+        intermediate_size=43,
+        num_hidden_layers=1,
+    )
     pipeline.compress(recipe(source, text_file, "allocation.keep=0.7"), tmp_path / "out")
     model, _ = compressor.load(tmp_path / "out")
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -364,7 +477,9 @@ app(["compress", {str(tiny_llama)!r}, {str(tmp_path / "out")!r}, "--calibration"
 def test_the_api_is_callable_whatever_was_imported():
     for name in compressor.__all__:
         assert callable(getattr(compressor, name)), name
-    assert not (Path(compressor.__file__).parent / "evaluate.py").exists()  # a module of that name would hide the function
+    assert not (
+        Path(compressor.__file__).parent / "evaluate.py"
+    ).exists()  # a module of that name would hide the function
 
 
 def test_plan_with_statistics_shows_what_compress_will_choose(run, tmp_path):
@@ -372,7 +487,10 @@ def test_plan_with_statistics_shows_what_compress_will_choose(run, tmp_path):
     pipeline.calibrate(made, tmp_path / "stats")
     outline = pipeline.plan(made, stats=tmp_path / "stats")
     chosen = {linear["name"]: linear["setting"] for linear in outline["linears"]}
-    assert chosen == {name: choice["setting"] for name, choice in read_json(folder / "plan.json")["linears"].items()}
+    assert chosen == {
+        name: choice["setting"]
+        for name, choice in read_json(folder / "plan.json")["linears"].items()
+    }
 
 
 def test_plan_reads_headers_only(tiny_llama, text_file, tmp_path, monkeypatch):
@@ -381,7 +499,10 @@ def test_plan_reads_headers_only(tiny_llama, text_file, tmp_path, monkeypatch):
     monkeypatch.setattr(model, "load", lambda *a, **k: pytest.fail("weights were loaded"))
     outline = pipeline.plan(recipe(tiny_llama, text_file))
     assert len(outline["linears"]) == 14
-    assert outline["kept"] == pytest.approx(0.8) and outline["bytes"]["compressed_at_most"] < outline["bytes"]["source"]
+    assert (
+        outline["kept"] == pytest.approx(0.8)
+        and outline["bytes"]["compressed_at_most"] < outline["bytes"]["source"]
+    )
     assert set(outline["estimated_seconds"]) == {"calibrate", "decompose", "probe"}
     assert list(tmp_path.iterdir()) == []
 
@@ -389,14 +510,33 @@ def test_plan_reads_headers_only(tiny_llama, text_file, tmp_path, monkeypatch):
 def test_inspect_counts_the_stored_bits(run, tmp_path):
     _, folder, found = run
     shown = pipeline.inspect(folder, plot=tmp_path / "errors.png")
-    low_rank = {linear["name"]: linear["bits"] for linear in found["linears"] if linear["method"] != "dense"}
+    low_rank = {
+        linear["name"]: linear["bits"] for linear in found["linears"] if linear["method"] != "dense"
+    }
     assert {linear["name"]: linear["bits"] for linear in shown["linears"]} == low_rank
     assert (tmp_path / "errors.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_evaluate_agrees_with_the_report(run, tiny_llama, text_file):
     _, folder, found = run
-    result = pipeline.evaluate(str(folder), against=str(tiny_llama), text=str(text_file), window=32, windows=6, device="cpu")
+    result = pipeline.evaluate(
+        str(folder),
+        against=str(tiny_llama),
+        text=str(text_file),
+        window=32,
+        windows=6,
+        device="cpu",
+    )
     assert result["kl"] == pytest.approx(found["kl"], rel=1e-9)
     assert result["perplexity"] == pytest.approx(found["perplexity"]["compressed"], rel=1e-9)
-    assert pipeline.evaluate(str(tiny_llama), against=str(tiny_llama), text=str(text_file), window=32, windows=2, device="cpu")["kl"] == 0
+    assert (
+        pipeline.evaluate(
+            str(tiny_llama),
+            against=str(tiny_llama),
+            text=str(text_file),
+            window=32,
+            windows=2,
+            device="cpu",
+        )["kl"]
+        == 0
+    )

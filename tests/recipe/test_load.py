@@ -73,7 +73,11 @@ def refused(*arguments) -> str:
 
 def test_layers_override_each_other_in_order(recipe_file):
     path = recipe_file("seed: 1\nallocation: {keep: 0.1}\ncalibration: {windows: 10, length: 64}\n")
-    recipe = load_recipe(path, ["allocation.keep=0.2", "calibration.windows=20"], {"allocation.keep": 0.3, "model.name": None})
+    recipe = load_recipe(
+        path,
+        ["allocation.keep=0.2", "calibration.windows=20"],
+        {"allocation.keep": 0.3, "model.name": None},
+    )
     assert recipe.seed == 1
     assert recipe.calibration.length == 64
     assert recipe.calibration.windows == 20
@@ -88,11 +92,26 @@ def test_later_override_wins(recipe_file):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("seed: 0\nallocation:\n  kep: 0.5\n", ":3: unknown key 'kep' in allocation; did you mean 'keep'?"),
-        ("alocation: {}\n", ":1: unknown key 'alocation' in the recipe; did you mean 'allocation'?"),
-        ("seed: 1\nkeep: 0.5\n", ":2: unknown key 'keep' in the recipe; did you mean 'allocation.keep'?"),
-        ("method:\n- candidates:\n  - name: low_rank\n    option: {}\n", ":4: unknown key 'option' in method.0.candidates.0; did you mean"),
-        ("calibration:\n  gradients:\n    trimm: 0\n", ":3: unknown key 'trimm' in calibration.gradients; did you mean 'trim'?"),
+        (
+            "seed: 0\nallocation:\n  kep: 0.5\n",
+            ":3: unknown key 'kep' in allocation; did you mean 'keep'?",
+        ),
+        (
+            "alocation: {}\n",
+            ":1: unknown key 'alocation' in the recipe; did you mean 'allocation'?",
+        ),
+        (
+            "seed: 1\nkeep: 0.5\n",
+            ":2: unknown key 'keep' in the recipe; did you mean 'allocation.keep'?",
+        ),
+        (
+            "method:\n- candidates:\n  - name: low_rank\n    option: {}\n",
+            ":4: unknown key 'option' in method.0.candidates.0; did you mean",
+        ),
+        (
+            "calibration:\n  gradients:\n    trimm: 0\n",
+            ":3: unknown key 'trimm' in calibration.gradients; did you mean 'trim'?",
+        ),
     ],
 )
 def test_unknown_keys_name_their_line_and_the_nearest_key(recipe_file, text, message):
@@ -118,13 +137,23 @@ def test_unknown_keys_name_their_line_and_the_nearest_key(recipe_file, text, mes
         ("method:\n- targets: 're:('\n", 2, ["method.0.targets", "regular expression"]),
         ("method: []\n", 1, ["method", "empty"]),
         ("calibration:\n  windows: 8\n  heldout: 8\n", 1, ["holds out 8 of 8"]),
-        ("calibration:\n  gradients: {clip: [2, 1]}\n", 2, ["calibration.gradients.clip", "low < high"]),
-        ("calibration:\n  gradients: {trim: 0.5}\n", 2, ["calibration.gradients.trim", "less than 0.5"]),
+        (
+            "calibration:\n  gradients: {clip: [2, 1]}\n",
+            2,
+            ["calibration.gradients.clip", "low < high"],
+        ),
+        (
+            "calibration:\n  gradients: {trim: 0.5}\n",
+            2,
+            ["calibration.gradients.trim", "less than 0.5"],
+        ),
         ("- 1\n", 1, ["mapping", "allocation"]),
         ("null\n", 1, ["mapping"]),
     ],
 )
-def test_bad_values_name_their_line_their_key_and_what_would_be_right(recipe_file, text, line, words):
+def test_bad_values_name_their_line_their_key_and_what_would_be_right(
+    recipe_file, text, line, words
+):
     path = recipe_file(text)
     message = refused(path)
     assert message.startswith(f"{path}:{line}: ")
@@ -155,7 +184,9 @@ def test_bad_overrides_are_quoted_and_name_the_nearest_path(override, words):
 
 
 def test_bad_named_option_is_attributed_to_the_command_line():
-    assert refused("svd", [], {"allocation.keep": 2.0}).startswith("command line: allocation.keep must be")
+    assert refused("svd", [], {"allocation.keep": 2.0}).startswith(
+        "command line: allocation.keep must be"
+    )
 
 
 def test_value_replaced_by_an_override_no_longer_points_into_the_file():
@@ -163,13 +194,18 @@ def test_value_replaced_by_an_override_no_longer_points_into_the_file():
 
 
 def test_overrides_reach_into_lists_and_options():
-    recipe = load_recipe("svd", ["method.0.candidates.0.options.metric=gram", "allocation.roles.q=2"])
+    recipe = load_recipe(
+        "svd", ["method.0.candidates.0.options.metric=gram", "allocation.roles.q=2"]
+    )
     assert recipe.method[0].candidates[0].options == {"metric": "gram", "storage": "factors"}
     assert recipe.allocation.roles["q"] == 2
 
 
 def test_override_of_a_list_item_the_file_does_not_mention(recipe_file):
-    recipe = load_recipe(recipe_file("seed: 1\n"), ["method.0.candidates.0.options.metric=gram", "method.0.dense=false"])
+    recipe = load_recipe(
+        recipe_file("seed: 1\n"),
+        ["method.0.candidates.0.options.metric=gram", "method.0.dense=false"],
+    )
     assert recipe.method[0].candidates[0].name == "low_rank"
     assert recipe.method[0].candidates[0].options == {"metric": "gram"}
     assert not recipe.method[0].dense
@@ -179,17 +215,23 @@ def test_a_stronger_size_replaces_a_weaker_one_of_the_other_kind():
     assert load_recipe("svd", ["allocation.target_size=3MB"]).allocation.keep is None
     recipe = load_recipe("svd", ["allocation.target_size=3MB"], {"allocation.keep": 0.5})
     assert (recipe.allocation.keep, recipe.allocation.target_size) == (0.5, None)
-    assert "keep or target_size" in refused("svd", [], {"allocation.keep": 0.5, "allocation.target_size": "3MB"})
+    assert "keep or target_size" in refused(
+        "svd", [], {"allocation.keep": 0.5, "allocation.target_size": "3MB"}
+    )
 
 
 def test_method_option_replaces_the_list():
     recipe = load_recipe("svd", [], {"method": "utilized_rank"})
     assert [entry.targets for entry in recipe.method] == ["*"]
-    assert [(engine.name, engine.options) for engine in recipe.method[0].candidates] == [("utilized_rank", {})]
+    assert [(engine.name, engine.options) for engine in recipe.method[0].candidates] == [
+        ("utilized_rank", {})
+    ]
 
 
 def test_number_written_without_a_point_is_a_number(recipe_file):
-    assert load_recipe(recipe_file("allocation: {depth_bias: 1e-3}\n")).allocation.depth_bias == 0.001
+    assert (
+        load_recipe(recipe_file("allocation: {depth_bias: 1e-3}\n")).allocation.depth_bias == 0.001
+    )
 
 
 def test_evaluation_window_follows_calibration(recipe_file):
@@ -221,19 +263,33 @@ def test_default_preset_is_what_a_file_that_says_nothing_about_size_starts_from(
 
 
 def test_misspelt_preset_names_the_nearest():
-    with pytest.raises(ConfigError, match=r"'svdllm' is neither a recipe file nor a preset; did you mean 'svd_llm'\?"):
+    with pytest.raises(
+        ConfigError,
+        match=r"'svdllm' is neither a recipe file nor a preset; did you mean 'svd_llm'\?",
+    ):
         find_recipe("svdllm")
 
 
 @pytest.mark.parametrize(
     ("size", "count"),
-    [("3.2GiB", int(3.2 * 2**30)), ("4GB", 4 * 10**9), ("500 MB", 5 * 10**8), ("1kB", 1000), ("7B", 7), ("7", 7), (7, 7), ("1TiB", 2**40)],
+    [
+        ("3.2GiB", int(3.2 * 2**30)),
+        ("4GB", 4 * 10**9),
+        ("500 MB", 5 * 10**8),
+        ("1kB", 1000),
+        ("7B", 7),
+        ("7", 7),
+        (7, 7),
+        ("1TiB", 2**40),
+    ],
 )
 def test_sizes(size, count):
     assert parse_size(size) == count
 
 
-@pytest.mark.parametrize("size", ["", "GiB", "-1GB", "1e9", "3 gigs", "0", 0, "0.1B", True, 1.5, None, "9" * 400])
+@pytest.mark.parametrize(
+    "size", ["", "GiB", "-1GB", "1e9", "3 gigs", "0", 0, "0.1B", True, 1.5, None, "9" * 400]
+)
 def test_bad_sizes(size):
     with pytest.raises(ConfigError, match="a size must be"):
         parse_size(size)
@@ -241,8 +297,15 @@ def test_bad_sizes(size):
 
 def test_schema_describes_every_field():
     description = schema()
-    sections = [description, *(part for name, part in description["$defs"].items() if name != "JsonValue")]
-    assert all("description" in field or "$ref" in field for part in sections for field in part["properties"].values())
+    sections = [
+        description,
+        *(part for name, part in description["$defs"].items() if name != "JsonValue"),
+    ]
+    assert all(
+        "description" in field or "$ref" in field
+        for part in sections
+        for field in part["properties"].values()
+    )
     assert all(part["additionalProperties"] is False for part in sections)
 
 
@@ -252,5 +315,8 @@ def test_recipe_is_frozen():
 
 
 def test_reading_a_recipe_imports_no_torch():
-    code = "import sys; from compressor.recipe.load import load_recipe; load_recipe('lems'); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; from compressor.recipe.load import load_recipe; load_recipe('lems'); "
+        "sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

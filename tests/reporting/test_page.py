@@ -1,4 +1,6 @@
-"""Pages about checkpoints: what they show, that they need nothing else, and that a name cannot break them."""
+"""Pages about checkpoints: what they show, that they need nothing else, and that a name cannot
+break them.
+"""
 
 import re
 import shutil
@@ -22,7 +24,10 @@ from compressor.reporting import figures, page, plots
 
 @pytest.fixture
 def two(tmp_path) -> list[Path]:
-    return [checkpoint(tmp_path / "big <i>"), checkpoint(tmp_path / "small $x$", kl=0.5, size=2**19, method="sparse")]
+    return [
+        checkpoint(tmp_path / "big <i>"),
+        checkpoint(tmp_path / "small $x$", kl=0.5, size=2**19, method="sparse"),
+    ]
 
 
 class Collected(HTMLParser):
@@ -35,7 +40,11 @@ class Collected(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.ids += [value for name, value in attrs if name == "id"]
-        self.addresses += [value for name, value in attrs if name in ("src", "href", "xlink:href", "srcset", "data")]
+        self.addresses += [
+            value
+            for name, value in attrs
+            if name in ("src", "href", "xlink:href", "srcset", "data")
+        ]
         if tag not in ("meta", "link", "br"):
             self.open.append(tag)
 
@@ -75,7 +84,11 @@ def test_markdown_holds_the_same_tables(two, tmp_path):
     assert "| small $x$ | sparse | 51.6 % | 512.00 KiB | 6.6 | 0.5 | yes |" in lines
     rows = [line for line in lines if line.startswith("|")]
     tables = "\n".join(lines).split("\n\n")
-    assert all(len({row.count(" | ") for row in table.splitlines() if " | " in row}) <= 1 for table in tables if table.startswith("|"))
+    assert all(
+        len({row.count(" | ") for row in table.splitlines() if " | " in row}) <= 1
+        for table in tables
+        if table.startswith("|")
+    )
     assert len(rows) > 20 and "seed: 7 # <b>bold</b>" in lines
 
 
@@ -85,7 +98,12 @@ def test_the_same_checkpoints_give_the_same_page(two):
 
 
 def test_one_checkpoint_without_scores_is_shown_with_the_reason(tmp_path):
-    folder = checkpoint(tmp_path / "a", reason="overflow", kl=None, perplexity={"original": None, "compressed": None})
+    folder = checkpoint(
+        tmp_path / "a",
+        reason="overflow",
+        kl=None,
+        perplexity={"original": None, "compressed": None},
+    )
     text = page.render(page.read([folder]), ".html")
     assert "scores missing: overflow" in text
     assert text.count("<svg") == 4 + 2
@@ -95,7 +113,10 @@ def test_one_checkpoint_without_scores_is_shown_with_the_reason(tmp_path):
 
 @pytest.mark.slow
 def test_runs_without_kl_are_compared_by_perplexity_and_runs_without_scores_have_no_mark(tmp_path):
-    scored = [checkpoint(tmp_path / name, kl=None, size=size) for name, size in (("a", 2**20), ("b", 2**19))]
+    scored = [
+        checkpoint(tmp_path / name, kl=None, size=size)
+        for name, size in (("a", 2**20), ("b", 2**19))
+    ]
     null = checkpoint(tmp_path / "c", kl=None, perplexity={"original": None, "compressed": None})
     text = page.render(page.read([*scored, null]), ".html")
     assert "perplexity per token, against the size" in text
@@ -103,13 +124,19 @@ def test_runs_without_kl_are_compared_by_perplexity_and_runs_without_scores_have
 
 
 def test_runs_that_do_not_compare_say_so(tmp_path):
-    folders = [checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b", fingerprints=MARKS | {"evaluation": "other"})]
+    folders = [
+        checkpoint(tmp_path / "a"),
+        checkpoint(tmp_path / "b", fingerprints=MARKS | {"evaluation": "other"}),
+    ]
     assert "were evaluated on different windows" in page.render(page.read(folders), ".md")
 
 
 @pytest.mark.slow
 def test_many_checkpoints_have_one_plot_and_few_figures(tmp_path):
-    folders = [checkpoint(tmp_path / f"run{number}", size=2**20 + number) for number in range(page.FIGURED + 2)]
+    folders = [
+        checkpoint(tmp_path / f"run{number}", size=2**20 + number)
+        for number in range(page.FIGURED + 2)
+    ]
     text = page.render(page.read(folders), ".html")
     assert text.count("<svg") == 1 + page.FIGURED * (4 + 2)
     assert "shown for the first 8 of 10; give fewer" in text
@@ -119,23 +146,42 @@ def test_many_checkpoints_have_one_plot_and_few_figures(tmp_path):
 def test_series_tell_apart_what_differs_in_more_than_size(tmp_path):
     runs = page.read([checkpoint(tmp_path / name) for name in "abcd"])
     recipes = [
-        "allocation: {keep: 0.5}\nmethod: [{candidates: [{name: low_rank, options: {metric: gram}}]}]",
-        "allocation: {keep: 0.6}\nmethod: [{candidates: [{name: low_rank, options: {metric: gram}}]}]",
-        "allocation: {keep: 0.5}\nmethod: [{candidates: [{name: low_rank, options: {metric: identity}}]}]",
+        "allocation: {keep: 0.5}\nmethod: [{candidates: [{name: low_rank, options: {metric: "
+        "gram}}]}]",
+        "allocation: {keep: 0.6}\nmethod: [{candidates: [{name: low_rank, options: {metric: "
+        "gram}}]}]",
+        "allocation: {keep: 0.5}\nmethod: [{candidates: [{name: low_rank, options: {metric: "
+        "identity}}]}]",
     ]
     runs = [replace(run, recipe=text) for run, text in zip(runs[:3], recipes, strict=True)]
-    assert page.series(runs) == ["low_rank (metric gram)", "low_rank (metric gram)", "low_rank (metric identity)"]
+    assert page.series(runs) == [
+        "low_rank (metric gram)",
+        "low_rank (metric gram)",
+        "low_rank (metric identity)",
+    ]
     assert page.series(runs[:2]) == ["low_rank", "low_rank"]
 
 
 def test_curves_of_groups_have_a_panel_of_their_own_and_panels_hold_so_many_lines():
     linears = [
-        {"name": f"layers.{n}.attn.{part}", "method": "m", "bits": 50, "dense_bits": 100, "predicted": 0.1, "measured": None}
+        {
+            "name": f"layers.{n}.attn.{part}",
+            "method": "m",
+            "bits": 50,
+            "dense_bits": 100,
+            "predicted": 0.1,
+            "measured": None,
+        }
         for n in range(60)
         for part in "qk"
     ]
-    shared = [{"linear": "x", "members": [f"layers.{n}.attn.q", f"layers.{n}.attn.k"], "method": "m"} for n in range(60)]
-    lines = figures.lines_of(linears, [*shared, {"linear": "y", "members": ["layers.3.attn.q"], "method": "other"}])
+    shared = [
+        {"linear": "x", "members": [f"layers.{n}.attn.q", f"layers.{n}.attn.k"], "method": "m"}
+        for n in range(60)
+    ]
+    lines = figures.lines_of(
+        linears, [*shared, {"linear": "y", "members": ["layers.3.attn.q"], "method": "other"}]
+    )
     assert {line["panel"] for line in lines} == {"attn.{q,k}", "attn.q"}
     assert lines[5]["mark"] == (0.5, 0.1) and lines[5]["block"] == 5 and lines[-1]["mark"] is None
     assert [line["block"] for line in figures.thinned(lines)][:3] == [0, 2, 4]
@@ -143,7 +189,9 @@ def test_curves_of_groups_have_a_panel_of_their_own_and_panels_hold_so_many_line
 
 
 def test_samples_stand_side_by_side_and_cannot_break_the_page(tmp_path):
-    runs = page.with_samples(page.read([checkpoint(tmp_path / "a")]), [[("a <b>", "one | two\nthree", "four")]])
+    runs = page.with_samples(
+        page.read([checkpoint(tmp_path / "a")]), [[("a <b>", "one | two\nthree", "four")]]
+    )
     html, markdown = (page.render(runs, ending) for ending in (".html", ".md"))
     assert "a &lt;b&gt;" in html and "<b>" not in html
     assert "| a <b> | one \\| two three | four |" in markdown.splitlines()
@@ -170,12 +218,19 @@ def test_folders_of_one_name_are_told_apart(tmp_path):
     for parent in ("x", "y"):
         (tmp_path / parent).mkdir()
         checkpoint(tmp_path / parent / "out")
-    assert len({run.name for run in page.read([tmp_path / "x" / "out", tmp_path / "y" / "out"])}) == 2
+    assert (
+        len({run.name for run in page.read([tmp_path / "x" / "out", tmp_path / "y" / "out"])}) == 2
+    )
 
 
 @pytest.mark.parametrize(
     ("points", "front"),
-    [([(1, 3), (2, 2), (3, 1)], [0, 1, 2]), ([(2, 2), (1, 1)], [1]), ([(1, 1), (1, 2), (2, 1)], [0]), ([], [])],
+    [
+        ([(1, 3), (2, 2), (3, 1)], [0, 1, 2]),
+        ([(2, 2), (1, 1)], [1]),
+        ([(1, 1), (1, 2), (2, 1)], [0]),
+        ([], []),
+    ],
 )
 def test_pareto_front(points, front):
     assert plots.pareto_front(points) == front
@@ -184,7 +239,10 @@ def test_pareto_front(points, front):
 def test_figures_name_their_marks_and_take_the_colour_of_the_page():
     figure = plots.heat_map({(0, "q"): 0.0, (3, "q & k"): 0.0}, "error", "viridis")
     root = ElementTree.fromstring(figure)
-    assert [title.text for title in root.iter(f"{{{plots.SVG}}}title")] == ["block 0, q: 0", "block 3, q & k: 0"]
+    assert [title.text for title in root.iter(f"{{{plots.SVG}}}title")] == [
+        "block 0, q: 0",
+        "block 3, q & k: 0",
+    ]
     assert "currentColor" in figure and "width" not in root.attrib
 
 

@@ -1,4 +1,6 @@
-"""The report: its keys and sums, strict JSON, a table that fits 100 columns, and a model card that parses."""
+"""The report: its keys and sums, strict JSON, a table that fits 100 columns, and a model card that
+parses.
+"""
 
 import json
 import math
@@ -14,14 +16,33 @@ from compressor.plan import Choice, Plan
 from compressor.reporting.card import model_card
 from compressor.reporting.report import Sizes, before_after, build, dump_json, render, to_json
 
-EVALUATION = {"perplexity": 6.6, "perplexity_original": 5.5, "kl": 0.25, "tokens": 32768, "window": 512}
-SIZES = Sizes(original_bytes=20_000, compressed_bytes=15_000, other_bits=16_000, other_parameters=1_000)
+EVALUATION = {
+    "perplexity": 6.6,
+    "perplexity_original": 5.5,
+    "kl": 0.25,
+    "tokens": 32768,
+    "window": 512,
+}
+SIZES = Sizes(
+    original_bytes=20_000, compressed_bytes=15_000, other_bits=16_000, other_parameters=1_000
+)
 
 
 def choice(method: str, kept: float, error: float | None) -> Choice:
-    """A choice for a linear of 1,000 bfloat16 numbers; its mask makes 800 bits that are no parameters."""
+    """A choice for a linear of 1,000 bfloat16 numbers; its mask makes 800 bits that are no
+    parameters.
+    """
     extra = 0 if method == "dense" else 800
-    return Choice(method, {"rank": 8}, int(16_000 * kept) + extra, int(1_000 * kept), 16_000, 1_000, predicted=0.1, error=error)
+    return Choice(
+        method,
+        {"rank": 8},
+        int(16_000 * kept) + extra,
+        int(1_000 * kept),
+        16_000,
+        1_000,
+        predicted=0.1,
+        error=error,
+    )
 
 
 @pytest.fixture
@@ -46,12 +67,23 @@ def text(renderable) -> str:
 
 def rows_of(shown: str) -> dict[str, list[str]]:
     """First cell → other cells of every line of the tables."""
-    lines = [[cell.strip() for cell in line[1:-1].split("│")] for line in shown.splitlines() if line.startswith("│")]
+    lines = [
+        [cell.strip() for cell in line[1:-1].split("│")]
+        for line in shown.splitlines()
+        if line.startswith("│")
+    ]
     return {cells[0]: cells[1:] for cells in lines}
 
 
 def test_keys_and_sums(plan):
-    report = build(plan, SIZES, "bits", evaluation=EVALUATION, fingerprints={"weights": "ab"}, warnings=["overlap"])
+    report = build(
+        plan,
+        SIZES,
+        "bits",
+        evaluation=EVALUATION,
+        fingerprints={"weights": "ab"},
+        warnings=["overlap"],
+    )
     bits, parameters = (4_000 + 8_000 + 16_000 + 12_000 + 3 * 800) / 64_000, 2_500 / 4_000
     assert report["kept"] == {
         "unit": "bits",
@@ -64,7 +96,13 @@ def test_keys_and_sums(plan):
     }
     assert report["bytes"] == {"original": 20_000, "compressed": 15_000}
     assert report["perplexity"] == {"original": 5.5, "compressed": 6.6}
-    assert [report[key] for key in ("kl", "tokens", "window", "lm_eval", "reason")] == [0.25, 32768, 512, None, None]
+    assert [report[key] for key in ("kl", "tokens", "window", "lm_eval", "reason")] == [
+        0.25,
+        32768,
+        512,
+        None,
+        None,
+    ]
     assert (
         report["linears"][0].items()
         >= {
@@ -82,13 +120,19 @@ def test_keys_and_sums(plan):
 def test_kept_follows_the_unit_that_was_allocated(plan):
     kept = build(plan, SIZES, "parameters")["kept"]
     assert kept["unit"] == "parameters"
-    assert (kept["targets"], kept["model"]) == (kept["parameters"], kept["model_parameters"]) != (kept["bits"], kept["model_bits"])
+    assert (
+        (kept["targets"], kept["model"])
+        == (kept["parameters"], kept["model_parameters"])
+        != (kept["bits"], kept["model_bits"])
+    )
 
 
 def test_scores_that_are_missing_are_null_with_a_reason(plan):
     report = build(plan, SIZES, "bits", reason="batch 3 of 8 is nan")
     assert report["perplexity"] == {"original": None, "compressed": None}
-    assert [report[key] for key in ("kl", "tokens", "window", "calibration", "heldout")] == [None] * 5
+    assert [report[key] for key in ("kl", "tokens", "window", "calibration", "heldout")] == [
+        None
+    ] * 5
     shown = text(render(report))
     assert "scores missing: batch 3 of 8 is nan" in shown
     assert rows_of(shown)["Perplexity per token"] == ["–", "–", ""]
@@ -99,10 +143,26 @@ def test_table_shows_kept_and_removed_in_both_counts_for_targets_model_and_files
     shown = text(render(build(plan, SIZES, "bits", evaluation=EVALUATION)))
     assert all(len(line) <= 100 for line in shown.splitlines()) and "…" not in shown
     rows = rows_of(shown)
-    assert rows["Targeted linears, stored bits"] == ["7.81 KiB", "5.18 KiB", "66.2 % kept, 33.8 % removed"]
-    assert rows["Targeted linears, stored parameters"] == ["4,000", "2,500", "62.5 % kept, 37.5 % removed"]
-    assert rows["Whole model, stored bits"] == ["9.77 KiB", "7.13 KiB", "73.0 % kept, 27.0 % removed"]
-    assert rows["Whole model, stored parameters"] == ["5,000", "3,500", "70.0 % kept, 30.0 % removed"]
+    assert rows["Targeted linears, stored bits"] == [
+        "7.81 KiB",
+        "5.18 KiB",
+        "66.2 % kept, 33.8 % removed",
+    ]
+    assert rows["Targeted linears, stored parameters"] == [
+        "4,000",
+        "2,500",
+        "62.5 % kept, 37.5 % removed",
+    ]
+    assert rows["Whole model, stored bits"] == [
+        "9.77 KiB",
+        "7.13 KiB",
+        "73.0 % kept, 27.0 % removed",
+    ]
+    assert rows["Whole model, stored parameters"] == [
+        "5,000",
+        "3,500",
+        "70.0 % kept, 30.0 % removed",
+    ]
     assert rows["Files"] == ["19.53 KiB", "14.65 KiB", "75.0 % kept, 25.0 % removed"]
     assert rows["Perplexity per token, window 512"] == ["5.5", "6.6", "+20.0 %"]
     assert rows["KL(original‖compressed), nats per token"] == ["0", "0.25", ""]
@@ -120,7 +180,10 @@ def test_table_shows_the_mix_of_methods_dense_last(plan):
 
 
 def test_held_out_and_calibration_figures_and_lm_eval_stand_beside_the_evaluation(plan):
-    scores, original = {"arc": {"acc": 0.45, "acc_stderr": 0.01, "samples": 9}}, {"arc": {"acc": 0.5}}
+    scores, original = (
+        {"arc": {"acc": 0.45, "acc_stderr": 0.01, "samples": 9}},
+        {"arc": {"acc": 0.5}},
+    )
     heldout, calibration = EVALUATION | {"kl": 0.2}, EVALUATION | {"kl": 0.1}
     report = build(
         plan,
@@ -141,7 +204,11 @@ def test_held_out_and_calibration_figures_and_lm_eval_stand_beside_the_evaluatio
     assert rows["arc: acc"] == ["0.5", "0.45", "-10.0 %"]
     quantities = {label: cells for label, *cells in before_after(report)}
     for text_of in ("Held-out", "Calibration"):
-        assert quantities[f"{text_of} perplexity per token, window 512"] == ["5.5", "6.6", "+20.0 %"]
+        assert quantities[f"{text_of} perplexity per token, window 512"] == [
+            "5.5",
+            "6.6",
+            "+20.0 %",
+        ]
     assert quantities["Held-out KL(original‖compressed), nats per token"] == ["0", "0.2", ""]
     assert "warning: w1" in shown
     assert "arc: acc" in text(render(report | {"lm_eval_original": None}))
@@ -155,7 +222,9 @@ def test_a_plan_without_linears_keeps_everything():
 
 def test_model_card_has_front_matter_load_code_table_and_recipe(plan):
     recipe = "seed: 0\nmodel:\n  name: org/base\n"
-    report = build(plan, SIZES, "bits", EVALUATION, lm_eval={"a|b": {"acc": 0.5}}, warnings=["overlap of 12 %"])
+    report = build(
+        plan, SIZES, "bits", EVALUATION, lm_eval={"a|b": {"acc": 0.5}}, warnings=["overlap of 12 %"]
+    )
     card = model_card(report, recipe, "org/base", license="apache-2.0")
     _, front, body = card.split("---\n", 2)
     assert yaml.safe_load(front) == {
@@ -180,7 +249,10 @@ def test_model_card_has_front_matter_load_code_table_and_recipe(plan):
         assert line in body
     tables = [block.splitlines() for block in body.split("\n\n") if block.startswith("|")]
     assert len(tables) == 2
-    assert all(len({line.replace("\\|", "").count("|") for line in table}) == 1 and len(table) > 2 for table in tables)
+    assert all(
+        len({line.replace("\\|", "").count("|") for line in table}) == 1 and len(table) > 2
+        for table in tables
+    )
 
 
 def test_model_card_of_a_folder_names_no_place_on_this_machine_and_claims_no_licence(plan):
@@ -193,17 +265,32 @@ def test_model_card_of_a_folder_names_no_place_on_this_machine_and_claims_no_lic
 def test_model_card_says_what_was_trained_and_what_was_searched(plan):
     card = model_card(build(plan, SIZES, "bits"), "seed: 0", "org/base")
     assert "Nothing was trained" in card and "earch" not in card
-    trials = [{"heldout": 0.5, "kept": True}, {"heldout": None, "kept": False}, {"heldout": 0.25, "kept": True}]
+    trials = [
+        {"heldout": 0.5, "kept": True},
+        {"heldout": None, "kept": False},
+        {"heldout": 0.25, "kept": True},
+    ]
     trained = {"repair": {"kept": False}, "heal": {"kept": True}}
     card = model_card(
-        build(replace(plan, trained=trained, search={"trials": trials, "heldout": 0.25}), SIZES, "bits"), "seed: 0", "org/base"
+        build(
+            replace(plan, trained=trained, search={"trials": trials, "heldout": 0.25}),
+            SIZES,
+            "bits",
+        ),
+        "seed: 0",
+        "org/base",
     )
     assert "Nothing was trained" not in card and "calibration text (heal; no labels" in card
-    assert "Search: from held-out KL 0.5 to 0.25; of 2 trials 1 stayed, 1 were dropped, plan.json says why." in card
+    assert (
+        "Search: from held-out KL 0.5 to 0.25; of 2 trials 1 stayed, 1 were dropped, plan.json "
+        "says why." in card
+    )
 
 
 def test_recipe_with_backticks_stays_inside_its_fence(plan):
-    card = model_card(build(plan, SIZES, "bits"), "text: |\n  ```\n  # not a heading\n", "reference")
+    card = model_card(
+        build(plan, SIZES, "bits"), "text: |\n  ```\n  # not a heading\n", "reference"
+    )
     assert "````yaml\ntext: |\n  ```\n  # not a heading\n````\n" in card
 
 
@@ -215,7 +302,9 @@ def test_json_is_strict_and_keeps_its_order(tmp_path, plan):
     assert read_json(path) == json.loads(to_json(report)) == report
     assert list(read_json(path)) == list(report)
     dump_json(path, build(plan, SIZES, "bits", EVALUATION))
-    assert path.read_bytes() == first and [entry.name for entry in tmp_path.iterdir()] == ["report.json"]
+    assert path.read_bytes() == first and [entry.name for entry in tmp_path.iterdir()] == [
+        "report.json"
+    ]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -21,7 +21,14 @@ def test_examples_of_the_docstrings():
 
 
 @pytest.mark.parametrize(
-    "count, shown", [(0, "0 bytes"), (1023, "1023 bytes"), (1024, "1.00 KiB"), (3.2 * 2**30, "3.20 GiB"), (2**52, "4096.00 TiB")]
+    "count, shown",
+    [
+        (0, "0 bytes"),
+        (1023, "1023 bytes"),
+        (1024, "1.00 KiB"),
+        (3.2 * 2**30, "3.20 GiB"),
+        (2**52, "4096.00 TiB"),
+    ],
 )
 def test_sizes(count, shown):
     assert size(count) == shown
@@ -48,19 +55,57 @@ def test_figures(key, value, shown):
 
 def test_any_result_is_shown_with_its_lists_as_tables():
     linears = [
-        {"name": f"model.layers.{i}.self_attn.q_proj", "bits": 8 * 1024, "method": "low_rank", "setting": {"rank": 10 + i}} for i in (0, 31)
+        {
+            "name": f"model.layers.{i}.self_attn.q_proj",
+            "bits": 8 * 1024,
+            "method": "low_rank",
+            "setting": {"rank": 10 + i},
+        }
+        for i in (0, 31)
     ]
-    shown = text(render_result({"kept": {"unit": "bits", "targets": 0.7}, "linears": [*linears, {"name": "x", "bits": None}], "files": []}))
+    shown = text(
+        render_result(
+            {
+                "kept": {"unit": "bits", "targets": 0.7},
+                "linears": [*linears, {"name": "x", "bits": None}],
+                "files": [],
+            }
+        )
+    )
     assert all(len(line) <= 100 for line in shown.splitlines()) and "…" not in shown
     rows = [line.split() for line in shown.splitlines()]
     assert ["│", "kept.targets", "│", "70.0", "%", "│"] in rows
-    assert ["│", "model.layers.31.self_attn.q_proj", "│", "low_rank", "│", "rank", "41", "│", "1.00", "KiB", "│"] in rows
-    assert ["┃", "name", "┃", "method", "┃", "setting", "┃", "bits", "┃"] in rows  # words before figures
+    assert [
+        "│",
+        "model.layers.31.self_attn.q_proj",
+        "│",
+        "low_rank",
+        "│",
+        "rank",
+        "41",
+        "│",
+        "1.00",
+        "KiB",
+        "│",
+    ] in rows
+    assert [
+        "┃",
+        "name",
+        "┃",
+        "method",
+        "┃",
+        "setting",
+        "┃",
+        "bits",
+        "┃",
+    ] in rows  # words before figures
     assert ["│", "files", "│", "–", "│"] in rows
 
 
 def test_words_are_folded_before_figures_are_broken():
-    shown = text(columns(None, ("name", "size"), [("a long name " * 3, "1,234,567 bytes")]), width=36)
+    shown = text(
+        columns(None, ("name", "size"), [("a long name " * 3, "1,234,567 bytes")]), width=36
+    )
     assert "1,234,567 bytes" in shown and "…" not in shown
 
 
@@ -69,7 +114,11 @@ def test_markup_in_names_is_not_interpreted():
 
 
 def test_evaluation_shows_unit_window_and_both_models():
-    speed = {"prefill_tokens_per_second": 1000.0, "decode_tokens_per_second": 50.0, "peak_memory_bytes": 2**30}
+    speed = {
+        "prefill_tokens_per_second": 1000.0,
+        "decode_tokens_per_second": 50.0,
+        "peak_memory_bytes": 2**30,
+    }
     shown = text(
         render_evaluation(
             {
@@ -78,8 +127,19 @@ def test_evaluation_shows_unit_window_and_both_models():
                 "kl": 0.25,
                 "tokens": 32768,
                 "window": 512,
-                "lm_eval": {"arc": {"acc": 0.5, "acc_stderr": 0.01, "exact,strict_stderr": None, "samples": 10, "max_length": 512}},
-                "speed": {"original": speed, "compressed": speed | {"decode_tokens_per_second": 75.0}},
+                "lm_eval": {
+                    "arc": {
+                        "acc": 0.5,
+                        "acc_stderr": 0.01,
+                        "exact,strict_stderr": None,
+                        "samples": 10,
+                        "max_length": 512,
+                    }
+                },
+                "speed": {
+                    "original": speed,
+                    "compressed": speed | {"decode_tokens_per_second": 75.0},
+                },
             }
         )
     )
@@ -97,5 +157,9 @@ def test_evaluation_shows_unit_window_and_both_models():
 
 
 def test_evaluation_of_one_model_alone():
-    shown = text(render_evaluation({"perplexity": 6.5, "kl": None, "tokens": 64, "window": 32, "lm_eval": None}))
+    shown = text(
+        render_evaluation(
+            {"perplexity": 6.5, "kl": None, "tokens": 64, "window": 32, "lm_eval": None}
+        )
+    )
     assert "KL" not in shown and "speed" not in shown and "6.5" in shown

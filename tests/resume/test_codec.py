@@ -47,14 +47,20 @@ def test_a_tensor_that_is_shared_is_shared_again_and_a_known_one_is_not_stored()
 def test_views_of_one_storage_are_told_apart():
     base = torch.arange(12.0)
     found = there_and_back([base, base[:6], base[6:], base.view(3, 4)])
-    assert [each.tolist() for each in found] == [each.tolist() for each in (base, base[:6], base[6:], base.view(3, 4))]
+    assert [each.tolist() for each in found] == [
+        each.tolist() for each in (base, base[:6], base[6:], base.view(3, 4))
+    ]
 
 
 def test_modules_compute_the_same_and_borrowers_find_their_lender():
     torch.manual_seed(0)
     pair = LowRank(torch.randn(2, 6), torch.randn(5, 2), None, None)
-    lender = Dictionary(torch.randn(12), torch.randn(4, 6), pack_mask(torch.ones(12, dtype=torch.bool)), None, 3)
-    borrower = Dictionary(torch.randn(8), lender, pack_mask(torch.ones(8, dtype=torch.bool)), None, 2, lender="first")
+    lender = Dictionary(
+        torch.randn(12), torch.randn(4, 6), pack_mask(torch.ones(12, dtype=torch.bool)), None, 3
+    )
+    borrower = Dictionary(
+        torch.randn(8), lender, pack_mask(torch.ones(8, dtype=torch.bool)), None, 2, lender="first"
+    )
     found = there_and_back({"pair": pair, "first": lender, "second": borrower})
     x = torch.randn(7, 6)
     for name, module in {"pair": pair, "first": lender, "second": borrower}.items():
@@ -66,11 +72,17 @@ def test_modules_compute_the_same_and_borrowers_find_their_lender():
 
 def test_tensors_come_back_on_their_devices(device):
     data, tensors = encode([torch.ones(2, device=device), torch.zeros(3)])
-    assert [each.device.type for each in decode(data, {name: each.cpu() for name, each in tensors.items()})] == [device, "cpu"]
+    assert [
+        each.device.type
+        for each in decode(data, {name: each.cpu() for name, each in tensors.items()})
+    ] == [device, "cpu"]
 
 
 def test_tensors_of_another_process_come_to_the_current_device_of_the_type():
-    data, tensors = {"list": [{"tensor": ["0", "cuda:1"]}, {"tensor": ["1", "cpu"]}]}, {"0": Asked(), "1": Asked()}
+    data, tensors = (
+        {"list": [{"tensor": ["0", "cuda:1"]}, {"tensor": ["1", "cpu"]}]},
+        {"0": Asked(), "1": Asked()},
+    )
     assert decode(data, tensors) == ["cuda:1", "cpu"]
     assert decode(data, tensors, foreign=True) == ["cuda", "cpu"]
 

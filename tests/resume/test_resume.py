@@ -1,4 +1,6 @@
-"""Runs that were stopped: the same command goes on to the same bytes, another one is refused, and nothing is lost or left behind."""
+"""Runs that were stopped: the same command goes on to the same bytes, another one is refused, and
+nothing is lost or left behind.
+"""
 
 import json
 import logging
@@ -36,7 +38,9 @@ def pieces(unbroken, tmp_path_factory):
     for owner, name in ((store, "_write"), (os, "replace")):
         folder = tmp_path_factory.mktemp("counted") / "out"
         with pytest.MonkeyPatch.context() as patch:
-            counts[name] = calls_of(owner, name, lambda folder=folder: run.compress(unbroken[0], folder), patch)
+            counts[name] = calls_of(
+                owner, name, lambda folder=folder: run.compress(unbroken[0], folder), patch
+            )
     return counts
 
 
@@ -62,7 +66,9 @@ def test_a_killed_run_goes_on_to_the_same_bytes(unbroken, pieces, tmp_path, monk
     assert wait(forked(doomed)) == -signal.SIGKILL
     assert (tmp_path / "out.journal").is_dir()
     finished = len(list((tmp_path / "out.journal" / "store").iterdir()))
-    made_again = calls_of(store, "_write", lambda: run.compress(made, tmp_path / "out"), monkeypatch)
+    made_again = calls_of(
+        store, "_write", lambda: run.compress(made, tmp_path / "out"), monkeypatch
+    )
     assert contents(tmp_path / "out") == expected
     assert os.listdir(tmp_path) == ["out"]
     assert finished + made_again == pieces["_write"]
@@ -76,7 +82,9 @@ def calls_of(owner, name, function, monkeypatch) -> int:
     """How often something is called while a function runs."""
     calls, real = [], getattr(owner, name)
     with monkeypatch.context() as patch:
-        patch.setattr(owner, name, lambda *args, **kwargs: (calls.append(None), real(*args, **kwargs))[1])
+        patch.setattr(
+            owner, name, lambda *args, **kwargs: (calls.append(None), real(*args, **kwargs))[1]
+        )
         function()
     return len(calls)
 
@@ -101,12 +109,17 @@ def stopped_at(monkeypatch, made, output, error=KeyboardInterrupt):
 def test_ctrl_c_keeps_the_journal_and_says_how_to_go_on(unbroken, tmp_path, monkeypatch, capsys):
     made, expected = unbroken
     stopped_at(monkeypatch, made, tmp_path / "out")
-    assert "stopped; the same command goes on from out.journal, `compressor clean` removes it" in capsys.readouterr().err
+    assert (
+        "stopped; the same command goes on from out.journal, `compressor clean` removes it"
+        in capsys.readouterr().err
+    )
     run.compress(made, tmp_path / "out")
     assert contents(tmp_path / "out") == expected and os.listdir(tmp_path) == ["out"]
 
 
-def test_another_recipe_model_or_text_is_refused_with_the_difference(unbroken, tiny_llama, text_file, tmp_path, monkeypatch):
+def test_another_recipe_model_or_text_is_refused_with_the_difference(
+    unbroken, tiny_llama, text_file, tmp_path, monkeypatch
+):
     made, expected = unbroken
     out = tmp_path / "out"
     stopped_at(monkeypatch, made, out)
@@ -120,13 +133,23 @@ def test_another_recipe_model_or_text_is_refused_with_the_difference(unbroken, t
     weights["model.norm.weight"] = weights["model.norm.weight"] + 1
     save_file(weights, other_model / "model.safetensors", {"format": "pt"})
     changes = {
-        r"recipe\.allocation\.keep is 0\.6 there and 0\.7 here": recipe(tiny_llama, text_file, "allocation.keep=0.7", *SEQUENTIAL),
-        r"recipe\.seed is 0 there and 1 here": recipe(tiny_llama, text_file, "allocation.keep=0.6", "seed=1", *SEQUENTIAL),
-        r"fingerprint\.model is": recipe(other_model, text_file, "allocation.keep=0.6", *SEQUENTIAL),
-        r"fingerprint\.windows is": recipe(tiny_llama, other_text, "allocation.keep=0.6", *SEQUENTIAL),
+        r"recipe\.allocation\.keep is 0\.6 there and 0\.7 here": recipe(
+            tiny_llama, text_file, "allocation.keep=0.7", *SEQUENTIAL
+        ),
+        r"recipe\.seed is 0 there and 1 here": recipe(
+            tiny_llama, text_file, "allocation.keep=0.6", "seed=1", *SEQUENTIAL
+        ),
+        r"fingerprint\.model is": recipe(
+            other_model, text_file, "allocation.keep=0.6", *SEQUENTIAL
+        ),
+        r"fingerprint\.windows is": recipe(
+            tiny_llama, other_text, "allocation.keep=0.6", *SEQUENTIAL
+        ),
     }
     for message, changed in changes.items():
-        with pytest.raises(ConfigError, match=rf"out\.journal: was left by another run: .*{message}.*--restart"):
+        with pytest.raises(
+            ConfigError, match=rf"out\.journal: was left by another run: .*{message}.*--restart"
+        ):
             run.compress(changed, out)
     monkeypatch.setitem(store.VERSIONS, "compressor", "9.9")
     with pytest.raises(ConfigError, match=r"compressor is 0\.1\.0 there and 9\.9 here"):
@@ -136,13 +159,17 @@ def test_another_recipe_model_or_text_is_refused_with_the_difference(unbroken, t
     assert contents(out) == expected
 
 
-def test_decisions_made_on_other_heldout_text_are_refused(text_file, tiny_llama, tmp_path, monkeypatch):
+def test_decisions_made_on_other_heldout_text_are_refused(
+    text_file, tiny_llama, tmp_path, monkeypatch
+):
     text = tmp_path / "text.txt"
     lines = text_file.read_text().splitlines(keepends=True)
     text.write_text("".join(lines))
     made = recipe(tiny_llama, text)
     stopped_at(monkeypatch, made, tmp_path / "out")
-    text.write_text("".join([*lines[:-20], *reversed(lines[-20:])]))  # where the windows are that nothing is fitted to
+    text.write_text(
+        "".join([*lines[:-20], *reversed(lines[-20:])])
+    )  # where the windows are that nothing is fitted to
     message = r"left by another run: digest of the held-out windows is \w{64} there and \w{64} here; pass --restart"
     with pytest.raises(ConfigError, match=message):
         run.compress(made, tmp_path / "out")
@@ -150,15 +177,23 @@ def test_decisions_made_on_other_heldout_text_are_refused(text_file, tiny_llama,
 
 def test_restart_discards_what_was_left(unbroken, tiny_llama, text_file, tmp_path, monkeypatch):
     made, expected = unbroken
-    stopped_at(monkeypatch, recipe(tiny_llama, text_file, "allocation.keep=0.7", *SEQUENTIAL), tmp_path / "out")
+    stopped_at(
+        monkeypatch,
+        recipe(tiny_llama, text_file, "allocation.keep=0.7", *SEQUENTIAL),
+        tmp_path / "out",
+    )
     run.compress(made, tmp_path / "out", restart=True)
     assert contents(tmp_path / "out") == expected and os.listdir(tmp_path) == ["out"]
 
 
-def test_a_corrected_recipe_uses_what_the_wrong_one_has_made(unbroken, tiny_llama, text_file, tmp_path, monkeypatch):
+def test_a_corrected_recipe_uses_what_the_wrong_one_has_made(
+    unbroken, tiny_llama, text_file, tmp_path, monkeypatch
+):
     made, expected = unbroken
     with pytest.raises(BudgetError):
-        run.compress(recipe(tiny_llama, text_file, "allocation.keep=0.101", *SEQUENTIAL), tmp_path / "out")
+        run.compress(
+            recipe(tiny_llama, text_file, "allocation.keep=0.101", *SEQUENTIAL), tmp_path / "out"
+        )
     with monkeypatch.context() as patch:
         patch.setattr("compressor.allocation.decompose._prepare", impossible)
         run.compress(made, tmp_path / "out")
@@ -166,11 +201,17 @@ def test_a_corrected_recipe_uses_what_the_wrong_one_has_made(unbroken, tiny_llam
 
 
 @pytest.mark.parametrize("damage", ["a piece", "the description"])
-def test_a_damaged_journal_is_made_good_with_a_warning(unbroken, tmp_path, monkeypatch, caplog, damage):
+def test_a_damaged_journal_is_made_good_with_a_warning(
+    unbroken, tmp_path, monkeypatch, caplog, damage
+):
     made, expected = unbroken
     stopped_at(monkeypatch, made, tmp_path / "out")
     left = tmp_path / "out.journal"
-    path = left / "run.json" if damage == "the description" else max((left / "store").iterdir(), key=lambda piece: piece.stat().st_size)
+    path = (
+        left / "run.json"
+        if damage == "the description"
+        else max((left / "store").iterdir(), key=lambda piece: piece.stat().st_size)
+    )
     path.write_bytes(path.read_bytes()[:-7])
     with caplog.at_level(logging.WARNING):
         run.compress(made, tmp_path / "out")
@@ -183,7 +224,9 @@ def test_two_processes_on_one_output(unbroken, tmp_path, monkeypatch):
     stopped_at(monkeypatch, made, tmp_path / "out")
     with (
         journal.Journal(tmp_path / "out"),
-        pytest.raises(ConfigError, match=rf"out: another process is writing it \(process {os.getpid()} on "),
+        pytest.raises(
+            ConfigError, match=rf"out: another process is writing it \(process {os.getpid()} on "
+        ),
     ):
         run.compress(made, tmp_path / "out")
 
@@ -210,7 +253,10 @@ def test_a_folder_set_aside_comes_back(unbroken, tmp_path):
 
     def doomed():
         os.rename = dying(os.rename, 1, "after")
-        run.compress(made.model_copy(update={"output": made.output.model_copy(update={"overwrite": True})}), out)
+        run.compress(
+            made.model_copy(update={"output": made.output.model_copy(update={"overwrite": True})}),
+            out,
+        )
 
     assert wait(forked(doomed)) == -signal.SIGKILL
     assert not out.exists()
@@ -229,7 +275,12 @@ def test_evaluations_go_on_too(tiny_llama, text_file, tmp_path, monkeypatch):
         run.evaluate(str(tiny_llama), str(tiny_llama), **options)
 
     assert wait(forked(doomed)) == -signal.SIGKILL
-    made = calls_of(store, "_write", lambda: run.evaluate(str(tiny_llama), str(tiny_llama), **options), monkeypatch)
+    made = calls_of(
+        store,
+        "_write",
+        lambda: run.evaluate(str(tiny_llama), str(tiny_llama), **options),
+        monkeypatch,
+    )
     assert made == 2
     assert run.evaluate(str(tiny_llama), str(tiny_llama), **options) == expected
 
@@ -253,6 +304,10 @@ def test_a_journal_that_cannot_be_begun_says_why_and_leaves_nothing(tmp_path, mo
         raise OSError(28, "No space left on device", str(path))
 
     with pytest.raises(OSError, match="No space left"), journal.Journal(tmp_path / "out") as begun:
-        monkeypatch.setattr(journal, "replace_text", lambda path, text: full(path, text) if path.name == journal.RUN else None)
+        monkeypatch.setattr(
+            journal,
+            "replace_text",
+            lambda path, text: full(path, text) if path.name == journal.RUN else None,
+        )
         begun.begin({"recipe": 1})
     assert os.listdir(tmp_path) == []

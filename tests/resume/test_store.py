@@ -1,4 +1,6 @@
-"""Finished pieces of work: found again, made again when damaged, told apart by what they depend on."""
+"""Finished pieces of work: found again, made again when damaged, told apart by what they depend
+on.
+"""
 
 import threading
 
@@ -30,7 +32,13 @@ def test_a_piece_is_made_once(tmp_path):
 
 def test_kind_key_and_scope_tell_pieces_apart(tmp_path):
     made, store = [], Store(tmp_path)
-    for where, kind, key in ((store, "a", 1), (store, "a", 2), (store, "b", 1), (store.within("x"), "a", 1), (store.within("y"), "a", 1)):
+    for where, kind, key in (
+        (store, "a", 1),
+        (store, "a", 2),
+        (store, "b", 1),
+        (store.within("x"), "a", 1),
+        (store.within("y"), "a", 1),
+    ):
         where.recall(kind, key, counting(made))
     assert len(made) == 5
 
@@ -42,7 +50,9 @@ def test_without_a_folder_nothing_is_kept():
     assert len(made) == 2
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:-40], lambda data: data[:20] + b"?" + data[21:], lambda data: b""])
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-40], lambda data: data[:20] + b"?" + data[21:], lambda data: b""]
+)
 def test_a_damaged_piece_is_made_again_with_a_warning(tmp_path, caplog, damage):
     made = []
     Store(tmp_path).recall("thing", 1, counting(made))
@@ -62,9 +72,16 @@ def test_the_value_of_the_first_run_has_the_layout_of_the_next(tmp_path):
 
 def test_a_piece_is_read_onto_the_devices_that_it_was_on(tmp_path, monkeypatch, device):
     Store(tmp_path).recall("thing", 1, lambda: [torch.ones(2, device=device), torch.zeros(2)])
-    assert [each.device.type for each in Store(tmp_path).recall("thing", 1, None)] == [device, "cpu"]
+    assert [each.device.type for each in Store(tmp_path).recall("thing", 1, None)] == [
+        device,
+        "cpu",
+    ]
     with monkeypatch.context() as patch:
-        patch.setattr(store, "encode", lambda *args: ({"list": [{"tensor": ["0", "cuda:1"]}]}, {"0": torch.ones(2)}))
+        patch.setattr(
+            store,
+            "encode",
+            lambda *args: ({"list": [{"tensor": ["0", "cuda:1"]}]}, {"0": torch.ones(2)}),
+        )
         patch.setattr(store, "decode", lambda *args, **options: None)
         Store(tmp_path).recall("of a GPU", 1, lambda: None)
     monkeypatch.setattr(store, "load", lambda content: {"0": Asked()})
@@ -86,10 +103,16 @@ def test_processes_that_share_a_store_wait_for_the_one_that_makes_a_piece(tmp_pa
         release.wait(10)
         return counting(made)()
 
-    threads = [threading.Thread(target=Store(tmp_path, shared=True).recall, args=("thing", 1, slow))]
+    threads = [
+        threading.Thread(target=Store(tmp_path, shared=True).recall, args=("thing", 1, slow))
+    ]
     threads[0].start()
     started.wait(10)
-    threads.append(threading.Thread(target=Store(tmp_path, shared=True).recall, args=("thing", 1, counting(made))))
+    threads.append(
+        threading.Thread(
+            target=Store(tmp_path, shared=True).recall, args=("thing", 1, counting(made))
+        )
+    )
     threads[1].start()
     release.set()
     for thread in threads:
@@ -99,5 +122,8 @@ def test_processes_that_share_a_store_wait_for_the_one_that_makes_a_piece(tmp_pa
 
 def test_differences_name_the_place_and_both_values():
     before, now = {"a": {"b": [1, {"c": 2}]}, "same": 0}, {"a": {"b": [1, {"c": 3}, 4]}, "same": 0}
-    assert differences(before, now) == ["a.b.1.c is 2 there and 3 here", "a.b.2 is absent there and 4 here"]
+    assert differences(before, now) == [
+        "a.b.1.c is 2 there and 3 here",
+        "a.b.2 is absent there and 4 here",
+    ]
     assert differences(now, now) == []

@@ -1,4 +1,6 @@
-"""What --log-file and --events write down, and that nothing else of the process is changed by them."""
+"""What --log-file and --events write down, and that nothing else of the process is changed by
+them.
+"""
 
 import json
 import logging
@@ -65,7 +67,11 @@ def test_events_tell_a_run_from_start_to_result(tmp_path, apart):
     assert first == {"verb": "work", "event": "start", "stage": "calibrate", "done": 0, "total": 2}
     assert {"verb": "work", "event": "end", "stage": "calibrate", "done": 2, "total": 2} in middle
     said = [event["message"] for event in middle if event["event"] == "warning"]
-    assert said[0] == "short text" and "UserWarning: from a library" in said[1] and said[2:] == ["kept apart"]
+    assert (
+        said[0] == "short text"
+        and "UserWarning: from a library" in said[1]
+        and said[2:] == ["kept apart"]
+    )
     assert last == {"verb": "work", "event": "result", "result": {"size": 1.5}}
 
 
@@ -94,7 +100,12 @@ def test_whatever_ends_a_run_is_written_down(error, message, code, tmp_path):
         raise error
 
     result = run(stop, "--events", tmp_path / "events", "--log-file", tmp_path / "log")
-    assert events(tmp_path / "events")[-1] == {"verb": "stop", "event": "error", "message": message, "exit_code": code}
+    assert events(tmp_path / "events")[-1] == {
+        "verb": "stop",
+        "event": "error",
+        "message": message,
+        "exit_code": code,
+    }
     text = (tmp_path / "log").read_text()
     assert f"ERROR compressor.runtime.logs: {message} (exit code {code})" in text
     assert ("Traceback" in text) == isinstance(error, ZeroDivisionError)
@@ -179,7 +190,10 @@ def test_a_disk_that_fills_up_ends_the_run_naming_the_file(flag, tmp_path, monke
     monkeypatch.setattr(os, "write", full)
     result = run(work, flag, tmp_path / "file")
     assert result.exit_code == 1
-    assert result.stderr.splitlines()[-1] == f"error: {tmp_path / 'file'}: could not be written (No space left on device)"
+    assert (
+        result.stderr.splitlines()[-1]
+        == f"error: {tmp_path / 'file'}: could not be written (No space left on device)"
+    )
 
 
 def test_new_files_have_ordinary_permissions(tmp_path):

@@ -109,7 +109,9 @@ def test_stdout_is_left_alone(stderr, capsys):
 def watched(items, title, total=None, stop_after=None):
     """What a watcher is told about one stage: (event, done, total)."""
     told = []
-    with shown(quiet=True, watchers=[lambda event, stage: told.append((event, stage.done, stage.total))]) as progress:
+    with shown(
+        quiet=True, watchers=[lambda event, stage: told.append((event, stage.done, stage.total))]
+    ) as progress:
         for number, _ in enumerate(progress(items, title, total)):
             if number == stop_after:
                 break
@@ -118,9 +120,22 @@ def watched(items, title, total=None, stop_after=None):
 
 def test_watchers_hear_start_every_item_and_end_in_quiet_too(stderr):
     stream = stderr(io.StringIO())
-    assert watched("ab", "stage") == [("start", 0, 2), ("advance", 1, 2), ("advance", 2, 2), ("end", 2, 2)]
-    assert watched(iter("a"), "stage") == [("start", 0, None), ("advance", 1, None), ("end", 1, None)]
-    assert watched("abc", "stage", stop_after=1) == [("start", 0, 3), ("advance", 1, 3), ("end", 1, 3)]
+    assert watched("ab", "stage") == [
+        ("start", 0, 2),
+        ("advance", 1, 2),
+        ("advance", 2, 2),
+        ("end", 2, 2),
+    ]
+    assert watched(iter("a"), "stage") == [
+        ("start", 0, None),
+        ("advance", 1, None),
+        ("end", 1, None),
+    ]
+    assert watched("abc", "stage", stop_after=1) == [
+        ("start", 0, 3),
+        ("advance", 1, 3),
+        ("end", 1, 3),
+    ]
     assert stream.getvalue() == ""
 
 
@@ -128,14 +143,22 @@ def test_stages_that_an_error_stops_end_once_innermost_first():
     told = []
 
     def stop():
-        with shown(quiet=True, watchers=[lambda event, stage: told.append((event, stage.title, stage.done))]) as progress:
+        with shown(
+            quiet=True,
+            watchers=[lambda event, stage: told.append((event, stage.title, stage.done))],
+        ) as progress:
             for _ in progress("ab", "outer"):
                 for _ in progress("cd", "inner"):
                     raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         stop()
-    assert told == [("start", "outer", 0), ("start", "inner", 0), ("end", "inner", 0), ("end", "outer", 0)]
+    assert told == [
+        ("start", "outer", 0),
+        ("start", "inner", 0),
+        ("end", "inner", 0),
+        ("end", "outer", 0),
+    ]
 
 
 def test_a_long_stage_says_now_and_then_how_far_it_is(stderr, monkeypatch):
@@ -168,7 +191,9 @@ def test_rates_are_items_in_a_second_or_seconds_an_item(monkeypatch):
 def test_counted_stages_are_told_and_finish_with_the_block():
     told = []
     with (
-        shown(quiet=True, watchers=[lambda event, stage: told.append((event, stage.done))]) as progress,
+        shown(
+            quiet=True, watchers=[lambda event, stage: told.append((event, stage.done))]
+        ) as progress,
         counted(progress, 3, "lm-eval") as advance,
     ):
         assert told == [("start", 0)]

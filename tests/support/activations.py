@@ -29,7 +29,10 @@ def distance(one, other):
 def assert_same(one, other, tolerance=PIECES):
     assert one.keys() == other.keys()
     for name in one:
-        assert (one[name].tokens, one[name].grad_tokens) == (other[name].tokens, other[name].grad_tokens)
+        assert (one[name].tokens, one[name].grad_tokens) == (
+            other[name].tokens,
+            other[name].grad_tokens,
+        )
         for field in FIELDS:
             mine, theirs = getattr(one[name], field), getattr(other[name], field)
             assert (mine is None) == (theirs is None), (name, field)
@@ -37,7 +40,9 @@ def assert_same(one, other, tolerance=PIECES):
 
 
 def observed(model, found, tokens):
-    """Input and output gradient of each linear, (windows, length, size) float64, one window at a time by plain autograd."""
+    """Input and output gradient of each linear, (windows, length, size) float64, one window at a
+    time by plain autograd.
+    """
     seen, length = {name: ([], []) for name in found}, tokens.shape[1]
     for window in tokens:
         outputs = {}
@@ -47,7 +52,9 @@ def observed(model, found, tokens):
             outputs[name] = output
             seen[name][0].append(args[0].detach().double().reshape(length, -1))
 
-        handles = [info.module.register_forward_hook(partial(keep, name)) for name, info in found.items()]
+        handles = [
+            info.module.register_forward_hook(partial(keep, name)) for name, info in found.items()
+        ]
         logits = model(input_ids=window[None], use_cache=False).logits[0]
         functional.cross_entropy(logits[:-1], window[1:], reduction="sum").backward()
         for name, output in outputs.items():

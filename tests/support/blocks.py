@@ -25,7 +25,9 @@ def dictionary(weight, bias):
     left, values, atoms = torch.linalg.svd(weight, full_matrices=False)
     codes = (left * values)[:, :20]
     mask = codes.abs() > codes.abs().median()
-    return Dictionary(codes[mask], atoms[:20].contiguous(), pack_mask(mask.flatten()), bias, len(weight))
+    return Dictionary(
+        codes[mask], atoms[:20].contiguous(), pack_mask(mask.flatten()), bias, len(weight)
+    )
 
 
 def packed(weight, bias, symmetric=True, group=8):
@@ -44,7 +46,14 @@ def chained(weight, bias):
 def wrapped(weight, bias):
     mask = torch.zeros(weight.numel() // 4, 4, dtype=torch.bool)
     mask.scatter_(1, weight.abs().view(-1, 4).topk(2).indices, True)
-    return Wrapped.of(weight, mask.view_as(weight), torch.eye(4).repeat(8, 1, 1), torch.eye(4).repeat(12, 1, 1), bias, weight.dtype)
+    return Wrapped.of(
+        weight,
+        mask.view_as(weight),
+        torch.eye(4).repeat(8, 1, 1),
+        torch.eye(4).repeat(12, 1, 1),
+        bias,
+        weight.dtype,
+    )
 
 
 MADE = {
@@ -57,7 +66,9 @@ MADE = {
     "packed": packed,
     "packed asymmetric": lambda weight, bias: packed(weight, bias, symmetric=False),
     "chained": chained,
-    "pruned": lambda weight, bias: Pruned.of(weight, bias, torch.arange(32) % 3 > 0, torch.arange(48) % 4 > 0, weight.dtype),
+    "pruned": lambda weight, bias: Pruned.of(
+        weight, bias, torch.arange(32) % 3 > 0, torch.arange(48) % 4 > 0, weight.dtype
+    ),
     "wrapped": wrapped,
 }
 
@@ -69,7 +80,13 @@ def low_rank_pair(weight, rank):
 
 def repaired(model, modules, section=SECTION, batches=None, heldout=None, dtype=torch.float32):
     dtypes = dict.fromkeys([name for name, _ in model.named_parameters()], dtype)
-    dtypes |= {f"{name}.{key}": p.dtype for name, module in modules.items() for key, p in module.named_parameters()}
+    dtypes |= {
+        f"{name}.{key}": p.dtype
+        for name, module in modules.items()
+        for key, p in module.named_parameters()
+    }
     batches = [windows()] if batches is None else batches
     with training(model):
-        return repair_blocks(model, modules, dtypes, (batches, batches if heldout is None else heldout), section, 0)
+        return repair_blocks(
+            model, modules, dtypes, (batches, batches if heldout is None else heldout), section, 0
+        )

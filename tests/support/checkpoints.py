@@ -25,20 +25,38 @@ RANK = 5
 
 
 def compress(model, every: int = 2, names: tuple[str, ...] = ()):
-    """Put random low-rank modules, plain and pivoted in turn, in place of every second linear and of `names`."""
+    """Put random low-rank modules, plain and pivoted in turn, in place of every second linear and
+    of `names`.
+    """
     generator = torch.Generator().manual_seed(0)
-    chosen = list(linears(model).items())[::every] + list(linears(model, names).items() if names else ())
+    chosen = list(linears(model).items())[::every] + list(
+        linears(model, names).items() if names else ()
+    )
     for number, (name, info) in enumerate(chosen):
         pivoted = number % 2
         mask = torch.arange(info.in_features) < RANK if pivoted else None
-        weight = torch.randn(RANK, info.in_features - RANK * pivoted, generator=generator) / info.in_features
+        weight = (
+            torch.randn(RANK, info.in_features - RANK * pivoted, generator=generator)
+            / info.in_features
+        )
         up = torch.randn(info.out_features, RANK, generator=generator)
         bias = dense_of(info, model.dtype).bias
-        replace(model, name, LowRank(weight.to(model.dtype), up.to(model.dtype), bias, pack_mask(mask) if pivoted else None))
+        replace(
+            model,
+            name,
+            LowRank(
+                weight.to(model.dtype),
+                up.to(model.dtype),
+                bias,
+                pack_mask(mask) if pivoted else None,
+            ),
+        )
     return model
 
 
-def store(output: Path, model, source: Path | None, shard_size: int = WHOLE, tokenizer=None) -> Path:
+def store(
+    output: Path, model, source: Path | None, shard_size: int = WHOLE, tokenizer=None
+) -> Path:
     with Staging(output) as stage:
         write_model(stage.folder, model, tokenizer, source, shard_size)
         compare_reload(stage.folder, model)
@@ -46,7 +64,11 @@ def store(output: Path, model, source: Path | None, shard_size: int = WHOLE, tok
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 @torch.no_grad()
@@ -57,7 +79,12 @@ def logits(model) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def written(tiny_llama, tmp_path_factory) -> Path:
     """A compressed tiny Llama in several shards. Read only."""
-    return store(tmp_path_factory.mktemp("written") / "out", compress(load(tiny_llama)[0]), tiny_llama, 20_000)
+    return store(
+        tmp_path_factory.mktemp("written") / "out",
+        compress(load(tiny_llama)[0]),
+        tiny_llama,
+        20_000,
+    )
 
 
 @pytest.fixture

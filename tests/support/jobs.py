@@ -19,7 +19,12 @@ def job_of(model, text_file, *sets, config="svd_llm"):
 def exactly(job):
     """The same job in float64 throughout, so that no small gap of a spectrum magnifies rounding."""
     job.model.double()
-    return replace(job, assignments={name: replace(one, dtype=torch.float64) for name, one in job.assignments.items()})
+    return replace(
+        job,
+        assignments={
+            name: replace(one, dtype=torch.float64) for name, one in job.assignments.items()
+        },
+    )
 
 
 def built(job):
@@ -29,7 +34,9 @@ def built(job):
 def received(model, name, tokens):
     """Inputs of a linear, (tokens, in) float64, from one full pass."""
     seen = []
-    handle = model.get_submodule(name).register_forward_pre_hook(lambda module, args: seen.append(args[0].double().flatten(0, -2)))
+    handle = model.get_submodule(name).register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].double().flatten(0, -2))
+    )
     with torch.no_grad():
         model(input_ids=tokens)
     handle.remove()

@@ -12,7 +12,13 @@ def tiny_config(kind: str, **changes):
     """Configuration of a two-block random model of one architecture; sizes unequal on purpose."""
     from transformers import AutoConfig
 
-    common = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "torch_dtype": "float32"}
+    common = {
+        "vocab_size": VOCABULARY,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "torch_dtype": "float32",
+    }
     gated = {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -22,7 +28,12 @@ def tiny_config(kind: str, **changes):
         "head_dim": 8,
         "max_position_embeddings": 128,
     }
-    classic = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128}
+    classic = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+    }
     sizes = {
         "llama": gated,
         "mistral": gated,
@@ -54,7 +65,9 @@ def tiny_tokenizer():
     words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w3"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
 
 
 def save_tiny(folder: Path, kind: str, **changes) -> Path:

@@ -1,4 +1,6 @@
-"""Low-rank modules and checkpoints made by hand, independent of the methods and the writer of the package; disks that are full."""
+"""Low-rank modules and checkpoints made by hand, independent of the methods and the writer of the
+package; disks that are full.
+"""
 
 import errno
 import os
@@ -18,8 +20,15 @@ from compressor.linears import LowRank
 from support.models import VOCABULARY, tiny_model, tiny_tokenizer
 
 TARGETS = {  # a plain and a pivoted pair in the two blocks, dense linears beside them; ranks differ
-    "llama": {"model.layers.0.self_attn.q_proj": (5, False), "model.layers.1.mlp.down_proj": (7, True)},
-    "gpt2": {"transformer.h.0.attn.c_attn": (5, True), "transformer.h.0.mlp.c_proj": (6, False), "transformer.h.1.mlp.c_fc": (7, True)},
+    "llama": {
+        "model.layers.0.self_attn.q_proj": (5, False),
+        "model.layers.1.mlp.down_proj": (7, True),
+    },
+    "gpt2": {
+        "transformer.h.0.attn.c_attn": (5, True),
+        "transformer.h.0.mlp.c_proj": (6, False),
+        "transformer.h.1.mlp.c_fc": (7, True),
+    },
 }
 
 
@@ -30,7 +39,9 @@ def factor_pair(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def low_rank(weight: Tensor, bias: Tensor | None, rank: int, pivoted: bool) -> LowRank:
-    """Best rank-r approximation of weight (out, in) in the Frobenius norm, stored plain or pivoted in the dtype of the weight."""
+    """Best rank-r approximation of weight (out, in) in the Frobenius norm, stored plain or pivoted
+    in the dtype of the weight.
+    """
     up, down = factor_pair(weight, rank)
     bias = None if bias is None else bias.detach().clone()
     if not pivoted:
@@ -39,7 +50,9 @@ def low_rank(weight: Tensor, bias: Tensor | None, rank: int, pivoted: bool) -> L
     mask[scipy.linalg.qr(down.numpy(), mode="r", pivoting=True)[1][:rank]] = True
     pivots, mask = torch.from_numpy(numpy.packbits(mask)), torch.from_numpy(mask)
     others = torch.linalg.solve(down[:, mask], down[:, ~mask]).contiguous()
-    return LowRank(others.to(weight.dtype), (up @ down[:, mask]).to(weight.dtype).contiguous(), bias, pivots)
+    return LowRank(
+        others.to(weight.dtype), (up @ down[:, mask]).to(weight.dtype).contiguous(), bias, pivots
+    )
 
 
 def low_rank_like(module: nn.Module, rank: int, pivoted: bool) -> LowRank:
@@ -53,13 +66,23 @@ def compress_in_place(model, modules: dict[str, LowRank]) -> None:
     for name, module in modules.items():
         model.set_submodule(name, module)
     specs = {name: module.spec() for name, module in modules.items()}
-    model.config.quantization_config = {"quant_method": "compressor", "format_version": 1, "linears": specs}
+    model.config.quantization_config = {
+        "quant_method": "compressor",
+        "format_version": 1,
+        "linears": specs,
+    }
 
 
 def compressed(kind: str, **changes):
     """Tiny model with the modules of TARGETS in it."""
     model = tiny_model(kind, **changes)
-    compress_in_place(model, {name: low_rank_like(model.get_submodule(name), *how) for name, how in TARGETS[kind].items()})
+    compress_in_place(
+        model,
+        {
+            name: low_rank_like(model.get_submodule(name), *how)
+            for name, how in TARGETS[kind].items()
+        },
+    )
     return model
 
 
@@ -72,14 +95,18 @@ def save_compressed(folder: Path, kind: str) -> Path:
 
 def loaded(folder: Path, **options):
     """Load with transformers alone and insist on a perfect fit."""
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, trust_remote_code=False, **options)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, trust_remote_code=False, **options
+    )
     assert not any(info.values()), info
     return model
 
 
 def tokens(seed: int = 1, batch: int = 2, length: int = 12) -> Tensor:
     """Random token ids (batch, length) of the tiny vocabulary, without padding."""
-    return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed)
+    )
 
 
 @torch.no_grad()
@@ -104,7 +131,9 @@ def disk_of_20_kb() -> Iterator[None]:
 
 @contextmanager
 def full_disk(monkeypatch, name: str, spared: int = 0) -> Iterator[None]:
-    """Let writing a text file fail whose name begins with `name`, as on a full disk, after so many that go well."""
+    """Let writing a text file fail whose name begins with `name`, as on a full disk, after so many
+    that go well.
+    """
     original, seen = Path.write_text, []
 
     def write_text(path: Path, *arguments, **options) -> int:

@@ -29,7 +29,11 @@ def version_of(output: Path) -> str | None:
     version = (output / "config.json").read_text().strip('"')
     assert (output / "model.safetensors").read_bytes() == version.encode() * 100
     assert manifest.problems(output, manifest.read(output)) == []
-    assert sorted(path.name for path in output.iterdir()) == ["config.json", "manifest.json", "model.safetensors"]
+    assert sorted(path.name for path in output.iterdir()) == [
+        "config.json",
+        "manifest.json",
+        "model.safetensors",
+    ]
     return version
 
 

@@ -13,7 +13,9 @@ import pytest
 
 
 def forked(function: Callable[[], object]) -> int:
-    """Start a function in a process of its own; its number. Status 0 when it is done, 1 for an error."""
+    """Start a function in a process of its own; its number. Status 0 when it is done, 1 for an
+    error.
+    """
     child = os.fork()
     if child == 0:
         status = 1
@@ -64,7 +66,9 @@ def killed_after(function: Callable[[], object], seconds: float) -> bool:
 
 @contextmanager
 def interrupted(owner: Any, name: str, at: int) -> Iterator[None]:
-    """Ctrl-C in place of call number `at`, from 1, of a function of `owner`; what is inside the `with` must come to it, and ends there."""
+    """Ctrl-C in place of call number `at`, from 1, of a function of `owner`; what is inside the
+    `with` must come to it, and ends there.
+    """
     calls, function = count(1), getattr(owner, name)
 
     def run(*args, **kwargs):
@@ -79,4 +83,6 @@ def interrupted(owner: Any, name: str, at: int) -> Iterator[None]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Bytes of every file but the one that differs from run to run."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "timings.json"}
+    return {
+        path.name: path.read_bytes() for path in folder.iterdir() if path.name != "timings.json"
+    }

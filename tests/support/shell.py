@@ -41,15 +41,33 @@ def refused(result: Result, code: int, *words: object) -> str:
     return last
 
 
-def compress(model: object, output: Path, text: Path | str, *more: object, **settings: object) -> list[object]:
-    """Arguments that compress a tiny model with a recipe that needs one forward pass; settings: dots written as __."""
+def compress(
+    model: object, output: Path, text: Path | str, *more: object, **settings: object
+) -> list[object]:
+    """Arguments that compress a tiny model with a recipe that needs one forward pass; settings:
+    dots written as __.
+    """
     changed = SMALL | {key.replace("__", "."): value for key, value in settings.items()}
     flags = [part for key, value in changed.items() for part in ("--set", f"{key}={value}")]
-    return ["compress", model, output, "-c", "svd_llm", "--calibration", text, "--text", text, *flags, *more]
+    return [
+        "compress",
+        model,
+        output,
+        "-c",
+        "svd_llm",
+        "--calibration",
+        text,
+        "--text",
+        text,
+        *flags,
+        *more,
+    ]
 
 
 def killed(arguments: list[object], where: str, call: int = 1) -> None:
-    """Run a command in a process that is killed right before the n-th call of the function with this dotted name."""
+    """Run a command in a process that is killed right before the n-th call of the function with
+    this dotted name.
+    """
 
     def action() -> None:
         owner, _, name = where.rpartition(".")
@@ -63,4 +81,7 @@ def killed(arguments: list[object], where: str, call: int = 1) -> None:
 def bytes_of(folder: Path, but: tuple[str, ...] = ("timings.json",)) -> dict[str, str]:
     """sha256 of every file below a folder, by name."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in but)
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }

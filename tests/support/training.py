@@ -12,7 +12,11 @@ SECTION = Heal(enabled=True, steps=30, check=10, learning_rate=0.02)
 
 
 def modules_of(model, rank=4):
-    return {name: low_rank(info.module.weight, None, rank, True) for name, info in linears(model).items() if "down" in name}
+    return {
+        name: low_rank(info.module.weight, None, rank, True)
+        for name, info in linears(model).items()
+        if "down" in name
+    }
 
 
 def loss_of(original, kind="kl", **settings):

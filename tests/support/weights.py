@@ -1,4 +1,6 @@
-"""Seeded (weight, statistics) cases for the methods, with the tokens and gradients the statistics were summed from."""
+"""Seeded (weight, statistics) cases for the methods, with the tokens and gradients the statistics
+were summed from.
+"""
 
 from dataclasses import dataclass
 
@@ -8,12 +10,24 @@ from torch import Tensor
 from compressor.linears import Dense
 from compressor.statistics import LinearStats
 
-KINDS = ("square", "tall", "wide", "biased", "low_rank_weight", "low_rank_gram", "dead_inputs", "few_tokens", "zero_weight")
+KINDS = (
+    "square",
+    "tall",
+    "wide",
+    "biased",
+    "low_rank_weight",
+    "low_rank_gram",
+    "dead_inputs",
+    "few_tokens",
+    "zero_weight",
+)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A linear, its inputs x (tokens, in) and output gradients g (tokens, out), float64, and their statistics."""
+    """A linear, its inputs x (tokens, in) and output gradients g (tokens, out), float64, and their
+    statistics.
+    """
 
     dense: Dense
     x: Tensor
@@ -43,7 +57,9 @@ def make(kind: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Case:
 
     height, width = {"tall": (40, 24), "wide": (20, 44)}.get(kind, (28, 28))
     tokens = 12 if kind == "few_tokens" else 200
-    x = normal(tokens, width) @ (normal(width, width) * torch.logspace(0, -2, width, dtype=torch.float64)) + 0.5 * normal(width)
+    x = normal(tokens, width) @ (
+        normal(width, width) * torch.logspace(0, -2, width, dtype=torch.float64)
+    ) + 0.5 * normal(width)
     g = normal(tokens, height) @ normal(height, height) / height
     weight = normal(height, width)
     if kind == "low_rank_weight":
@@ -59,13 +75,22 @@ def make(kind: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Case:
 
 
 def correlated(height: int = 24, width: int = 48, seed: int = 0, tokens: int = 400) -> Case:
-    """Inputs and gradients with a spread of scales and neighbours that resemble each other, as in a trained model."""
+    """Inputs and gradients with a spread of scales and neighbours that resemble each other, as in a
+    trained model.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(size: int) -> Tensor:
         noise = torch.randn(tokens, size, generator=generator, dtype=torch.float64)
-        mixed = (noise + 0.8 * noise.roll(1, 1) + 0.4 * noise.roll(3, 1)) * torch.logspace(0, -1, size, dtype=torch.float64)
+        mixed = (noise + 0.8 * noise.roll(1, 1) + 0.4 * noise.roll(3, 1)) * torch.logspace(
+            0, -1, size, dtype=torch.float64
+        )
         return mixed[:, torch.randperm(size, generator=generator)]
 
     x, g = drawn(width), drawn(height)
-    return Case(Dense(torch.randn(height, width, generator=generator), None, torch.float32), x, g, sums(x, g))
+    return Case(
+        Dense(torch.randn(height, width, generator=generator), None, torch.float32),
+        x,
+        g,
+        sums(x, g),
+    )

@@ -1,4 +1,6 @@
-"""LoRA beside compressed linears: nothing at the start, trained alone, merged exactly where that is possible, and in no more bits."""
+"""LoRA beside compressed linears: nothing at the start, trained alone, merged exactly where that is
+possible, and in no more bits.
+"""
 
 from copy import deepcopy
 
@@ -43,7 +45,8 @@ def disturbed(module, rank=RANK):
 
 def merged(module, lora, metric=None):
     values = {
-        key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in lora.merged(metric or Metric(), "it").items()
+        key: tensor.float() if tensor.is_floating_point() else tensor
+        for key, tensor in lora.merged(metric or Metric(), "it").items()
     }
     return rebuilt({"it": module}, {"it": values})["it"]
 
@@ -53,7 +56,10 @@ def made(kind):
     return MADE[kind](weight, torch.linspace(-1, 1, len(weight)))
 
 
-@pytest.mark.parametrize("kind", ["dense", "conv1d", *(kind for kind in MADE if kind.split()[0] not in FROZEN | TRUNCATED)])
+@pytest.mark.parametrize(
+    "kind",
+    ["dense", "conv1d", *(kind for kind in MADE if kind.split()[0] not in FROZEN | TRUNCATED)],
+)
 def test_merging_is_exact_where_entries_or_whole_weights_are_stored(kind):
     match kind:
         case "dense":
@@ -72,7 +78,9 @@ def test_merging_is_exact_where_entries_or_whole_weights_are_stored(kind):
         assert torch.equal(tensor, module.state_dict()[key]) == (key != "weight"), key
 
 
-@pytest.mark.parametrize("kind", ["low_rank", "low_rank pivoted", "adapted sparse", "adapted packed"])
+@pytest.mark.parametrize(
+    "kind", ["low_rank", "low_rank pivoted", "adapted sparse", "adapted packed"]
+)
 def test_low_rank_parts_become_the_best_of_their_rank(kind):
     module = made(kind)
     lora, rank = disturbed(module), module.rank
@@ -84,9 +92,14 @@ def test_low_rank_parts_become_the_best_of_their_rank(kind):
         assert found.spec() == module.spec() and found.bits() == module.bits()
         error = (whole - (found.to_dense() - base).double()) * roots
         tail = torch.linalg.svdvals(whole * roots)[rank:]
-        assert error.square().sum().item() == pytest.approx(tail.square().sum().item(), rel=1e-3) and len(tail) > RANK - 1
+        assert (
+            error.square().sum().item() == pytest.approx(tail.square().sum().item(), rel=1e-3)
+            and len(tail) > RANK - 1
+        )
         x = torch.randn(4, 48, generator=torch.Generator().manual_seed(2))
-        torch.testing.assert_close(found(x), functional.linear(x, found.to_dense(), found.bias), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            found(x), functional.linear(x, found.to_dense(), found.bias), rtol=1e-4, atol=1e-4
+        )
 
 
 def test_a_start_changes_nothing_and_a_small_rank_is_enough_for_itself():
@@ -95,20 +108,27 @@ def test_a_start_changes_nothing_and_a_small_rank_is_enough_for_itself():
     x = torch.randn(4, 48, generator=torch.Generator().manual_seed(2))
     assert lora.down.shape == (32, 48) and not lora.up.any()
     assert_same_output(lora(x), module(x))
-    torch.testing.assert_close(merged(module, lora).to_dense(), module.to_dense(), rtol=CLOSE, atol=CLOSE)
+    torch.testing.assert_close(
+        merged(module, lora).to_dense(), module.to_dense(), rtol=CLOSE, atol=CLOSE
+    )
     masked = made("dictionary")
     assert_same_output(Lora(masked, 2, torch.Generator())(x), masked(x))
 
 
 def test_only_products_learn_and_the_loss_falls():
     model = compressed("gpt2")
-    names = [name for name, module in model.named_modules() if getattr(module, "kind", None) in KINDS]
+    names = [
+        name for name, module in model.named_modules() if getattr(module, "kind", None) in KINDS
+    ]
     modules, dense = {name: model.get_submodule(name) for name in names}, tiny_model("gpt2")
     with training(dense):
         original = Original(dense, [windows()])
         loras = Loras(dense, modules, blocks(dense)[1], 4, 0)
         before = deepcopy({name: lora.module.state_dict() for name, lora in loras.copies.items()})
-        assert len(loras.copies) == 8 and {key.rpartition(".")[2] for key in loras.parameters} == {"up", "down"}
+        assert len(loras.copies) == 8 and {key.rpartition(".")[2] for key in loras.parameters} == {
+            "up",
+            "down",
+        }
         with installed(dense, modules | loras.copies):
             task = Task("heal", loras.parameters, 1, loss_of(original), original.divergence)
             scores = fit(task, SECTION, 0).scores
@@ -116,31 +136,63 @@ def test_only_products_learn_and_the_loss_falls():
     assert min(scores) < 0.8 * scores[0] and metrics.keys() == set(names)
     assert all(metrics[name].moment.shape == (dense.get_submodule(name).nx,) for name in names)
     for name, state in before.items():
-        assert all(torch.equal(tensor, state[key]) for key, tensor in loras.copies[name].module.state_dict().items())
+        assert all(
+            torch.equal(tensor, state[key])
+            for key, tensor in loras.copies[name].module.state_dict().items()
+        )
     again = Loras(dense, modules, blocks(dense)[1], 4, 0)
-    assert all(torch.equal(again.parameters[name], torch.zeros_like(p)) for name, p in loras.parameters.items() if name.endswith("up"))
+    assert all(
+        torch.equal(again.parameters[name], torch.zeros_like(p))
+        for name, p in loras.parameters.items()
+        if name.endswith("up")
+    )
 
 
 def test_integers_stay_as_they_are_and_nothing_but_integers_is_refused(tiny_llama, text_file):
     model = tiny_model("llama")
     modules = {DOWN: made("packed")}
     assert DOWN not in Loras(model, modules, blocks(model)[1], 4, 0).copies
-    job = jobs.start(recipe(tiny_llama, text_file, "heal.enabled=true", "heal.train=lora"), jobs.open_source(str(tiny_llama), None))
-    weights = {name: module for name, module in job.model.named_modules() if isinstance(module, torch.nn.Linear) and "layers" in name}
-    packed = {name: MADE["packed"](module.weight.detach(), None) for name, module in weights.items()}
-    with pytest.raises(ConfigError, match=r"heal\.train: lora has nothing to merge into.*\(packed\); set heal\.train to compressed"):
+    job = jobs.start(
+        recipe(tiny_llama, text_file, "heal.enabled=true", "heal.train=lora"),
+        jobs.open_source(str(tiny_llama), None),
+    )
+    weights = {
+        name: module
+        for name, module in job.model.named_modules()
+        if isinstance(module, torch.nn.Linear) and "layers" in name
+    }
+    packed = {
+        name: MADE["packed"](module.weight.detach(), None) for name, module in weights.items()
+    }
+    with pytest.raises(
+        ConfigError,
+        match=r"heal\.train: lora has nothing to merge into.*\(packed\); set heal\.train to compressed",
+    ):
         recover(job, None, packed, {})
 
 
 def test_a_run_keeps_its_size_and_goes_on_to_the_same_bytes(tiny_llama, text_file, tmp_path):
-    quick = [f"heal.{value}" for value in ("enabled=true", "train=lora", "steps=12", "check=4", "learning_rate=0.01", "rank=2")]
+    quick = [
+        f"heal.{value}"
+        for value in (
+            "enabled=true",
+            "train=lora",
+            "steps=12",
+            "check=4",
+            "learning_rate=0.01",
+            "rank=2",
+        )
+    ]
     plain = recipe(tiny_llama, text_file, "allocation.keep=0.7", "output.dtype=bfloat16")
     healed = recipe(tiny_llama, text_file, "allocation.keep=0.7", "output.dtype=bfloat16", *quick)
     expected = pipeline.compress(healed, tmp_path / "whole")
     assert expected["trained"]["heal"]["kept"]
     before = pipeline.compress(plain, tmp_path / "plain")
     assert before["kept"] == expected["kept"] and before["kl"] != expected["kl"]
-    specs = [read_json(tmp_path / run / "config.json")["quantization_config"]["linears"] for run in ("plain", "whole")]
+    specs = [
+        read_json(tmp_path / run / "config.json")["quantization_config"]["linears"]
+        for run in ("plain", "whole")
+    ]
     assert specs[0] == specs[1]
     with interrupted(trainer, "_advance", 2):
         pipeline.compress(healed, tmp_path / "out")

@@ -1,4 +1,6 @@
-"""The loss of healing with features of the blocks, and with a teacher of which the likeliest tokens are known."""
+"""The loss of healing with features of the blocks, and with a teacher of which the likeliest tokens
+are known.
+"""
 
 import pytest
 import torch
@@ -30,36 +32,56 @@ def test_features_are_compared_block_by_block_relative_to_their_size():
         wanted = model(input_ids=batch, output_hidden_states=True)
         with installed(model, modules):
             found = model(input_ids=batch, output_hidden_states=True)
-            losses = {weight: loss_of(original, features=weight)(0).item() for weight in (0.0, 1.0, 3.0)}
+            losses = {
+                weight: loss_of(original, features=weight)(0).item() for weight in (0.0, 1.0, 3.0)
+            }
     with torch.no_grad():
-        first = (found.hidden_states[1] - wanted.hidden_states[1]).square().sum(-1) / wanted.hidden_states[1].square().sum(-1)
+        first = (found.hidden_states[1] - wanted.hidden_states[1]).square().sum(
+            -1
+        ) / wanted.hidden_states[1].square().sum(-1)
     added = losses[1.0] - losses[0.0]
-    assert losses[3.0] - losses[0.0] == pytest.approx(3 * added, rel=1e-4) and added > first.mean().item() / 2 > 0
+    assert (
+        losses[3.0] - losses[0.0] == pytest.approx(3 * added, rel=1e-4)
+        and added > first.mean().item() / 2 > 0
+    )
     seen = distance(found.hidden_states[1], wanted.hidden_states[1]).item()
     assert seen == pytest.approx(first.mean().item(), rel=CLOSE)
 
 
-@pytest.mark.parametrize("settings", [{"features": 2.0}, {"teacher": "cached", "top": 7}, {"teacher": "cached", "top": VOCABULARY}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"features": 2.0}, {"teacher": "cached", "top": 7}, {"teacher": "cached", "top": VOCABULARY}],
+)
 def test_a_student_that_is_the_teacher_has_neither_loss_nor_gradient(settings):
     model = tiny_model("llama")
     with training(model):
         original = Original(model, [windows()], keep=settings.get("teacher") != "cached")
         learners = Learners(model, {}, blocks(model)[1], "everything")
-        with installed(model, learners.copies), torch.enable_grad(), attached(learners.parameters.values()):
+        with (
+            installed(model, learners.copies),
+            torch.enable_grad(),
+            attached(learners.parameters.values()),
+        ):
             loss = loss_of(original, **settings)(0)
             loss.backward()
             assert loss.item() == 0 and len(learners.parameters) == 18
             assert all(not parameter.grad.any() for parameter in learners.parameters.values())
 
 
-@pytest.mark.parametrize("settings", [{"features": 1.0}, {"features": 0.1, "kind": "ce"}, {"teacher": "cached", "top": 9}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"features": 1.0}, {"features": 0.1, "kind": "ce"}, {"teacher": "cached", "top": 9}],
+)
 def test_the_loss_of_one_batch_falls_and_the_original_is_as_it_was(settings):
     model = tiny_model("llama")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     modules = modules_of(model)
     with training(model):
         original = Original(model, [windows()], keep="teacher" not in settings)
-        learners, loss = Learners(model, modules, blocks(model)[1], "everything"), loss_of(original, **settings)
+        learners, loss = (
+            Learners(model, modules, blocks(model)[1], "everything"),
+            loss_of(original, **settings),
+        )
         with installed(model, modules | learners.copies):
             start = loss(0).item()
             fit(Task("heal", learners.parameters, 1, loss, lambda: loss(0).item()), SECTION, 0)
@@ -70,7 +92,9 @@ def test_the_loss_of_one_batch_falls_and_the_original_is_as_it_was(settings):
 
 def test_coarser_distributions_are_no_farther_apart():
     generator = torch.Generator().manual_seed(0)
-    logits, expected = (3 * torch.randn(5, 4, 30, generator=generator, dtype=torch.float64) for _ in range(2))
+    logits, expected = (
+        3 * torch.randn(5, 4, 30, generator=generator, dtype=torch.float64) for _ in range(2)
+    )
     whole, last = kl_sum(expected, logits).item(), 0.0
     for top in (1, 2, 8, 20, 29, 30):
         tokens = expected.topk(top).indices
@@ -84,7 +108,8 @@ def test_coarser_distributions_are_no_farther_apart():
     assert last == pytest.approx(whole, rel=1e-12)
     tokens = expected.topk(6).indices
     assert torch.autograd.gradcheck(
-        lambda found: Divergence.apply(coarse(found, tokens), coarse(expected, tokens)), logits.requires_grad_(True)
+        lambda found: Divergence.apply(coarse(found, tokens), coarse(expected, tokens)),
+        logits.requires_grad_(True),
     )
 
 
@@ -95,17 +120,31 @@ def test_a_cached_teacher_of_the_whole_vocabulary_is_the_online_one():
         kept, asked = Original(model, [batch]), Original(model, [batch], keep=False)
         with installed(model, modules):
             expected = loss_of(kept)(0).item()
-            assert loss_of(asked, teacher="cached", top=10 * VOCABULARY)(0).item() == pytest.approx(expected, rel=NOISE)
+            assert loss_of(asked, teacher="cached", top=10 * VOCABULARY)(0).item() == pytest.approx(
+                expected, rel=NOISE
+            )
             assert 0 < loss_of(asked, teacher="cached", top=5)(0).item() < expected
-            assert asked.divergence() == pytest.approx(kept.divergence(), rel=NOISE) and len(asked.last) == 0
+            assert (
+                asked.divergence() == pytest.approx(kept.divergence(), rel=NOISE)
+                and len(asked.last) == 0
+            )
 
 
-@pytest.mark.parametrize("settings", [("teacher=cached", "top=64"), ("features=0.5",)], ids=["cached", "features"])
+@pytest.mark.parametrize(
+    "settings", [("teacher=cached", "top=64"), ("features=0.5",)], ids=["cached", "features"]
+)
 def test_runs_are_judged_on_whole_distributions(tiny_llama, text_file, tmp_path, settings):
-    sets = [f"heal.{value}" for value in ("enabled=true", "steps=8", "check=4", "learning_rate=0.01", *settings)]
-    report = run.compress(recipe(tiny_llama, text_file, "allocation.keep=0.5", *sets), tmp_path / "out")
+    sets = [
+        f"heal.{value}"
+        for value in ("enabled=true", "steps=8", "check=4", "learning_rate=0.01", *settings)
+    ]
+    report = run.compress(
+        recipe(tiny_llama, text_file, "allocation.keep=0.5", *sets), tmp_path / "out"
+    )
     healed = report["trained"]["heal"]
-    assert healed["kept"] and report["heldout"]["kl"] == pytest.approx(healed["after"]["heldout"], rel=NOISE)
+    assert healed["kept"] and report["heldout"]["kl"] == pytest.approx(
+        healed["after"]["heldout"], rel=NOISE
+    )
     assert report["calibration"]["kl"] == pytest.approx(healed["after"]["calibration"], rel=NOISE)
 
 

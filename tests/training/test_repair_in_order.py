@@ -1,4 +1,6 @@
-"""Runs that are solved in order and repaired: each block behind repaired ones, settings and sizes as planned, the same bytes again."""
+"""Runs that are solved in order and repaired: each block behind repaired ones, settings and sizes
+as planned, the same bytes again.
+"""
 
 from functools import partial
 
@@ -27,14 +29,23 @@ from compressor.runtime.stopwatch import Stopwatch
 from compressor.training.repair import repair_blocks
 
 LATE = DOWN.replace("0", "1")
-QUICK = [f"repair.{key}" for key in ("enabled=true", "steps=12", "check=4", "learning_rate=0.01", "batch_size=2")]
+QUICK = [
+    f"repair.{key}"
+    for key in ("enabled=true", "steps=12", "check=4", "learning_rate=0.01", "batch_size=2")
+]
 SETS = ["allocation.keep=0.5", "calibration.sequential=true", "output.dtype=bfloat16", *QUICK]
 
 
 def test_each_block_is_solved_behind_repaired_ones_and_the_head_behind_all():
     model, seen, now = tiny_model("llama"), {}, {}
-    infos = {name: info for name, info in linears(model, ["*down_proj", "lm_head"]).items() if name.endswith(("down_proj", "lm_head"))}
-    modules = {name: low_rank(info.module.weight.detach(), None, 8, False) for name, info in infos.items()}
+    infos = {
+        name: info
+        for name, info in linears(model, ["*down_proj", "lm_head"]).items()
+        if name.endswith(("down_proj", "lm_head"))
+    }
+    modules = {
+        name: low_rank(info.module.weight.detach(), None, 8, False) for name, info in infos.items()
+    }
 
     def solve(names, stats):
         seen.update(dict.fromkeys(names, stats))
@@ -46,9 +57,17 @@ def test_each_block_is_solved_behind_repaired_ones_and_the_head_behind_all():
 
     batches = list(windows().split(2))
     with training(model):
-        final, outcomes = repair_blocks(model, {}, dtypes(model, modules), (batches, batches), SECTION, 0, solve=block)
-        assert [outcome.block for outcome in outcomes] == [0, 1] and all(one.after < one.before for one in outcomes)
-        assert seen[DOWN] is None and final.keys() == modules.keys() and final["lm_head"] is modules["lm_head"]
+        final, outcomes = repair_blocks(
+            model, {}, dtypes(model, modules), (batches, batches), SECTION, 0, solve=block
+        )
+        assert [outcome.block for outcome in outcomes] == [0, 1] and all(
+            one.after < one.before for one in outcomes
+        )
+        assert (
+            seen[DOWN] is None
+            and final.keys() == modules.keys()
+            and final["lm_head"] is modules["lm_head"]
+        )
         for name, before in {LATE: [DOWN], "lm_head": [DOWN, LATE]}.items():
             dense = received(model, name, windows())
             with installed(model, {each: final[each] for each in before}):
@@ -63,21 +82,34 @@ def test_each_block_is_solved_behind_repaired_ones_and_the_head_behind_all():
 
 def dtypes(model, modules):
     found = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    return found | {f"{name}.{key}": p.dtype for name, module in modules.items() for key, p in module.named_parameters()}
+    return found | {
+        f"{name}.{key}": p.dtype
+        for name, module in modules.items()
+        for key, p in module.named_parameters()
+    }
 
 
 def test_atoms_that_a_later_block_borrows_are_the_repaired_ones_and_those_of_the_plan_stay():
     model = tiny_model("llama")
-    whole = dictionary(torch.cat([model.get_submodule(name).weight.detach() for name in (DOWN, LATE)]), None)
+    whole = dictionary(
+        torch.cat([model.get_submodule(name).weight.detach() for name in (DOWN, LATE)]), None
+    )
     modules = whole.split({DOWN: 32, LATE: 32})
     blocks = iter([{DOWN: modules[DOWN]}, {LATE: modules[LATE]}, {}])
     with training(model):
         sections = (([windows()], [windows()]), SECTION, 0)
-        final, _ = repair_blocks(model, {}, dtypes(model, modules), *sections, solve=lambda streams: next(blocks))
+        final, _ = repair_blocks(
+            model, {}, dtypes(model, modules), *sections, solve=lambda streams: next(blocks)
+        )
     given, _ = repaired(model, modules)
     for found in (final, given):
-        assert found[LATE].lent is found[DOWN] is not modules[DOWN] and modules[LATE].lent is modules[DOWN]
-        assert torch.equal(found[LATE].lent.atoms, found[DOWN].atoms) and not torch.equal(found[DOWN].atoms, modules[DOWN].atoms)
+        assert (
+            found[LATE].lent is found[DOWN] is not modules[DOWN]
+            and modules[LATE].lent is modules[DOWN]
+        )
+        assert torch.equal(found[LATE].lent.atoms, found[DOWN].atoms) and not torch.equal(
+            found[DOWN].atoms, modules[DOWN].atoms
+        )
     assert all(is_same_output(final[name].to_dense(), given[name].to_dense()) for name in modules)
 
 
@@ -90,11 +122,20 @@ def run(tiny_llama, text_file, tmp_path_factory):
 
 def test_settings_and_sizes_are_those_of_the_plan(run, tiny_llama, text_file, tmp_path):
     _, folder, report = run
-    plain = pipeline.compress(recipe(tiny_llama, text_file, *SETS, "repair.enabled=false", "evaluation.enabled=false"), tmp_path / "plain")
+    plain = pipeline.compress(
+        recipe(tiny_llama, text_file, *SETS, "repair.enabled=false", "evaluation.enabled=false"),
+        tmp_path / "plain",
+    )
     plan, before = (read_json(path / "plan.json") for path in (folder, tmp_path / "plain"))
     done = plan["trained"]["repair"]
-    assert done["kept"] and done["after"]["heldout"] < done["before"]["heldout"] and report["kept"] == plain["kept"]
-    assert len(done["blocks"]) == 2 and all(block["after"] < block["before"] for block in done["blocks"])
+    assert (
+        done["kept"]
+        and done["after"]["heldout"] < done["before"]["heldout"]
+        and report["kept"] == plain["kept"]
+    )
+    assert len(done["blocks"]) == 2 and all(
+        block["after"] < block["before"] for block in done["blocks"]
+    )
     for name, choice in plan["linears"].items():
         assert [choice[key] for key in ("method", "setting", "bits")] == [
             before["linears"][name][key] for key in ("method", "setting", "bits")
@@ -105,11 +146,17 @@ def test_settings_and_sizes_are_those_of_the_plan(run, tiny_llama, text_file, tm
 
 def test_the_plan_has_the_dampings_of_the_solves_that_are_kept(tiny_llama, text_file, monkeypatch):
     calls, real = [], linalg.drift
-    monkeypatch.setattr(linalg, "drift", lambda *args: (real(*args)[0], float(calls.append(None) or len(calls))))
+    monkeypatch.setattr(
+        linalg, "drift", lambda *args: (real(*args)[0], float(calls.append(None) or len(calls)))
+    )
     job = jobs.start(recipe(tiny_llama, text_file, *SETS), jobs.open_source(str(tiny_llama), None))
     plan, _ = pipeline.plan_and_build(job, stages.statistics(job), None, Stopwatch(), silent)
-    took = [choice.sequential["anchor_damping"] for choice in plan.linears.values() if choice.sequential]
-    assert plan.trained["repair"]["kept"] and max(took) == len(calls) and min(took) > len(calls) / 2  # of the second of two rounds
+    took = [
+        choice.sequential["anchor_damping"] for choice in plan.linears.values() if choice.sequential
+    ]
+    assert (
+        plan.trained["repair"]["kept"] and max(took) == len(calls) and min(took) > len(calls) / 2
+    )  # of the second of two rounds
 
 
 def test_a_stopped_run_goes_on_to_the_same_bytes(run, tmp_path, monkeypatch):
@@ -125,24 +172,47 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(run, tmp_path, monkeypatch):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(store, "_write", partial(write, kind))
             pipeline.compress(made, tmp_path / "out")
-    pieces = [path.name.partition("-")[0] for path in (tmp_path / "out.journal" / "store").iterdir()]
+    pieces = [
+        path.name.partition("-")[0] for path in (tmp_path / "out.journal" / "store").iterdir()
+    ]
     assert (pieces.count("repair"), pieces.count("solved")) == (1, 4)
     pipeline.compress(made, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(folder)
 
 
 def test_what_does_not_help_on_held_out_windows_leaves_the_solved_run(tiny_llama, text_file):
-    few = ["calibration.windows=10", "calibration.length=2", "calibration.heldout=9", "allocation.keep=0.8", "allocation.damage=two_sided"]
-    sets = ["calibration.sequential=true", "calibration.anchor=0", "repair.enabled=true", "repair.steps=40", "repair.learning_rate=0.2"]
-    job = jobs.start(recipe(tiny_llama, text_file, *few, *sets, "repair.check=40"), jobs.open_source(str(tiny_llama), None))
+    few = [
+        "calibration.windows=10",
+        "calibration.length=2",
+        "calibration.heldout=9",
+        "allocation.keep=0.8",
+        "allocation.damage=two_sided",
+    ]
+    sets = [
+        "calibration.sequential=true",
+        "calibration.anchor=0",
+        "repair.enabled=true",
+        "repair.steps=40",
+        "repair.learning_rate=0.2",
+    ]
+    job = jobs.start(
+        recipe(tiny_llama, text_file, *few, *sets, "repair.check=40"),
+        jobs.open_source(str(tiny_llama), None),
+    )
     collected = stages.statistics(job)
     plan, modules = pipeline.plan_and_build(job, collected, None, Stopwatch(), silent)
     found = stages.decompositions(job, collected)
     base = contest.choose(job, found, stages.probes(job, found))
     solved, expected = sequential_solve.finish(job, *base, found, collected, None)
     assert not plan.trained["repair"]["kept"] and modules.keys() == expected.keys()
-    assert all(is_same_output(modules[name].to_dense(), module.to_dense()) for name, module in expected.items())
-    assert all(plan.linears[name].sequential == choice.sequential for name, choice in solved.linears.items())
+    assert all(
+        is_same_output(modules[name].to_dense(), module.to_dense())
+        for name, module in expected.items()
+    )
+    assert all(
+        plan.linears[name].sequential == choice.sequential
+        for name, choice in solved.linears.items()
+    )
 
 
 @pytest.mark.parametrize(
@@ -161,4 +231,8 @@ def test_methods(tiny_llama, text_file, method):
     plan, modules = pipeline.plan_and_build(job, stages.statistics(job), None, Stopwatch(), silent)
     done = plan.trained["repair"]["blocks"]
     assert len(done) == 2 and all(block["after"] < block["before"] for block in done)
-    assert all(modules[name].bits() == choice.bits for name, choice in plan.linears.items() if choice.method != "dense")
+    assert all(
+        modules[name].bits() == choice.bits
+        for name, choice in plan.linears.items()
+        if choice.method != "dense"
+    )

@@ -1,4 +1,6 @@
-"""Supports that learn: the same number of entries in the same pattern, a gradient for entries that are not stored, and the same bytes."""
+"""Supports that learn: the same number of entries in the same pattern, a gradient for entries that
+are not stored, and the same bytes.
+"""
 
 import pytest
 import torch
@@ -51,10 +53,16 @@ def test_the_pattern_of_a_mask_is_kept_by_what_learns(pattern, found):
     module = patterned(weight_of(), pattern)
     latent = Latent(module.requires_grad_(False))
     assert latent.pattern == found and torch.equal(latent.support(latent.latent()), grid(module))
-    latent.outside.data.normal_(std=2.0, generator=torch.Generator().manual_seed(0)).mul_(1 / latent.unit)
+    latent.outside.data.normal_(std=2.0, generator=torch.Generator().manual_seed(0)).mul_(
+        1 / latent.unit
+    )
     stored = latent.stored()
     made = rebuilt({"it": module}, {"it": stored})["it"]
-    assert made.spec() == module.spec() and made.bits() == module.bits() and Pattern.of(grid(made)) == found
+    assert (
+        made.spec() == module.spec()
+        and made.bits() == module.bits()
+        and Pattern.of(grid(made)) == found
+    )
     assert not torch.equal(made.mask, module.mask)
 
 
@@ -64,18 +72,28 @@ def test_what_runs_is_the_masked_product_and_masked_entries_have_a_gradient(kind
     latent, x = Latent(module), torch.randn(5, 48, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(latent(x), module(x), rtol=CLOSE, atol=CLOSE)
-    latent.outside.data.normal_(std=0.5, generator=torch.Generator().manual_seed(0)).mul_(latent.inside.std() / latent.unit)
+    latent.outside.data.normal_(std=0.5, generator=torch.Generator().manual_seed(0)).mul_(
+        latent.inside.std() / latent.unit
+    )
     made = rebuilt({"it": module}, {"it": latent.stored()})["it"]
     with torch.no_grad():
         torch.testing.assert_close(latent(x), made(x), rtol=CLOSE, atol=CLOSE)
-        assert (made(x) - module(x)).norm() > 0.02 * module(x).norm() and not torch.equal(made.mask, module.mask)
+        assert (made(x) - module(x)).norm() > 0.02 * module(x).norm() and not torch.equal(
+            made.mask, module.mask
+        )
     with attached([latent.inside, latent.outside]), torch.enable_grad():
         latent(x).square().sum().backward()
         assert latent.outside.grad.count_nonzero() > 0.9 * latent.outside.numel()
         straight = latent.projected().detach().requires_grad_(True)
-        torch.func.functional_call(module, {"weight": straight.flatten(), "mask": latent.everything}, (x,)).square().sum().backward()
-        torch.testing.assert_close(latent.inside.grad, straight.grad[latent.start], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(latent.outside.grad, latent.unit * straight.grad[~latent.start], rtol=1e-4, atol=1e-4)
+        torch.func.functional_call(
+            module, {"weight": straight.flatten(), "mask": latent.everything}, (x,)
+        ).square().sum().backward()
+        torch.testing.assert_close(
+            latent.inside.grad, straight.grad[latent.start], rtol=1e-4, atol=1e-4
+        )
+        torch.testing.assert_close(
+            latent.outside.grad, latent.unit * straight.grad[~latent.start], rtol=1e-4, atol=1e-4
+        )
 
 
 def test_the_penalty_is_what_lies_outside_the_support():
@@ -84,27 +102,45 @@ def test_the_penalty_is_what_lies_outside_the_support():
     latent.outside.data.fill_(1e-3 / latent.unit)
     outside = latent.latent()[~latent.support(latent.latent())]
     inside = latent.latent()[latent.support(latent.latent())]
-    assert latent.pull().item() == pytest.approx((outside.square().sum() / inside.square().sum()).item(), rel=CLOSE) and outside.any()
+    assert (
+        latent.pull().item()
+        == pytest.approx((outside.square().sum() / inside.square().sum()).item(), rel=CLOSE)
+        and outside.any()
+    )
 
 
 def test_the_loss_falls_and_a_student_that_is_the_teacher_stays():
     model = tiny_model("llama")
-    modules = {DOWN: sparse(weight_of(), None, 0.3), DOWN.replace("down", "up"): dictionary(weight_of(DOWN.replace("down", "up")), None)}
+    modules = {
+        DOWN: sparse(weight_of(), None, 0.3),
+        DOWN.replace("down", "up"): dictionary(weight_of(DOWN.replace("down", "up")), None),
+    }
     with training(model):
         original = Original(model, [windows()])
         latents = Latents(model, modules, blocks(model)[1], "compressed")
         assert len(latents.latents) == 2 and len(latents.parameters) == 2 * 2 + 1
         loss = loss_of(original)
         with installed(model, modules | latents.copies):
-            task = Task("supports", latents.parameters, 1, lambda index: latents.pulled(loss(index)), original.divergence)
+            task = Task(
+                "supports",
+                latents.parameters,
+                1,
+                lambda index: latents.pulled(loss(index)),
+                original.divergence,
+            )
             state = fit(task, Heal(steps=30, check=10, learning_rate=0.05), 0)
             best = original.divergence()
         found = latents.masters()
         with installed(model, modules | found):
-            assert original.divergence() == pytest.approx(best, rel=1e-2) == pytest.approx(min(state.scores), rel=1e-2)
+            assert (
+                original.divergence()
+                == pytest.approx(best, rel=1e-2)
+                == pytest.approx(min(state.scores), rel=1e-2)
+            )
         assert best < 0.8 * state.scores[0]
         assert all(
-            found[name].spec() == module.spec() and not torch.equal(found[name].mask, module.mask) for name, module in modules.items()
+            found[name].spec() == module.spec() and not torch.equal(found[name].mask, module.mask)
+            for name, module in modules.items()
         )
         whole = {DOWN: patterned(weight_of(), Pattern(48, 48))}
         same = Latents(model, whole, blocks(model)[1], "everything")
@@ -114,12 +150,23 @@ def test_the_loss_falls_and_a_student_that_is_the_teacher_stays():
 
 
 def test_residuals_and_shared_atoms_learn_beside_supports():
-    model, names = tiny_model("llama"), {f"model.layers.0.self_attn.{part}_proj": size for part, size in (("q", 32), ("k", 16), ("v", 16))}
+    model, names = (
+        tiny_model("llama"),
+        {
+            f"model.layers.0.self_attn.{part}_proj": size
+            for part, size in (("q", 32), ("k", 16), ("v", 16))
+        },
+    )
     modules = dictionary(torch.cat([weight_of(name) for name in names]), None).split(names)
     modules[DOWN] = Adapted(sparse(weight_of(), None), *low_rank_pair(weight_of(), 3))
     with training(model):
         latents = Latents(model, modules, blocks(model)[1], "compressed")
-        assert {key.removeprefix(DOWN) for key in latents.parameters if key.startswith(DOWN)} == {".inside", ".outside", ".up", ".down"}
+        assert {key.removeprefix(DOWN) for key in latents.parameters if key.startswith(DOWN)} == {
+            ".inside",
+            ".outside",
+            ".up",
+            ".down",
+        }
         lender, *borrowers = names
         with torch.no_grad():
             latents.parameters[f"{lender}.atoms"].mul_(2)
@@ -129,17 +176,41 @@ def test_residuals_and_shared_atoms_learn_beside_supports():
 
 
 @pytest.mark.parametrize("method", ["sparse", pytest.param("rocket", marks=pytest.mark.slow)])
-def test_a_run_keeps_its_size_and_goes_on_to_the_same_bytes(tiny_llama, text_file, tmp_path, method):
-    sets = [f"method=[{{dense: false, candidates: [{{name: {method}}}]}}]", "allocation={kind: uniform, keep: 0.6}"]
+def test_a_run_keeps_its_size_and_goes_on_to_the_same_bytes(
+    tiny_llama, text_file, tmp_path, method
+):
+    sets = [
+        f"method=[{{dense: false, candidates: [{{name: {method}}}]}}]",
+        "allocation={kind: uniform, keep: 0.6}",
+    ]
     sets.append("output.dtype=bfloat16")
-    quick = [f"heal.{value}" for value in ("enabled=true", "supports=learned", "steps=15", "check=4", "learning_rate=0.05")]
+    quick = [
+        f"heal.{value}"
+        for value in (
+            "enabled=true",
+            "supports=learned",
+            "steps=15",
+            "check=4",
+            "learning_rate=0.05",
+        )
+    ]
     made = recipe(tiny_llama, text_file, *sets, *quick)
     expected = pipeline.compress(made, tmp_path / "whole")
     before = pipeline.compress(recipe(tiny_llama, text_file, *sets), tmp_path / "plain")
     healed = expected["trained"]["heal"]
-    assert healed["kept"] and healed["steps"] == 15 and len(healed["looks"]) == 4 + 2 and expected["kept"] == before["kept"]
-    specs = [read_json(tmp_path / run / "config.json")["quantization_config"]["linears"] for run in ("plain", "whole")]
-    assert specs[0] == specs[1] and expected["heldout"]["kl"] == pytest.approx(healed["after"]["heldout"], rel=2e-2)
+    assert (
+        healed["kept"]
+        and healed["steps"] == 15
+        and len(healed["looks"]) == 4 + 2
+        and expected["kept"] == before["kept"]
+    )
+    specs = [
+        read_json(tmp_path / run / "config.json")["quantization_config"]["linears"]
+        for run in ("plain", "whole")
+    ]
+    assert specs[0] == specs[1] and expected["heldout"]["kl"] == pytest.approx(
+        healed["after"]["heldout"], rel=2e-2
+    )
     for at in (3,) if method == "rocket" else (2, 3):
         with interrupted(trainer, "_advance", at):
             pipeline.compress(made, tmp_path / "out")
@@ -148,16 +219,31 @@ def test_a_run_keeps_its_size_and_goes_on_to_the_same_bytes(tiny_llama, text_fil
 
 
 def test_a_support_outside_the_blocks_stays(tiny_llama, text_file, tmp_path):
-    methods = "method=[{targets: lm_head, candidates: [{name: sparse}]}, {candidates: [{name: low_rank}]}]"
-    quick = [f"heal.{value}" for value in ("enabled=true", "supports=learned", "steps=4", "check=2")]
-    report = pipeline.compress(recipe(tiny_llama, text_file, methods, "allocation={kind: uniform, keep: 0.6}", *quick), tmp_path / "out")
+    methods = (
+        "method=[{targets: lm_head, candidates: [{name: sparse}]}, {candidates: [{name: "
+        "low_rank}]}]"
+    )
+    quick = [
+        f"heal.{value}" for value in ("enabled=true", "supports=learned", "steps=4", "check=2")
+    ]
+    report = pipeline.compress(
+        recipe(tiny_llama, text_file, methods, "allocation={kind: uniform, keep: 0.6}", *quick),
+        tmp_path / "out",
+    )
     assert report["trained"]["heal"]["steps"] == 4
-    assert report["trained"]["heal"]["after"]["heldout"] == pytest.approx(report["heldout"]["kl"], rel=2e-2)
+    assert report["trained"]["heal"]["after"]["heldout"] == pytest.approx(
+        report["heldout"]["kl"], rel=2e-2
+    )
 
 
 def test_steps_are_parted_and_training_without_stored_entries_is_refused(tiny_llama, text_file):
     first, second = parted(Heal(steps=200, supports="learned"))
-    assert (first.steps, second.steps, first.supports, second.supports) == (160, 40, "learned", "fixed")
+    assert (first.steps, second.steps, first.supports, second.supports) == (
+        160,
+        40,
+        "learned",
+        "fixed",
+    )
     assert first.learning_rate == Heal().learning_rate == 5 * second.learning_rate
     for train in ("low_rank", "lora"):
         with pytest.raises(ConfigError, match=rf"heal.*learns no supports where train: {train}"):

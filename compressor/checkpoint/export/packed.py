@@ -1,14 +1,24 @@
-"""Layouts for integers and residuals that load without this package: that of the compressed-tensors library, and adapters of PEFT.
+"""Layouts for integers and residuals that load without this package: that of the compressed-tensors
+library, and adapters of PEFT.
 
-compressed-tensors   <m>.weight_packed (out, ⌈in · b / 32⌉) int32, weight_scale (out, groups), weight_shape (2,) int64, if asymmetric
-                     weight_zero_point (⌈out · b / 32⌉, groups); config.json lists a config group for each scheme
-peft                 adapter_config.json and adapter_model.safetensors beside such a base, which transformers finds and puts on top: lora_A
-                     (r, in) = down, lora_B (out, r) = up, alpha = r for every linear, so that the scaling is 1. There is an index file
-                     even for one shard, so that readers of every *.safetensors do not take the adapter for weights.
-dequantize           a flag of config.json: unpack while loading rather than in the first pass. PEFT needs it, and so do zero points, whose
-                     packed shape the other way does not expect (transformers 5.23, compressed-tensors 0.20). It knows one scheme only, so
-                     several are written as one that holds them all exactly: the widest codes, and groups of the greatest common divisor.
-Linears of other kinds are written dense. Every export is loaded by the library it is for and compared before it is put in place.
+compressed-tensors   <m>.weight_packed (out, ⌈in · b / 32⌉) int32, weight_scale (out, groups),
+                     weight_shape (2,) int64, if asymmetric
+                     weight_zero_point (⌈out · b / 32⌉, groups); config.json lists a config group
+                     for each scheme
+peft                 adapter_config.json and adapter_model.safetensors beside such a base, which
+                     transformers finds and puts on top: lora_A
+                     (r, in) = down, lora_B (out, r) = up, alpha = r for every linear, so that the
+                     scaling is 1. There is an index file
+                     even for one shard, so that readers of every *.safetensors do not take the
+                     adapter for weights.
+dequantize           a flag of config.json: unpack while loading rather than in the first pass. PEFT
+                     needs it, and so do zero points, whose
+                     packed shape the other way does not expect (transformers 5.23,
+                     compressed-tensors 0.20). It knows one scheme only, so
+                     several are written as one that holds them all exactly: the widest codes, and
+                     groups of the greatest common divisor.
+Linears of other kinds are written dense. Every export is loaded by the library it is for and
+compared before it is put in place.
 """
 
 import json
@@ -33,8 +43,15 @@ from compressor.linears import Adapted, CompressedLinear, Packed
 from compressor.linears.packed import library
 from compressor.models.load import from_pretrained, load
 
-FORMATS = {"compressed-tensors": False, "peft": True}  # whether residuals are written, as an adapter
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}  # of logits over the largest, where adapters are added
+FORMATS = {
+    "compressed-tensors": False,
+    "peft": True,
+}  # whether residuals are written, as an adapter
+TOLERANCE = {
+    torch.float32: 1e-4,
+    torch.bfloat16: 0.05,
+    torch.float16: 0.01,
+}  # of logits over the largest, where adapters are added
 README = """# {name}
 
 Written from a checkpoint of `compressor`; it loads without that package:
@@ -46,8 +63,9 @@ model = AutoModelForCausalLM.from_pretrained("{name}")
 ```
 """
 ADAPTED = """
-The adapter makes up for what the base has lost; it belongs to this base alone. Without `peft` transformers loads the base and says nothing.
-Engines that take adapters from a folder of their own (vLLM: `--lora-modules`) want a copy of the two `adapter_*` files elsewhere.
+The adapter makes up for what the base has lost; it belongs to this base alone.
+Without `peft` transformers loads the base and says nothing. Engines that take adapters from a
+folder of their own (vLLM: `--lora-modules`) want a copy of the two `adapter_*` files elsewhere.
 """
 
 
@@ -84,14 +102,19 @@ class Opened:
         return isinstance(self.stock.get_submodule(name), Conv1D)
 
 
-def export_packed(path: Path, output: Path, adapted: bool, overwrite: bool = False, shard_size: int = SHARD_SIZE) -> str:
-    """Write the layout of compressed-tensors, with residuals as an adapter if `adapted`; return one line that says what was written.
+def export_packed(
+    path: Path, output: Path, adapted: bool, overwrite: bool = False, shard_size: int = SHARD_SIZE
+) -> str:
+    """Write the layout of compressed-tensors, with residuals as an adapter if `adapted`; return one
+    line that says what was written.
 
-    Raises ConfigError for what the layout cannot hold (see `check`), CheckpointError if the export, loaded by transformers, is not what the
-    checkpoint is.
+    Raises ConfigError for what the layout cannot hold (see `check`), CheckpointError if the export,
+    loaded by transformers, is not what the checkpoint is.
     """
     stock = compressed_skeleton(path)
-    preflight(output, path, overwrite, sum(tensor.nbytes for tensor in stored_tensors(stock).values()))
+    preflight(
+        output, path, overwrite, sum(tensor.nbytes for tensor in stored_tensors(stock).values())
+    )
     opened = take_apart(path, stock)
     check(opened, adapted)
     if opened.dequantize and len(opened.schemes) > 1:
@@ -99,58 +122,107 @@ def export_packed(path: Path, output: Path, adapted: bool, overwrite: bool = Fal
     dtype, expected = stored_dtype(stored_tensors(opened.model).values()), logits(opened.model)
     weights = {name: base.to_dense().to(dtype) for name, base in opened.bases.items()}
     for name, base in opened.bases.items():
-        replacement = layout(base) if isinstance(base, Packed) else dense_module(base, stock.get_submodule(name), dtype)
+        replacement = (
+            layout(base)
+            if isinstance(base, Packed)
+            else dense_module(base, stock.get_submodule(name), dtype)
+        )
         opened.model.set_submodule(name, replacement)
     with Staging(output, overwrite) as staging:
         write(opened, staging.folder, output.name, shard_size, adapted)
         off, scale = compare(staging.folder, opened, weights, expected)
         if off > (TOLERANCE[dtype] * scale if adapted else 0.0):
-            raise CheckpointError(f"{output}: logits of the export, loaded by transformers, are off by {off:.3g} of {scale:.3g}")
+            raise CheckpointError(
+                f"{output}: logits of the export, loaded by transformers, are off by {off:.3g} of "
+                f"{scale:.3g}"
+            )
         staging.commit()
-    schemes = " and ".join(f"{bits} bits in groups of {group or 'a row'}" for bits, group, _ in opened.schemes)
-    kinds = f"{len(opened.integers)} linears of integers{f' ({schemes})' if schemes else ''}, {len(opened.pairs)} residuals"
-    rest = f", {len(weights) - len(opened.integers)} linears of other kinds written dense" if len(weights) > len(opened.integers) else ""
-    return f"{output}: {kinds}{rest}; loaded by transformers and compared, logits differ by {off:.3g} at most (largest {scale:.3g})"
+    schemes = " and ".join(
+        f"{bits} bits in groups of {group or 'a row'}" for bits, group, _ in opened.schemes
+    )
+    kinds = (
+        f"{len(opened.integers)} linears of integers{f' ({schemes})' if schemes else ''}, "
+        f"{len(opened.pairs)} residuals"
+    )
+    rest = (
+        f", {len(weights) - len(opened.integers)} linears of other kinds written dense"
+        if len(weights) > len(opened.integers)
+        else ""
+    )
+    return (
+        f"{output}: {kinds}{rest}; loaded by transformers and compared, logits differ by "
+        f"{off:.3g} at most (largest {scale:.3g})"
+    )
 
 
 def take_apart(path: Path, stock: PreTrainedModel) -> Opened:
     model, tokenizer = load(path)
-    modules = {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
-    bases = {name: module.base if isinstance(module, Adapted) else module for name, module in modules.items()}
+    modules = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, CompressedLinear)
+    }
+    bases = {
+        name: module.base if isinstance(module, Adapted) else module
+        for name, module in modules.items()
+    }
     pairs = {name: module.pair() for name, module in modules.items() if isinstance(module, Adapted)}
     return Opened(path, stock, model, tokenizer, bases, pairs)
 
 
 def check(opened: Opened, adapted: bool) -> None:
-    """Raise ConfigError for what the format cannot hold, or for a checkpoint with nothing to put in it."""
+    """Raise ConfigError for what the format cannot hold, or for a checkpoint with nothing to put in
+    it.
+    """
     path, schemes = opened.path, opened.schemes
     if adapted and not opened.pairs:
-        raise ConfigError(f"{path}: has no residuals to make an adapter of; use --format compressed-tensors or dense")
+        raise ConfigError(
+            f"{path}: has no residuals to make an adapter of; use --format compressed-tensors or "
+            "dense"
+        )
     if not adapted and opened.pairs:
-        raise ConfigError(f"{path}: has residuals, which the layout has no place for; use --format peft, or dense")
+        raise ConfigError(
+            f"{path}: has residuals, which the layout has no place for; use --format peft, or dense"
+        )
     if not adapted and not schemes:
         raise ConfigError(f"{path}: has no integers; use --format dense")
     if turned := [name for name in opened.integers if opened.conv1d(name)]:
-        raise ConfigError(f"{path}: {turned[0]} is a Conv1D, whose integers compressed-tensors does not read; use --format dense")
+        raise ConfigError(
+            f"{path}: {turned[0]} is a Conv1D, whose integers compressed-tensors does not read; "
+            "use --format dense"
+        )
 
 
 def one_scheme(opened: Opened) -> dict[str, Packed]:
-    """The same integers in the widest codes, and in groups whose size divides that of all, scales repeated: Ŵ does not change.
+    """The same integers in the widest codes, and in groups whose size divides that of all, scales
+    repeated: Ŵ does not change.
 
     Raises ConfigError if that would be no smaller than dense.
     """
     integers = opened.integers.values()
-    bits, group = max(base.code_bits for base in integers), math.gcd(*(base.group for base in integers))
+    bits, group = (
+        max(base.code_bits for base in integers),
+        math.gcd(*(base.group for base in integers)),
+    )
     symmetric, found = all(base.zeros is None for base in integers), {}
     for name, base in opened.integers.items():
         times = base.group // group
-        zeros = torch.zeros(base.scales.shape, dtype=torch.int8) if base.zeros is None else base.zero_points()
+        zeros = (
+            torch.zeros(base.scales.shape, dtype=torch.int8)
+            if base.zeros is None
+            else base.zero_points()
+        )
         zeros = None if symmetric else zeros.repeat_interleave(times, 1)
-        found[name] = Packed.of_codes(base.codes(), base.scales.detach().repeat_interleave(times, 1), zeros, base.bias, bits)
-    dense = sum(base.in_features * base.out_features * base.scales.element_size() * 8 for base in integers)
+        found[name] = Packed.of_codes(
+            base.codes(), base.scales.detach().repeat_interleave(times, 1), zeros, base.bias, bits
+        )
+    dense = sum(
+        base.in_features * base.out_features * base.scales.element_size() * 8 for base in integers
+    )
     if (size := sum(base.bits() for base in found.values())) >= dense:
         raise ConfigError(
-            f"{opened.path}: integers of several schemes would take {size:,} bits as the one of {bits} bits in groups of {group} that "
+            f"{opened.path}: integers of several schemes would take {size:,} bits as the one of "
+            f"{bits} bits in groups of {group} that "
             f"transformers unpacks here, dense {dense:,}; use --format dense"
         )
     return found
@@ -163,21 +235,29 @@ def layout(base: Packed) -> nn.Module:
     module.register_buffer("weight_scale", base.scales.detach())
     module.register_buffer("weight_shape", torch.tensor([base.out_features, base.in_features]))
     if base.zeros is not None:
-        module.register_buffer("weight_zero_point", pack(base.zero_points(), base.code_bits, packed_dim=0).contiguous())
+        module.register_buffer(
+            "weight_zero_point", pack(base.zero_points(), base.code_bits, packed_dim=0).contiguous()
+        )
     module.register_parameter("bias", base.bias)
     return module
 
 
 def quantization_config(opened: Opened) -> dict[str, Any]:
     """The section of config.json, a group of linears for each scheme."""
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+    from compressed_tensors.quantization import (
+        QuantizationArgs,
+        QuantizationConfig,
+        QuantizationScheme,
+    )
 
     groups = {}
     for number, ((bits, group, symmetric), names) in enumerate(opened.schemes.items()):
         shape = {"strategy": "group", "group_size": group} if group else {"strategy": "channel"}
         arguments = QuantizationArgs(num_bits=bits, type="int", symmetric=symmetric, **shape)
         groups[f"group_{number}"] = QuantizationScheme(targets=names, weights=arguments)
-    linears = {name for name, module in opened.stock.named_modules() if isinstance(module, nn.Linear)}
+    linears = {
+        name for name, module in opened.stock.named_modules() if isinstance(module, nn.Linear)
+    }
     config = QuantizationConfig(
         config_groups=groups,
         format="pack-quantized",
@@ -202,7 +282,9 @@ def write(opened: Opened, folder: Path, name: str, shard_size: int, adapted: boo
 
 
 def write_adapter(folder: Path, opened: Opened, name: str) -> None:
-    """Write residuals as PEFT reads them: B = up, A = down, of the rank each has, and alpha the same, so that the scaling is 1."""
+    """Write residuals as PEFT reads them: B = up, A = down, of the rank each has, and alpha the
+    same, so that the scaling is 1.
+    """
     from peft import LoraConfig
 
     ranks = {linear: down.shape[0] for linear, (_, down) in opened.pairs.items()}
@@ -234,10 +316,14 @@ def logits(model: PreTrainedModel) -> Tensor:
     return model(input_ids=torch.arange(count)[None], use_cache=False).logits
 
 
-def compare(folder: Path, opened: Opened, weights: dict[str, Tensor], expected: Tensor) -> tuple[float, float]:
-    """Load a folder as any user would: largest difference from the expected logits, and the largest of those.
+def compare(
+    folder: Path, opened: Opened, weights: dict[str, Tensor], expected: Tensor
+) -> tuple[float, float]:
+    """Load a folder as any user would: largest difference from the expected logits, and the largest
+    of those.
 
-    Raises CheckpointError naming the linears whose weight (out, in), residual or scaling is not what it should be.
+    Raises CheckpointError naming the linears whose weight (out, in), residual or scaling is not
+    what it should be.
     """
     model = from_pretrained(folder)
     found, wrong = logits(model), []  # the first pass unpacks what is packed
@@ -250,7 +336,9 @@ def compare(folder: Path, opened: Opened, weights: dict[str, Tensor], expected: 
         if not same:
             wrong.append(name)
     if wrong:
-        raise CheckpointError(f"{folder}: transformers loads another weight than was written in {some(wrong)}")
+        raise CheckpointError(
+            f"{folder}: transformers loads another weight than was written in {some(wrong)}"
+        )
     return (found - expected).abs().max().item(), expected.abs().max().item()
 
 
@@ -258,5 +346,8 @@ def is_residual(module: nn.Module, up: Tensor, down: Tensor) -> bool:
     """Whether a LoRA linear of PEFT adds up · down and nothing else."""
     adapter = module.active_adapters[0]
     stored = module.lora_B[adapter].weight, module.lora_A[adapter].weight
-    equal = all(torch.equal(one.to(other.dtype), other) for one, other in zip(stored, (up, down), strict=True))
+    equal = all(
+        torch.equal(one.to(other.dtype), other)
+        for one, other in zip(stored, (up, down), strict=True)
+    )
     return equal and module.scaling[adapter] == 1.0 and len(module.active_adapters) == 1

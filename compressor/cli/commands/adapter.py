@@ -16,13 +16,31 @@ app = typer.Typer(help="Tools for LoRA adapters of PEFT.", no_args_is_help=True)
 @verb
 def squeeze(
     adapter: Annotated[
-        str, Argument(metavar="ADAPTER", help="PEFT adapter, plain LoRA: its folder or hub identifier.", show_default=False)
+        str,
+        Argument(
+            metavar="ADAPTER",
+            help="PEFT adapter, plain LoRA: its folder or hub identifier.",
+            show_default=False,
+        ),
     ],
-    output: Annotated[Path, Argument(metavar="OUTPUT", help="Folder to write.", show_default=False)],
-    rank: Annotated[int | None, Option(metavar="R", help="Rank of every module that has more.")] = None,
-    keep: Annotated[float | None, Option(metavar="FRACTION", help="Fraction kept of the adapter's parameters, over all modules.")] = None,
+    output: Annotated[
+        Path, Argument(metavar="OUTPUT", help="Folder to write.", show_default=False)
+    ],
+    rank: Annotated[
+        int | None, Option(metavar="R", help="Rank of every module that has more.")
+    ] = None,
+    keep: Annotated[
+        float | None,
+        Option(
+            metavar="FRACTION", help="Fraction kept of the adapter's parameters, over all modules."
+        ),
+    ] = None,
     stats: Annotated[
-        Path | None, Option(metavar="STATS", help="Statistics of the base from `compressor calibrate`: lose least at its inputs.")
+        Path | None,
+        Option(
+            metavar="STATS",
+            help="Statistics of the base from `compressor calibrate`: lose least at its inputs.",
+        ),
     ] = None,
     overwrite: OVERWRITE = False,
 ) -> Outcome:

@@ -26,14 +26,21 @@ def methods() -> Outcome:
 
 
 def presets(
-    name: Annotated[str | None, Argument(metavar="NAME", help="Print this recipe with all its defaults.", show_default=False)] = None,
+    name: Annotated[
+        str | None,
+        Argument(
+            metavar="NAME", help="Print this recipe with all its defaults.", show_default=False
+        ),
+    ] = None,
 ) -> Outcome:
     """List the published recipes that `--config` knows by name."""
     from compressor.recipe.load import dump_yaml, load_recipe
     from compressor.recipe.presets import preset_titles
 
     if name is None:
-        return Outcome({"presets": [{"name": name, "title": title} for name, title in preset_titles().items()]})
+        return Outcome(
+            {"presets": [{"name": name, "title": title} for name, title in preset_titles().items()]}
+        )
     recipe = load_recipe(name)
     return Outcome(recipe.model_dump(mode="json"), dump_yaml(recipe))
 

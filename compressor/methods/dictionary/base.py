@@ -1,17 +1,24 @@
-"""What the sparse-dictionary methods share: one basis for the whole grid of sizes, closed-form errors, the best dictionary, storage.
+"""What the sparse-dictionary methods share: one basis for the whole grid of sizes, closed-form
+errors, the best dictionary, storage.
 
-References: the problem is CoSpaDi's (arXiv 2509.22075); equations are those of the sparse-dictionary card, section 0.5.
+References: the problem is CoSpaDi's (arXiv 2509.22075); equations are those of the
+sparse-dictionary card, section 0.5.
 
 Glossary (W (out, in); papers write y = x W, so that their W is our Wᵀ)
-    A = L Wᵀ    whitened target (in, out), LᵀL = G the Gram, never formed: with A = B Σ Uᵀ all that coding needs is
-    coordinates C = Σ Uᵀ = Bᵀ A (r, out), r = min(out, in), from the eigenpairs σ², U of W G Wᵀ; no inverse, whatever the rank of G
-    codes S     (k, out), one column for each output; `nonzeros` s in each column, or in each on average
+    A = L Wᵀ    whitened target (in, out), LᵀL = G the Gram, never formed: with A = B Σ Uᵀ all that
+                coding needs is
+    coordinates C = Σ Uᵀ = Bᵀ A (r, out), r = min(out, in), from the eigenpairs σ², U of W G Wᵀ; no
+    inverse, whatever the rank of G
+    codes S     (k, out), one column for each output; `nonzeros` s in each column, or in each on
+                average
     atoms Dᵀ    (k, in), rows of the dictionary in the original space
 Equations
-    (0.2)  ‖A − B_k S‖² = ‖A‖² − ‖S‖² for S = C_k ⊙ M: with orthonormal atoms the s largest of each column are the best
+    (0.2)  ‖A − B_k S‖² = ‖A‖² − ‖S‖² for S = C_k ⊙ M: with orthonormal atoms the s largest of each
+           column are the best
     (0.3)  D = Wᵀ Sᵀ (S Sᵀ)⁻¹ is the best dictionary of given codes, whatever the Gram
     (0.4)  and its error is ‖A‖² − tr(Zᵀ (S Sᵀ)⁻¹ Z), Z = S Aᵀ; B drops out, so that Z = S Cᵀ does
-`metric: weighted_gram` weighs each output by its mean squared gradient f: everything then speaks of √f W, and codes are divided by √f
+`metric: weighted_gram` weighs each output by its mean squared gradient f: everything then speaks of
+√f W, and codes are divided by √f
 when they are stored (card §0.5; supports and dictionary change, the algorithms do not).
 """
 
@@ -35,11 +42,14 @@ from compressor.methods.dictionary.sparse_coding import ascending
 from compressor.plan import Candidate, Curve
 from compressor.statistics import LinearStats
 
-DAMPING = 1e-6  # added to each atom's own energy in S Sᵀ, relative: two atoms may serve the very same outputs
+# added to each atom's own energy in S Sᵀ, relative: two atoms may serve the very same outputs
+DAMPING = 1e-6
 RATIOS = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0)  # atoms to nonzeros; the optimum is flat (card §9.6)
 ATOM_COUNTS = 32  # dictionaries of this many sizes are offered unless a step is given
 
-Law = Callable[[np.ndarray, np.ndarray, int, int], np.ndarray]  # (atoms, nonzeros, r, n) → expected θ, see `profiled`
+Law = Callable[
+    [np.ndarray, np.ndarray, int, int], np.ndarray
+]  # (atoms, nonzeros, r, n) → expected θ, see `profiled`
 Ratio = Annotated[float, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 MetricName = Literal["gram", "weighted_gram"]
@@ -52,12 +62,15 @@ def no_law(atoms: np.ndarray, nonzeros: np.ndarray, rows: int, columns: int) -> 
 
 @dataclass(frozen=True)
 class Basis:
-    """One linear in the coordinates of its leading whitened directions; all its dictionaries start here."""
+    """One linear in the coordinates of its leading whitened directions; all its dictionaries start
+    here.
+    """
 
     linear: str
     dense: Dense
     metric: Metric  # G per token, shrunk as the method says
-    roots: Tensor  # (out,) √f, weights of the outputs: all below speaks of √f W; 1 for the plain metric
+    # (out,) √f, weights of the outputs: all below speaks of √f W; 1 for the plain metric
+    roots: Tensor
     values: Tensor  # (r,) σ², descending, not negative
     vectors: Tensor  # (out, r) U
 
@@ -78,7 +91,9 @@ class Basis:
 
     def error(self, module: Dictionary) -> float:
         """Relative error of a built module, tr(F D G Dᵀ) / tr(F W G Wᵀ) with D = W − Ŵ."""
-        return linalg.relative_error(self.weight, self.roots[:, None] * module.to_dense(), self.metric, whole=self.energy)
+        return linalg.relative_error(
+            self.weight, self.roots[:, None] * module.to_dense(), self.metric, whole=self.energy
+        )
 
 
 def needs_of(metric: str) -> frozenset[str]:
@@ -86,27 +101,42 @@ def needs_of(metric: str) -> frozenset[str]:
 
 
 def output_roots(dense: Dense, stats: LinearStats, metric: str, shrink: float) -> Tensor:
-    """√f (out,): f the mean squared gradient of each output, shrunk towards their mean by a fraction `shrink`; 1 for other metrics."""
+    """√f (out,): f the mean squared gradient of each output, shrunk towards their mean by a
+    fraction `shrink`; 1 for other metrics.
+    """
     if metric != "weighted_gram":
         return torch.ones(len(dense.weight), dtype=torch.float64, device=dense.weight.device)
     squares = stats.grad_gram.diagonal().double() / stats.grad_tokens
     return ((1 - shrink) * squares + shrink * squares.mean()).sqrt()
 
 
-def basis_of(linear: str, dense: Dense, stats: LinearStats, metric: MetricName, shrink_gram: float, shrink_grad_gram: float) -> Basis:
-    """Whitened coordinates of a linear under its Gram, shrunk by `shrink_gram` (see `Metric.shrunk`), outputs weighted as `metric` says."""
+def basis_of(
+    linear: str,
+    dense: Dense,
+    stats: LinearStats,
+    metric: MetricName,
+    shrink_gram: float,
+    shrink_grad_gram: float,
+) -> Basis:
+    """Whitened coordinates of a linear under its Gram, shrunk by `shrink_gram` (see
+    `Metric.shrunk`), outputs weighted as `metric` says.
+    """
     stats.require(linear, needs_of(metric))
     moment = Metric(stats.gram, 1 / stats.tokens)
     moment = moment.shrunk(shrink_gram) if shrink_gram else moment
     roots = output_roots(dense, stats, metric, shrink_grad_gram)
-    values, vectors = linalg.principal_outputs(roots[:, None] * dense.weight.double(), moment, linear)
+    values, vectors = linalg.principal_outputs(
+        roots[:, None] * dense.weight.double(), moment, linear
+    )
     return Basis(linear, dense, moment, roots, values.clamp(min=0), vectors)
 
 
 def stored_size(dense: Dense, atoms: int, nonzeros: int, blocks: int = 1) -> tuple[int, int]:
-    """(bits, parameters) of a dictionary: atoms and codes, bias, and one mask bit for each place of a code, in whole bytes (card §10.1).
+    """(bits, parameters) of a dictionary: atoms and codes, bias, and one mask bit for each place of
+    a code, in whole bytes (card §10.1).
 
-    atoms, nonzeros: of each of the `blocks` slices of the inputs. Linears that are stacked have a mask each.
+    atoms, nonzeros: of each of the `blocks` slices of the inputs. Linears that are stacked have a
+    mask each.
     """
     height, width = dense.weight.shape
     parameters = atoms * width + blocks * nonzeros * height + (0 if dense.bias is None else height)
@@ -115,26 +145,49 @@ def stored_size(dense: Dense, atoms: int, nonzeros: int, blocks: int = 1) -> tup
 
 
 def executed(dense: Dense, atoms: int, blocks: int = 1) -> int:
-    """Multiply-adds for a token, of every linear that is stacked: as a pair or as the dense product, whichever are fewer."""
+    """Multiply-adds for a token, of every linear that is stacked: as a pair or as the dense
+    product, whichever are fewer.
+    """
     width = dense.weight.shape[1]
-    return sum(min(blocks * atoms * (width // blocks + outputs), outputs * width) for outputs in dense.heights or (len(dense.weight),))
+    return sum(
+        min(blocks * atoms * (width // blocks + outputs), outputs * width)
+        for outputs in dense.heights or (len(dense.weight),)
+    )
 
 
-def grid(method: str, dense: Dense, ratios: Sequence[float], step: int | None, most: int, blocks: int = 1) -> list[Candidate]:
-    """Sizes that save something: atom counts up to `most` in even steps, at each ratio of atoms to nonzeros; errors NaN, bits growing."""
+def grid(
+    method: str, dense: Dense, ratios: Sequence[float], step: int | None, most: int, blocks: int = 1
+) -> list[Candidate]:
+    """Sizes that save something: atom counts up to `most` in even steps, at each ratio of atoms to
+    nonzeros; errors NaN, bits growing.
+    """
     step = step or max(1, most // ATOM_COUNTS)
     pairs = {(k, max(1, round(k / ratio))) for k in range(step, most + 1, step) for ratio in ratios}
     sizes = [
-        Candidate(method, {"atoms": k, "nonzeros": s}, *stored_size(dense, k, s, blocks), math.nan, executed(dense, k, blocks))
+        Candidate(
+            method,
+            {"atoms": k, "nonzeros": s},
+            *stored_size(dense, k, s, blocks),
+            math.nan,
+            executed(dense, k, blocks),
+        )
         for k, s in sorted(pairs)
         if s <= k
     ]
-    return sorted((size for size in sizes if size.bits < dense.bits and size.parameters < dense.parameters), key=lambda size: size.bits)
+    return sorted(
+        (size for size in sizes if size.bits < dense.bits and size.parameters < dense.parameters),
+        key=lambda size: size.bits,
+    )
 
 
 def start_errors(sizes: Sequence[Candidate], coordinates: Tensor) -> np.ndarray:
-    """Relative errors of the orthonormal start, by (0.2): one sort for each number of atoms gives all its nonzeros."""
-    energies, whole = coordinates.square().T.contiguous(), coordinates.square().sum().item()  # (n, r)
+    """Relative errors of the orthonormal start, by (0.2): one sort for each number of atoms gives
+    all its nonzeros.
+    """
+    energies, whole = (
+        coordinates.square().T.contiguous(),
+        coordinates.square().sum().item(),
+    )  # (n, r)
     lost = {}
     for atoms in {size.setting["atoms"] for size in sizes}:
         kept = ascending(energies[:, :atoms], 1).sum(0).flip(0).cumsum(0)  # by 1, 2, … k nonzeros
@@ -143,18 +196,25 @@ def start_errors(sizes: Sequence[Candidate], coordinates: Tensor) -> np.ndarray:
 
 
 def front(sizes: Sequence[Candidate], errors: Sequence[float]) -> list[int]:
-    """Places of the sizes, in order of bits, without those that a smaller one matches or beats; exact ones all stay."""
+    """Places of the sizes, in order of bits, without those that a smaller one matches or beats;
+    exact ones all stay.
+    """
     places = np.lexsort((errors, [size.bits for size in sizes]))
     chosen: list[int] = []
     for place in places.tolist():
         last = chosen[-1] if chosen else None
-        if last is None or (sizes[place].bits > sizes[last].bits and (errors[place] < errors[last] or errors[place] == 0)):
+        if last is None or (
+            sizes[place].bits > sizes[last].bits
+            and (errors[place] < errors[last] or errors[place] == 0)
+        ):
             chosen.append(place)
     return chosen
 
 
 def spread(bits: Sequence[int], count: int) -> list[int]:
-    """At most `count` places: those nearest to the middles of as many equal intervals of size. bits: ascending."""
+    """At most `count` places: those nearest to the middles of as many equal intervals of size.
+    bits: ascending.
+    """
     if not bits:
         return []
     middles = bits[0] + (bits[-1] - bits[0]) * (np.arange(count) + 0.5) / max(1, count)
@@ -169,97 +229,140 @@ def profiled(
     law: Law = no_law,
     tails: Tensor | None = None,
 ) -> list[Candidate]:
-    """The front of sizes by the errors that fits will have. fit: (atoms, nonzeros) → relative error of a finished fit.
+    """The front of sizes by the errors that fits will have. fit: (atoms, nonzeros) → relative error
+    of a finished fit.
 
-    A fit of k atoms lies between the truncated decomposition at rank k, its error with all codes kept, and the orthonormal start of the
-    same nonzeros. How far up, θ, is what `law` expects times what is found at `anchors` sizes of the front, linear in bits between
-    them, twice, since better codes move the front to more atoms with fewer nonzeros (half as many the first time).
-    anchors: 0 leaves the law alone, None fits the whole front of the start. tails (r,): errors of the truncated decompositions at ranks
-    1, 2, …, where the error is not the one that the start is known in.
+    A fit of k atoms lies between the truncated decomposition at rank k, its error with all codes
+    kept, and the orthonormal start of the same nonzeros. How far up, θ, is what `law` expects times
+    what is found at `anchors` sizes of the front, linear in bits between them, twice, since better
+    codes move the front to more atoms with fewer nonzeros (half as many the first time). anchors: 0
+    leaves the law alone, None fits the whole front of the start. tails (r,): errors of the
+    truncated decompositions at ranks 1, 2, …, where the error is not the one that the start is
+    known in.
     """
     if not sizes:
         return []
     starts, energies = start_errors(sizes, coordinates), coordinates.square().sum(1)
     if energies.sum() == 0 or anchors is None:
         chosen = front(sizes, starts)
-        errors = {place: fit(**sizes[place].setting) if energies.sum() > 0 else 0.0 for place in chosen}
+        errors = {
+            place: fit(**sizes[place].setting) if energies.sum() > 0 else 0.0 for place in chosen
+        }
         found = [replace(sizes[place], error=error) for place, error in errors.items()]
         return [found[place] for place in front(found, list(errors.values()))]
-    atoms, nonzeros, bits = (np.array(column) for column in zip(*((*size.setting.values(), size.bits) for size in sizes), strict=True))
+    atoms, nonzeros, bits = (
+        np.array(column)
+        for column in zip(*((*size.setting.values(), size.bits) for size in sizes), strict=True)
+    )
     truncated = (1 - energies.cumsum(0) / energies.sum()).clamp(min=0)
     gaps = (starts - truncated.numpy(force=True)[atoms - 1]).clip(min=0)
     lows = (truncated if tails is None else tails).numpy(force=True)[atoms - 1]
     raised = gaps * law(atoms, nonzeros, *coordinates.shape)
     errors = lows + raised
     for count in (anchors // 2, anchors):
-        open_ = [place for place in front(sizes, errors) if gaps[place] > 1e-9]  # elsewhere the start is the best there is
+        open_ = [
+            place for place in front(sizes, errors) if gaps[place] > 1e-9
+        ]  # elsewhere the start is the best there is
         places = [open_[index] for index in spread(bits[open_].tolist(), count)]
         if places:
-            levels = [max(0.0, (fit(**sizes[place].setting) - lows[place]) / raised[place]) for place in places]
+            levels = [
+                max(0.0, (fit(**sizes[place].setting) - lows[place]) / raised[place])
+                for place in places
+            ]
             errors = lows + raised * np.interp(bits, bits[places], levels)
     return [replace(sizes[place], error=float(errors[place])) for place in front(sizes, errors)]
 
 
 def curve_of(basis: Basis, method: str, candidates: Sequence[Candidate], screened: bool) -> Curve:
-    return Curve(basis.linear, method, tuple(candidates), basis.dense.bits, basis.dense.parameters, basis.energy, screened=screened)
+    return Curve(
+        basis.linear,
+        method,
+        tuple(candidates),
+        basis.dense.bits,
+        basis.dense.parameters,
+        basis.energy,
+        screened=screened,
+    )
 
 
 def require_atoms(linear: str, setting: dict[str, Any], most: int) -> tuple[int, int]:
-    """Atoms and nonzeros of a setting. Raises ConfigError naming the linear unless 1 ≤ nonzeros ≤ atoms ≤ most."""
+    """Atoms and nonzeros of a setting. Raises ConfigError naming the linear unless 1 ≤ nonzeros ≤
+    atoms ≤ most.
+    """
     atoms, nonzeros = setting["atoms"], setting["nonzeros"]
     if not 1 <= nonzeros <= atoms <= most:
         raise ConfigError(
-            f"{linear}: {nonzeros} nonzeros of {atoms} atoms are not possible; choose 1 <= nonzeros <= atoms <= {most}, the smaller side"
+            f"{linear}: {nonzeros} nonzeros of {atoms} atoms are not possible; choose 1 <= "
+            f"nonzeros <= atoms <= {most}, the smaller side"
         )
     return atoms, nonzeros
 
 
 def best_dictionary(codes: Tensor, targets: Tensor, ridge: float = 0.0) -> Tensor:
-    """Dᵀ (k, w) = (S Sᵀ + E)⁻¹ S T, the least-squares dictionary (0.3) of codes S (k, n) for targets T (n, w), float64.
+    """Dᵀ (k, w) = (S Sᵀ + E)⁻¹ S T, the least-squares dictionary (0.3) of codes S (k, n) for
+    targets T (n, w), float64.
 
-    E is diagonal: `ridge` times the mean energy of an atom (ROCKET's μ), plus DAMPING times the atom's own energy. Atoms without a code
-    are zero. With T = W this is the stored dictionary, with T = Cᵀ the whitened one.
+    E is diagonal: `ridge` times the mean energy of an atom (ROCKET's μ), plus DAMPING times the
+    atom's own energy. Atoms without a code are zero. With T = W this is the stored dictionary, with
+    T = Cᵀ the whitened one.
     """
     codes = codes.double()
     energies = codes.square().sum(1)
     damping = ridge * energies.mean() + DAMPING * energies
-    scale = torch.where(energies > 0, (energies + damping).rsqrt(), 0.0)  # to unit diagonal, which Cholesky wants
+    scale = torch.where(
+        energies > 0, (energies + damping).rsqrt(), 0.0
+    )  # to unit diagonal, which Cholesky wants
     moment = (scale[:, None] * (codes @ codes.T) * scale).diagonal_scatter(torch.ones_like(scale))
     factor = torch.linalg.cholesky(moment)
-    return scale[:, None] * torch.cholesky_solve(scale[:, None] * (codes @ targets.double()), factor)
+    return scale[:, None] * torch.cholesky_solve(
+        scale[:, None] * (codes @ targets.double()), factor
+    )
 
 
 def fitted_error(codes: Tensor, targets: Tensor, ridge: float = 0.0) -> float:
-    """Relative error of codes S (k, n) with their best dictionary Xᵀ for targets T (n, w): (‖T‖² − 2 tr(Xᵀ S T) + ‖Sᵀ X‖²) / ‖T‖².
+    """Relative error of codes S (k, n) with their best dictionary Xᵀ for targets T (n, w): (‖T‖² −
+    2 tr(Xᵀ S T) + ‖Sᵀ X‖²) / ‖T‖².
 
-    That is (0.4), with the ridge as `best_dictionary` adds it. T = Cᵀ gives the error in the metric, T = W the error of the weights.
+    That is (0.4), with the ridge as `best_dictionary` adds it. T = Cᵀ gives the error in the
+    metric, T = W the error of the weights.
     """
     codes, targets = codes.double(), targets.double()
     whole = targets.square().sum().item()
     atoms = best_dictionary(codes, targets, ridge)  # (k, w)
-    lost = whole - 2 * (atoms * (codes @ targets)).sum().item() + (codes.T @ atoms).square().sum().item()
+    lost = (
+        whole
+        - 2 * (atoms * (codes @ targets)).sum().item()
+        + (codes.T @ atoms).square().sum().item()
+    )
     return max(0.0, lost / whole) if whole > 0 else 0.0
 
 
 def unwhitened(basis: Basis, directions: Tensor) -> Tensor:
-    """Dᵀ (k, in) of a whitened dictionary, given by its coordinates (r, k): L⁻¹ B = Wᵀ U Σ⁻¹, without L.
+    """Dᵀ (k, in) of a whitened dictionary, given by its coordinates (r, k): L⁻¹ B = Wᵀ U Σ⁻¹,
+    without L.
 
-    Directions in which the weight has no energy are left out (those below rounding, σ² < 1e-12 σ₁²): no code is asked of them.
+    Directions in which the weight has no energy are left out (those below rounding, σ² < 1e-12
+    σ₁²): no code is asked of them.
     """
     present = basis.values > 1e-12 * basis.values[0]
     inverse = torch.where(present, basis.values.rsqrt(), 0.0)[:, None]
     return (inverse * directions.double()).T @ (basis.vectors.T @ basis.weight)
 
 
-def store(dense: Dense, roots: Tensor, codes: Tensor, mask: Tensor, atoms: Tensor, blocks: int = 1) -> Dictionary:
-    """Module of Ŵ = Sᵀ Dᵀ in the stored dtype, for codes of √f W. codes, mask: (blocks · k, out); atoms: (blocks · k, in / blocks).
+def store(
+    dense: Dense, roots: Tensor, codes: Tensor, mask: Tensor, atoms: Tensor, blocks: int = 1
+) -> Dictionary:
+    """Module of Ŵ = Sᵀ Dᵀ in the stored dtype, for codes of √f W. codes, mask: (blocks · k, out);
+    atoms: (blocks · k, in / blocks).
 
-    An output without weight (√f = 0) has no codes. Each atom and its codes are scaled to equal norms, which changes nothing but keeps
-    both in the range of 16-bit numbers.
+    An output without weight (√f = 0) has no codes. Each atom and its codes are scaled to equal
+    norms, which changes nothing but keeps both in the range of 16-bit numbers.
     """
     codes = torch.where(roots > 0, codes / roots, 0.0)
     norms = atoms.norm(dim=1), codes.norm(dim=1)
-    balance = torch.where((norms[0] > 0) & (norms[1] > 0), (norms[1] / norms[0]).sqrt(), 1.0)[:, None]
+    balance = torch.where((norms[0] > 0) & (norms[1] > 0), (norms[1] / norms[0]).sqrt(), 1.0)[
+        :, None
+    ]
     rows = mask.T.contiguous()  # (out, k)
     values = (codes / balance).T[rows]
     return Dictionary(
@@ -274,16 +377,24 @@ def store(dense: Dense, roots: Tensor, codes: Tensor, mask: Tensor, atoms: Tenso
 
 @dataclass(frozen=True)
 class DictionaryMethod(Method[Basis]):
-    """What methods with one dictionary for a linear have in common: their options, their sizes, their metric."""
+    """What methods with one dictionary for a linear have in common: their options, their sizes,
+    their metric.
+    """
 
     shares: ClassVar[bool] = True
 
     metric: MetricName = "gram"
     ratios: tuple[Ratio, ...] = RATIOS  # atoms to nonzeros
-    atom_step: Annotated[int, Field(ge=1)] | None = None  # atom counts offered; by default at most 32 of them, evenly spaced
-    anchors: Annotated[int, Field(ge=0)] | None = 4  # sizes fitted for the curve, see `profiled`; None fits all, 0 none
+    atom_step: Annotated[int, Field(ge=1)] | None = (
+        None  # atom counts offered; by default at most 32 of them, evenly spaced
+    )
+    anchors: Annotated[int, Field(ge=0)] | None = (
+        4  # sizes fitted for the curve, see `profiled`; None fits all, 0 none
+    )
     shrink_gram: Fraction = 0.0  # shrinkage of the input Gram
-    shrink_grad_gram: Fraction = 0.1  # `weighted_gram` only: shrinkage of the outputs' weights towards equal ones
+    shrink_grad_gram: Fraction = (
+        0.1  # `weighted_gram` only: shrinkage of the outputs' weights towards equal ones
+    )
 
     @property
     def needs(self) -> frozenset[str]:

@@ -1,16 +1,19 @@
-"""COMPOT: an orthonormal dictionary for the whitened weight, by Procrustes rotations and exact codes in turn.
+"""COMPOT: an orthonormal dictionary for the whitened weight, by Procrustes rotations and exact
+codes in turn.
 
 References: COMPOT, arXiv 2602.15200.
 
 Glossary: as in `dictionary`, and
     rotation Q    (r, k) orthonormal dictionary D_L = B Q in whitened coordinates
-    Procrustes    Q = P Rᵀ from the thin singular value decomposition C Sᵀ = P Σ Rᵀ: the orthonormal Q nearest to the codes S
+    Procrustes    Q = P Rᵀ from the thin singular value decomposition C Sᵀ = P Σ Rᵀ: the orthonormal
+                  Q nearest to the codes S
 
-Both half-steps are exact minimisers, so ‖A − D_L S‖² = ‖A‖² − ‖S‖² never grows; the first codes are those of the leading directions.
+Both half-steps are exact minimisers, so ‖A − D_L S‖² = ‖A‖² − ‖S‖² never grows; the first codes are
+those of the leading directions.
 
-Differs from the paper: first dictionary and stopping rule are ours (the paper's are not stated in what we have of it). `free` ends with
-the best dictionary of the last codes (0.3), no longer orthonormal and never worse. Sizes come from the allocation; the paper pools
-singular values.
+Differs from the paper: first dictionary and stopping rule are ours (the paper's are not stated in
+what we have of it). `free` ends with the best dictionary of the last codes (0.3), no longer
+orthonormal and never worse. Sizes come from the allocation; the paper pools singular values.
 """
 
 from dataclasses import dataclass
@@ -40,15 +43,21 @@ FLAT = 1e-4  # end when a round lowers the error by less than this, relative
 
 
 def procrustes(targets: Tensor, codes: Tensor) -> Tensor:
-    """Orthonormal Q (r, k) that minimises ‖T − Q S‖; the minimum is ‖T‖² + ‖S‖² − 2 Σ σᵢ(T Sᵀ). targets: (r, n); codes: (k, n), k ≤ r."""
+    """Orthonormal Q (r, k) that minimises ‖T − Q S‖; the minimum is ‖T‖² + ‖S‖² − 2 Σ σᵢ(T Sᵀ).
+    targets: (r, n); codes: (k, n), k ≤ r.
+    """
     left, _, right = torch.linalg.svd(targets @ codes.T, full_matrices=False)
     return left @ right
 
 
 def rotate(coordinates: Tensor, atoms: int, nonzeros: int, rounds: int) -> tuple[Tensor, Tensor]:
-    """Rotation Q (r, k) and codes S (k, n) after at most `rounds` rounds, codes last. coordinates: (r, n)."""
+    """Rotation Q (r, k) and codes S (k, n) after at most `rounds` rounds, codes last. coordinates:
+    (r, n).
+    """
     project, energy = project_columns(nonzeros), coordinates.square().sum().item()
-    rotation = torch.eye(len(coordinates), atoms, dtype=coordinates.dtype, device=coordinates.device)
+    rotation = torch.eye(
+        len(coordinates), atoms, dtype=coordinates.dtype, device=coordinates.device
+    )
     correlations = coordinates[:atoms]
     codes = correlations * project(correlations)
     for _ in range(rounds):
@@ -64,7 +73,9 @@ def rotate(coordinates: Tensor, atoms: int, nonzeros: int, rounds: int) -> tuple
 @register
 @dataclass(frozen=True)
 class Compot(DictionaryMethod):
-    """Orthonormal dictionary in the whitened space, with a fixed number of atoms for each output."""
+    """Orthonormal dictionary in the whitened space, with a fixed number of atoms for each
+    output.
+    """
 
     name: ClassVar[str] = "compot"
     paper: ClassVar[str] = "COMPOT, arXiv 2602.15200"
@@ -81,7 +92,12 @@ class Compot(DictionaryMethod):
                 return fitted_error(codes, coordinates.T)
             return max(0.0, 1 - codes.square().sum().item() / energy)
 
-        return curve_of(state, self.name, profiled(self.sizes(state.dense), coordinates, self.anchors, fit), self.anchors is not None)
+        return curve_of(
+            state,
+            self.name,
+            profiled(self.sizes(state.dense), coordinates, self.anchors, fit),
+            self.anchors is not None,
+        )
 
     def compress(self, state: Basis, setting: dict[str, Any]) -> Dictionary:
         atoms, nonzeros = require_atoms(state.linear, setting, len(state.values))

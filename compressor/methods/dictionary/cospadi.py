@@ -1,20 +1,25 @@
 """CoSpaDi: a dictionary learned for the whitened weight, every output combining its own few atoms.
 
-References: CoSpaDi, arXiv 2509.22075; fast solver: HTP and ADMM codes of arXiv 2609.25963 and 2401.02938 with the closed-form dictionary
-(0.3), procedure R1 of the sparse-dictionary card.
+References: CoSpaDi, arXiv 2509.22075; fast solver: HTP and ADMM codes of arXiv 2609.25963 and
+2401.02938 with the closed-form dictionary (0.3), procedure R1 of the sparse-dictionary card.
 
 Glossary: as in `dictionary`, and
-    atoms to nonzeros ρ = k / s    2 in the paper                     rounds T           60 in the paper, its K-SVD alone
-    penalty ρ of ADMM              0.2 of the atoms' squared norm     inner iterations   4: more of them change little
+    atoms to nonzeros ρ = k / s    2 in the paper                     rounds T           60 in the
+                                   paper, its K-SVD alone
+    penalty ρ of ADMM              0.2 of the atoms' squared norm     inner iterations   4: more of
+                                   them change little
 
-Differs from the paper: `solver: fast` starts from the leading whitened directions and alternates ADMM codes with the best dictionary of
-those codes. Its iterates need not improve one by one (guarding every column, as `coder.keep_better` does, stalls it), so the best one
-is kept, never worse than the start. `solver: ksvd` is the published algorithm, in whitened coordinates, which change no inner product.
-Values are stored at the width of the output dtype, not in 14 bits, and atoms never outnumber the smaller side of the weight, where more
-of them would seldom save anything. Sizes are screened in closed form: between truncation and start (see `dictionary.profiled`) fits of
-the fast solver end near θ = 0.07 (n / r) (k / r)^−0.7 (s / k)^−0.3 (1 − p)^⅓ of the way, with n outputs, r the smaller side and
-p = s / r + k / n the part of the weight's numbers that codes and atoms have: a law measured on linears of two trained models, which
-predicts errors within about a tenth on average; `anchors` corrects it by fits.
+Differs from the paper: `solver: fast` starts from the leading whitened directions and alternates
+ADMM codes with the best dictionary of those codes. Its iterates need not improve one by one
+(guarding every column, as `coder.keep_better` does, stalls it), so the best one is kept, never
+worse than the start. `solver: ksvd` is the published algorithm, in whitened coordinates, which
+change no inner product. Values are stored at the width of the output dtype, not in 14 bits, and
+atoms never outnumber the smaller side of the weight, where more of them would seldom save anything.
+Sizes are screened in closed form: between truncation and start (see `dictionary.profiled`) fits of
+the fast solver end near θ = 0.07 (n / r) (k / r)^−0.7 (s / k)^−0.3 (1 − p)^⅓ of the way, with n
+outputs, r the smaller side and p = s / r + k / n the part of the weight's numbers that codes and
+atoms have: a law measured on linears of two trained models, which predicts errors within about a
+tenth on average; `anchors` corrects it by fits.
 """
 
 import math
@@ -40,27 +45,53 @@ from compressor.methods.dictionary.base import (
     unwhitened,
 )
 from compressor.methods.dictionary.ksvd import ksvd
-from compressor.methods.dictionary.sparse_coding import admm_codes, column_errors, project_columns, unit_atoms
+from compressor.methods.dictionary.sparse_coding import (
+    admm_codes,
+    column_errors,
+    project_columns,
+    unit_atoms,
+)
 from compressor.plan import Curve
 
-SPAN, FLAT = 5, 1e-3  # end when the best of so many rounds is not lower than the best of as many before by this, relative
-REFIT = 4  # conjugate-gradient steps that end a round's coding; more change nothing, since the next round starts from there
+SPAN, FLAT = (
+    5,
+    1e-3,
+    # end when the best of so many rounds is not lower than the best of as many before by this,
+    # relative
+)
+# conjugate-gradient steps that end a round's coding; more change nothing, since the next round
+# starts from there
+REFIT = 4
 
 
 def expected_level(atoms: np.ndarray, nonzeros: np.ndarray, rows: int, columns: int) -> np.ndarray:
     """θ of the module docstring, 1 at most."""
-    left = np.clip(1 - nonzeros / rows - atoms / columns, 0.02, 1)  # of the numbers of the weight, 1 − p
-    return np.minimum(1, 0.07 * columns / rows * (atoms / rows) ** -0.7 * (nonzeros / atoms) ** -0.3 * left ** (1 / 3))
+    left = np.clip(
+        1 - nonzeros / rows - atoms / columns, 0.02, 1
+    )  # of the numbers of the weight, 1 − p
+    return np.minimum(
+        1,
+        0.07
+        * columns
+        / rows
+        * (atoms / rows) ** -0.7
+        * (nonzeros / atoms) ** -0.3
+        * left ** (1 / 3),
+    )
 
 
 def leading_codes(coordinates: Tensor, atoms: int, nonzeros: int) -> Tensor:
-    """Codes (k, n) of the leading whitened directions: the largest `nonzeros` coordinates of each column, optimal for them (0.2)."""
+    """Codes (k, n) of the leading whitened directions: the largest `nonzeros` coordinates of each
+    column, optimal for them (0.2).
+    """
     leading = coordinates[:atoms]
     return leading * project_columns(nonzeros)(leading)
 
 
 def revived(atoms: Tensor, codes: Tensor, coordinates: Tensor) -> Tensor:
-    """Atoms (k, r) with those that no code uses replaced by the residuals of the worst-fitted targets, one each."""
+    """Atoms (k, r) with those that no code uses replaced by the residuals of the worst-fitted
+    targets, one each.
+    """
     dead = (codes == 0).all(1).nonzero().flatten()[: codes.shape[1]]
     if len(dead) == 0:
         return atoms
@@ -69,10 +100,19 @@ def revived(atoms: Tensor, codes: Tensor, coordinates: Tensor) -> Tensor:
     return atoms.index_copy(0, dead, residual[:, worst].T)
 
 
-def alternate(coordinates: Tensor, codes: Tensor, nonzeros: int, rounds: int, penalty: float = 0.2, inner: int = 4) -> Tensor:
-    """Codes (k, n) after up to `rounds` rounds of best dictionary and ADMM codes; the best of all rounds, the first codes included.
+def alternate(
+    coordinates: Tensor,
+    codes: Tensor,
+    nonzeros: int,
+    rounds: int,
+    penalty: float = 0.2,
+    inner: int = 4,
+) -> Tensor:
+    """Codes (k, n) after up to `rounds` rounds of best dictionary and ADMM codes; the best of all
+    rounds, the first codes included.
 
-    coordinates: (r, n) targets, in the dtype to compute in. Errors are those of codes with their own best dictionary.
+    coordinates: (r, n) targets, in the dtype to compute in. Errors are those of codes with their
+    own best dictionary.
     """
     energy, best, errors = coordinates.square().sum(), codes, []
     for round_ in range(rounds + 1):
@@ -80,12 +120,25 @@ def alternate(coordinates: Tensor, codes: Tensor, nonzeros: int, rounds: int, pe
         lost = (energy + column_errors(atoms @ atoms.T, atoms @ coordinates, codes).sum()).item()
         best = codes if lost < min(errors, default=math.inf) else best
         errors.append(lost)
-        flat = round_ >= 2 * SPAN and min(errors[-SPAN:]) >= (1 - FLAT) * min(errors[-2 * SPAN : -SPAN])
+        flat = round_ >= 2 * SPAN and min(errors[-SPAN:]) >= (1 - FLAT) * min(
+            errors[-2 * SPAN : -SPAN]
+        )
         if round_ == rounds or flat:
             break
         atoms = revived(atoms, codes, coordinates)
         gram, correlations, norms = unit_atoms(atoms @ atoms.T, atoms @ coordinates)
-        codes = admm_codes(gram, correlations, project_columns(nonzeros), codes * norms, inner, penalty, refit=REFIT) / norms
+        codes = (
+            admm_codes(
+                gram,
+                correlations,
+                project_columns(nonzeros),
+                codes * norms,
+                inner,
+                penalty,
+                refit=REFIT,
+            )
+            / norms
+        )
     return best
 
 
@@ -98,10 +151,14 @@ class Cospadi(DictionaryMethod):
     paper: ClassVar[str] = "CoSpaDi, arXiv 2509.22075"
 
     solver: Literal["fast", "ksvd"] = "fast"
-    rounds: Annotated[int, Field(ge=0)] | None = None  # by default at most 40 of the fast solver, 60 of K-SVD
+    rounds: Annotated[int, Field(ge=0)] | None = (
+        None  # by default at most 40 of the fast solver, 60 of K-SVD
+    )
     power_iterations: Annotated[int, Field(ge=1)] = 8  # for each atom of a K-SVD sweep
     seed: Annotated[int, Field(ge=0)] = 42  # of K-SVD's first atoms
-    anchors: Annotated[int, Field(ge=0)] | None = 0  # sizes fitted for the curve, see `profiled`; None fits all
+    anchors: Annotated[int, Field(ge=0)] | None = (
+        0  # sizes fitted for the curve, see `profiled`; None fits all
+    )
 
     def candidates(self, state: Basis) -> Curve:
         coordinates = state.coordinates
@@ -110,25 +167,42 @@ class Cospadi(DictionaryMethod):
             codes, dictionary = self.codes(coordinates, atoms, nonzeros)
             if dictionary is None:
                 return fitted_error(codes, coordinates.T)
-            return (coordinates - dictionary.double() @ codes.double()).square().sum().item() / state.energy
+            return (
+                coordinates - dictionary.double() @ codes.double()
+            ).square().sum().item() / state.energy
 
         return curve_of(
-            state, self.name, profiled(self.sizes(state.dense), coordinates, self.anchors, fit, expected_level), self.anchors is not None
+            state,
+            self.name,
+            profiled(self.sizes(state.dense), coordinates, self.anchors, fit, expected_level),
+            self.anchors is not None,
         )
 
     def codes(self, coordinates: Tensor, atoms: int, nonzeros: int) -> tuple[Tensor, Tensor | None]:
-        """Fitted codes (k, out), float32, and K-SVD's own dictionary (r, k) where that is the solver."""
+        """Fitted codes (k, out), float32, and K-SVD's own dictionary (r, k) where that is the
+        solver.
+        """
         coordinates = coordinates.float()
         if self.solver == "ksvd":
             generator = torch.Generator().manual_seed(self.seed)
             rounds = 60 if self.rounds is None else self.rounds
-            dictionary, codes = ksvd(coordinates, atoms, nonzeros, rounds, generator, self.power_iterations)
+            dictionary, codes = ksvd(
+                coordinates, atoms, nonzeros, rounds, generator, self.power_iterations
+            )
             return codes, dictionary
         start = leading_codes(coordinates, atoms, nonzeros)
-        return alternate(coordinates, start, nonzeros, 40 if self.rounds is None else self.rounds), None
+        return alternate(
+            coordinates, start, nonzeros, 40 if self.rounds is None else self.rounds
+        ), None
 
     def compress(self, state: Basis, setting: dict[str, Any]) -> Dictionary:
         atoms, nonzeros = require_atoms(state.linear, setting, len(state.values))
         codes, dictionary = self.codes(state.coordinates, atoms, nonzeros)
-        rows = best_dictionary(codes, state.weight) if dictionary is None else unwhitened(state, dictionary)
-        return store(state.dense, state.roots, codes.double(), project_columns(nonzeros)(codes), rows)
+        rows = (
+            best_dictionary(codes, state.weight)
+            if dictionary is None
+            else unwhitened(state, dictionary)
+        )
+        return store(
+            state.dense, state.roots, codes.double(), project_columns(nonzeros)(codes), rows
+        )

@@ -1,4 +1,5 @@
-"""DSFormer: every slice of the inputs has a small dictionary of its own, and every output combines a few of its atoms.
+"""DSFormer: every slice of the inputs has a small dictionary of its own, and every output combines
+a few of its atoms.
 
 References: DSFormer, arXiv 2312.13211.
 
@@ -7,12 +8,14 @@ Glossary (per slice, W_p (out, in / P) the columns of one of P slices)
     codes S         (k, out), s nonzeros for each output and slice: semi-structured
     coordinates C   (r, P · out) of the slices side by side, each in its own leading directions
 
-Start: the leading directions of every slice, the s largest coordinates of each column, which are the best for them (0.2), then the best
-dictionary of those codes (0.3). All of it is closed form.
+Start: the leading directions of every slice, the s largest coordinates of each column, which are
+the best for them (0.2), then the best dictionary of those codes (0.3). All of it is closed form.
 
-Differs from the paper: that is the start alone, without the task-aware training that follows it there (its Straight-Through Factorizer).
-Slices run along the inputs, where they share no input; the paper's layout is not stated in what we have of it. `metric: gram` weighs
-each slice by its own block of the Gram, `weighted_gram` each output by its mean squared gradient besides; the paper weighs nothing.
+Differs from the paper: that is the start alone, without the task-aware training that follows it
+there (its Straight-Through Factorizer). Slices run along the inputs, where they share no input; the
+paper's layout is not stated in what we have of it. `metric: gram` weighs each slice by its own
+block of the Gram, `weighted_gram` each output by its mean squared gradient besides; the paper
+weighs nothing.
 """
 
 import re
@@ -49,12 +52,15 @@ from compressor.statistics import LinearStats
 
 def _group(value: str | int) -> str | int:
     if not re.fullmatch(r"(auto:)?[1-9][0-9]{0,8}", str(value)):
-        raise ValueError(f"must be a number of inputs, or auto: and a number, such as auto:32, not {value!r}")
+        raise ValueError(
+            f"must be a number of inputs, or auto: and a number, such as auto:32, not {value!r}"
+        )
     return value
 
 
 def slice_width(group: str | int, width: int, linear: str) -> int:
-    """Inputs in a slice: `group` itself, or for `auto:32` the divisor of `width` nearest to 32, the larger one of two.
+    """Inputs in a slice: `group` itself, or for `auto:32` the divisor of `width` nearest to 32, the
+    larger one of two.
 
     Raises ConfigError naming the linear if an explicit `group` does not divide the width.
     """
@@ -64,7 +70,10 @@ def slice_width(group: str | int, width: int, linear: str) -> int:
         return min(divisors, key=lambda size: (abs(size - wanted), -size))
     if wanted not in divisors:
         near = min(divisors, key=lambda size: abs(size - wanted))
-        raise ConfigError(f"{linear}: its {width} inputs do not split into slices of {wanted}; choose {near}, or 'auto:{wanted}'")
+        raise ConfigError(
+            f"{linear}: its {width} inputs do not split into slices of {wanted}; choose {near}, "
+            f"or 'auto:{wanted}'"
+        )
     return wanted
 
 
@@ -84,7 +93,9 @@ class Slices:
 @register
 @dataclass(frozen=True)
 class DSFormer(Method[Slices]):
-    """A small dictionary for each slice of the inputs, with a fixed number of atoms for each output and slice."""
+    """A small dictionary for each slice of the inputs, with a fixed number of atoms for each output
+    and slice.
+    """
 
     name: ClassVar[str] = "dsformer"
     paper: ClassVar[str] = "DSFormer, arXiv 2312.13211"
@@ -93,9 +104,15 @@ class DSFormer(Method[Slices]):
     metric: Literal["identity", "gram", "weighted_gram"] = "identity"
     group: Annotated[str | int, AfterValidator(_group)] = "auto:32"  # inputs in a slice
     ratios: tuple[Ratio, ...] = RATIOS  # atoms to nonzeros
-    atom_step: Annotated[int, Field(ge=1)] | None = None  # atom counts considered; by default at most 32 of them, evenly spaced
-    anchors: Annotated[int, Field(ge=0)] | None = 4  # sizes fitted for the curve, see `profiled`; None fits all, 0 none
-    shrink_grad_gram: Fraction = 0.1  # `weighted_gram` only: shrinkage of the outputs' weights towards equal ones
+    atom_step: Annotated[int, Field(ge=1)] | None = (
+        None  # atom counts considered; by default at most 32 of them, evenly spaced
+    )
+    anchors: Annotated[int, Field(ge=0)] | None = (
+        4  # sizes fitted for the curve, see `profiled`; None fits all, 0 none
+    )
+    shrink_grad_gram: Fraction = (
+        0.1  # `weighted_gram` only: shrinkage of the outputs' weights towards equal ones
+    )
 
     @property
     def needs(self) -> frozenset[str]:
@@ -104,21 +121,42 @@ class DSFormer(Method[Slices]):
     def sizes(self, dense: Dense) -> list[Candidate]:
         height, width = dense.weight.shape
         group = slice_width(self.group, width, "this linear")
-        return grid(self.name, dense, self.ratios, self.atom_step, min(group, height), width // group)
+        return grid(
+            self.name, dense, self.ratios, self.atom_step, min(group, height), width // group
+        )
 
     def prepare(self, linear: str, dense: Dense, stats: LinearStats) -> Slices:
         stats.require(linear, self.needs)
         width = dense.weight.shape[1]
         group = slice_width(self.group, width, linear)
         roots = output_roots(dense, stats, self.metric, self.shrink_grad_gram)
-        parts, starts = (roots[:, None] * dense.weight.double()).split(group, dim=1), range(0, width, group)
+        parts, starts = (
+            (roots[:, None] * dense.weight.double()).split(group, dim=1),
+            range(0, width, group),
+        )
         if self.metric == "identity":
             metrics = [Metric()] * len(parts)
         else:
-            metrics = [Metric(stats.gram[start : start + group, start : start + group], 1 / stats.tokens) for start in starts]
-        bases = [linalg.principal_outputs(part, metric, linear) for part, metric in zip(parts, metrics, strict=True)]
-        coordinates = torch.cat([values.clamp(min=0).sqrt()[:, None] * vectors.T for values, vectors in bases], dim=1)
-        return Slices(linear, dense, roots, parts, tuple(metrics), coordinates, coordinates.square().sum().item())
+            metrics = [
+                Metric(stats.gram[start : start + group, start : start + group], 1 / stats.tokens)
+                for start in starts
+            ]
+        bases = [
+            linalg.principal_outputs(part, metric, linear)
+            for part, metric in zip(parts, metrics, strict=True)
+        ]
+        coordinates = torch.cat(
+            [values.clamp(min=0).sqrt()[:, None] * vectors.T for values, vectors in bases], dim=1
+        )
+        return Slices(
+            linear,
+            dense,
+            roots,
+            parts,
+            tuple(metrics),
+            coordinates,
+            coordinates.square().sum().item(),
+        )
 
     def codes(self, state: Slices, atoms: int, nonzeros: int) -> tuple[Tensor, Tensor]:
         """Codes of the leading directions (k, P · out), and their mask."""
@@ -130,23 +168,47 @@ class DSFormer(Method[Slices]):
         height, dense = len(state.dense.weight), state.dense
 
         def fit(atoms: int, nonzeros: int) -> float:
-            pairs = [part.split(height, dim=1) for part in (self.codes(state, atoms, nonzeros)[0], state.coordinates)]
+            pairs = [
+                part.split(height, dim=1)
+                for part in (self.codes(state, atoms, nonzeros)[0], state.coordinates)
+            ]
             return (
-                sum(fitted_error(codes, whole.T) * whole.square().sum().item() for codes, whole in zip(*pairs, strict=True)) / state.energy
+                sum(
+                    fitted_error(codes, whole.T) * whole.square().sum().item()
+                    for codes, whole in zip(*pairs, strict=True)
+                )
+                / state.energy
             )
 
         found = profiled(self.sizes(dense), state.coordinates, self.anchors, fit)
-        return Curve(state.linear, self.name, tuple(found), dense.bits, dense.parameters, state.energy, screened=self.anchors is not None)
+        return Curve(
+            state.linear,
+            self.name,
+            tuple(found),
+            dense.bits,
+            dense.parameters,
+            state.energy,
+            screened=self.anchors is not None,
+        )
 
     def compress(self, state: Slices, setting: dict[str, Any]) -> Dictionary:
         require_atoms(state.linear, setting, len(state.coordinates))
         height = len(state.dense.weight)
         codes, mask = (matrix.split(height, dim=1) for matrix in self.codes(state, **setting))
-        atoms = torch.cat([best_dictionary(code, part) for code, part in zip(codes, state.parts, strict=True)])
-        return store(state.dense, state.roots, torch.cat(codes), torch.cat(mask), atoms, len(state.parts))
+        atoms = torch.cat(
+            [best_dictionary(code, part) for code, part in zip(codes, state.parts, strict=True)]
+        )
+        return store(
+            state.dense, state.roots, torch.cat(codes), torch.cat(mask), atoms, len(state.parts)
+        )
 
     def measure(self, state: Slices, module: Dictionary) -> float:
         lost = torch.cat(state.parts, dim=1) - state.roots[:, None] * module.to_dense()
         parts = lost.split(state.parts[0].shape[1], dim=1)
         whole = state.energy
-        return sum(metric.energy(part) for metric, part in zip(state.metrics, parts, strict=True)) / whole if whole > 0 else 0.0
+        return (
+            sum(metric.energy(part) for metric, part in zip(state.metrics, parts, strict=True))
+            / whole
+            if whole > 0
+            else 0.0
+        )

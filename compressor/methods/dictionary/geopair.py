@@ -1,20 +1,29 @@
-"""Pairs of linears in two blocks that share one dictionary, each with codes and an input metric of its own.
+"""Pairs of linears in two blocks that share one dictionary, each with codes and an input metric of
+its own.
 
 Reference: GeoPair, arXiv 2609.25963 (sparse-dictionary card 4).
 
 Glossary: as in `dictionary`, and
-    objective      Σ_i ω_i tr((W_i − S_iᵀ Dᵀ) G_i (W_i − S_iᵀ Dᵀ)ᵀ), ω_i = 1, or one over the linear's own energy (`relative`)
-    start D₀       leading directions of the stacked weights in the metric Σ ω_i G_i (`whitened`) or unweighted (`plain`, the paper's)
-    codes          hard thresholding pursuit (HTP) with H_i = Dᵀ G_i D and R_i = Dᵀ G_i W_iᵀ, from the codes of the round before
-    dictionary     the generalised Sylvester update of `sylvester`; for equal Grams the closed form (0.3) of the stacked linears
-Coordinates of each A_i in an orthonormal basis of the first 1, 2, … directions of D₀, by one QR of L_i D₀, make its truncated errors exact;
-sizes are screened in them as those of `cospadi` are (`dictionary.profiled`), of whose problem equal Grams make this an instance.
+    objective      Σ_i ω_i tr((W_i − S_iᵀ Dᵀ) G_i (W_i − S_iᵀ Dᵀ)ᵀ), ω_i = 1, or one over the
+                   linear's own energy (`relative`)
+    start D₀       leading directions of the stacked weights in the metric Σ ω_i G_i (`whitened`) or
+                   unweighted (`plain`, the paper's)
+    codes          hard thresholding pursuit (HTP) with H_i = Dᵀ G_i D and R_i = Dᵀ G_i W_iᵀ, from
+                   the codes of the round before
+    dictionary     the generalised Sylvester update of `sylvester`; for equal Grams the closed form
+                   (0.3) of the stacked linears
+Coordinates of each A_i in an orthonormal basis of the first 1, 2, … directions of D₀, by one QR of
+L_i D₀, make its truncated errors exact;
+sizes are screened in them as those of `cospadi` are (`dictionary.profiled`), of whose problem equal
+Grams make this an instance.
 
-Differs from the paper: each error counts relative to its linear's own energy unless `relative` is off, since inputs of later blocks are
-often much larger. Pairs are linears of the same role in consecutive blocks, not matched by similarity. The last linear of an odd number
-has a dictionary of its own, by the same solver. A round ends with the dictionary, which cannot raise the objective, HTP can: the best
-round is kept; the first is D₀ with its codes, and the best dictionary of these. η I in the Grams is a shrinkage towards their mean
-diagonal. Atoms never outnumber the smaller side of the stacked weights. Masks and atoms are counted, the atoms once.
+Differs from the paper: each error counts relative to its linear's own energy unless `relative` is
+off, since inputs of later blocks are often much larger. Pairs are linears of the same role in
+consecutive blocks, not matched by similarity. The last linear of an odd number has a dictionary of
+its own, by the same solver. A round ends with the dictionary, which cannot raise the objective, HTP
+can: the best round is kept; the first is D₀ with its codes, and the best dictionary of these. η I
+in the Grams is a shrinkage towards their mean diagonal. Atoms never outnumber the smaller side of
+the stacked weights. Masks and atoms are counted, the atoms once.
 """
 
 import math
@@ -32,9 +41,22 @@ from compressor.linalg import Metric
 from compressor.linears import CompressedLinear, Dense
 from compressor.methods import register
 from compressor.methods.base import ModuleMethod, Part
-from compressor.methods.dictionary.base import RATIOS, Fraction, Ratio, grid, profiled, require_atoms, store
+from compressor.methods.dictionary.base import (
+    RATIOS,
+    Fraction,
+    Ratio,
+    grid,
+    profiled,
+    require_atoms,
+    store,
+)
 from compressor.methods.dictionary.cospadi import FLAT, SPAN, expected_level
-from compressor.methods.dictionary.sparse_coding import column_errors, htp_codes, project_columns, unit_atoms
+from compressor.methods.dictionary.sparse_coding import (
+    column_errors,
+    htp_codes,
+    project_columns,
+    unit_atoms,
+)
 from compressor.methods.dictionary.sylvester import gram_basis, shared_dictionary
 from compressor.plan import Candidate, Curve
 
@@ -62,15 +84,28 @@ class Pair:
 
 
 def stacked(denses: Mapping[str, Dense]) -> Dense:
-    """Linears below each other. Raises ConfigError naming them if they cannot have one dictionary."""
+    """Linears below each other. Raises ConfigError naming them if they cannot have one
+    dictionary.
+    """
     names, found = list(denses), list(denses.values())
     if len({dense.weight.shape[1] for dense in found}) > 1:
         widths = " and ".join(str(dense.weight.shape[1]) for dense in found)
-        raise ConfigError(f"{' and '.join(names)}: {widths} inputs cannot share a dictionary; leave one of them out of the targets")
+        raise ConfigError(
+            f"{' and '.join(names)}: {widths} inputs cannot share a dictionary; leave one of them "
+            "out of the targets"
+        )
     if len({dense.bias is None for dense in found}) > 1:
-        raise ConfigError(f"{' and '.join(names)}: one has a bias and one has none; leave one of them out of the targets")
+        raise ConfigError(
+            f"{' and '.join(names)}: one has a bias and one has none; leave one of them out of "
+            "the targets"
+        )
     bias = None if found[0].bias is None else torch.cat([dense.bias for dense in found])
-    return Dense(torch.cat([dense.weight for dense in found]), bias, found[0].dtype, tuple(len(dense.weight) for dense in found))
+    return Dense(
+        torch.cat([dense.weight for dense in found]),
+        bias,
+        found[0].dtype,
+        tuple(len(dense.weight) for dense in found),
+    )
 
 
 @register
@@ -87,9 +122,15 @@ class GeoPair(ModuleMethod[Pair]):
     rounds: Annotated[int, Field(ge=0)] = 30  # at most
     steps: Annotated[int, Field(ge=1)] = 2  # of HTP in a round
     ratios: tuple[Ratio, ...] = RATIOS  # atoms to nonzeros
-    atom_step: Annotated[int, Field(ge=1)] | None = None  # atom counts offered; by default at most 32 of them, evenly spaced
-    anchors: Annotated[int, Field(ge=0)] | None = 0  # sizes fitted for the curve, see `profiled`; None fits all
-    shrink_gram: Fraction = 1e-3  # shrinkage of the input Grams; above 0, since their Cholesky factors are needed
+    atom_step: Annotated[int, Field(ge=1)] | None = (
+        None  # atom counts offered; by default at most 32 of them, evenly spaced
+    )
+    anchors: Annotated[int, Field(ge=0)] | None = (
+        0  # sizes fitted for the curve, see `profiled`; None fits all
+    )
+    shrink_gram: Fraction = (
+        1e-3  # shrinkage of the input Grams; above 0, since their Cholesky factors are needed
+    )
 
     @property
     def needs(self) -> frozenset[str]:
@@ -106,47 +147,96 @@ class GeoPair(ModuleMethod[Pair]):
         for part in parts.values():
             part.stats.require(part.linear, self.needs)
         weights = [part.dense.weight.double() for part in parts.values()]
-        grams = [linalg.shrink(part.stats.gram.double() / part.stats.tokens, self.shrink_gram) for part in parts.values()]
+        grams = [
+            linalg.shrink(part.stats.gram.double() / part.stats.tokens, self.shrink_gram)
+            for part in parts.values()
+        ]
         if self.relative:
-            grams = [gram / (Metric(gram).energy(weight) or 1.0) for gram, weight in zip(grams, weights, strict=True)]
-        roots = [linalg.cholesky(gram, f"{part.linear}: the Gram", "shrink_gram") for gram, part in zip(grams, parts.values(), strict=True)]
+            grams = [
+                gram / (Metric(gram).energy(weight) or 1.0)
+                for gram, weight in zip(grams, weights, strict=True)
+            ]
+        roots = [
+            linalg.cholesky(gram, f"{part.linear}: the Gram", "shrink_gram")
+            for gram, part in zip(grams, parts.values(), strict=True)
+        ]
         whole = torch.cat(weights)
-        values, vectors = linalg.principal_outputs(whole, Metric(sum(grams) if self.start == "whitened" else None), module)
-        scales = torch.where(values > 1e-12 * values[0], values.rsqrt(), 0.0)  # directions without energy are left out
+        values, vectors = linalg.principal_outputs(
+            whole, Metric(sum(grams) if self.start == "whitened" else None), module
+        )
+        scales = torch.where(
+            values > 1e-12 * values[0], values.rsqrt(), 0.0
+        )  # directions without energy are left out
         start = scales[:, None] * (vectors.T @ whole)  # (r, in)
-        coordinates = [coordinates_of(start, root, weight) for root, weight in zip(roots, weights, strict=True)]
+        coordinates = [
+            coordinates_of(start, root, weight) for root, weight in zip(roots, weights, strict=True)
+        ]
         basis = None if len(grams) == 1 or torch.equal(*grams) else gram_basis(tuple(grams), module)
-        return Pair(module, tuple(parts.values()), dense, tuple(grams), basis, start, torch.cat(coordinates, dim=1))
+        return Pair(
+            module,
+            tuple(parts.values()),
+            dense,
+            tuple(grams),
+            basis,
+            start,
+            torch.cat(coordinates, dim=1),
+        )
 
     def candidates(self, state: Pair) -> Curve:
         def fit(atoms: int, nonzeros: int) -> float:
             return self.fit(state, atoms, nonzeros)[2] / state.energy
 
-        found = profiled(self.offered(state.dense), state.coordinates, self.anchors, fit, expected_level)
-        return Curve(state.name, self.name, tuple(found), state.dense.bits, state.dense.parameters, state.energy)
+        found = profiled(
+            self.offered(state.dense), state.coordinates, self.anchors, fit, expected_level
+        )
+        return Curve(
+            state.name,
+            self.name,
+            tuple(found),
+            state.dense.bits,
+            state.dense.parameters,
+            state.energy,
+        )
 
     def fit(self, state: Pair, atoms: int, nonzeros: int) -> tuple[Tensor, Tensor, float]:
-        """Dᵀ (k, in) and codes (k, outputs of all), float64, and the objective: those of the best round."""
+        """Dᵀ (k, in) and codes (k, outputs of all), float64, and the objective: those of the best
+        round.
+        """
         weights, rows, errors = state.weights, state.start[:atoms], []
         codes = [weight.new_zeros(atoms, len(weight)) for weight in weights]
         best = rows, torch.cat(codes, dim=1), state.energy
-        problems = [problem(rows, gram, weight) for gram, weight in zip(state.grams, weights, strict=True)]
+        problems = [
+            problem(rows, gram, weight) for gram, weight in zip(state.grams, weights, strict=True)
+        ]
         for round_ in range(self.rounds + 1):
-            codes = [coded(*each, code, nonzeros, self.steps) for each, code in zip(problems, codes, strict=True)]
+            codes = [
+                coded(*each, code, nonzeros, self.steps)
+                for each, code in zip(problems, codes, strict=True)
+            ]
             rows = shared_dictionary(weights, state.grams, codes, state.name, state.basis)
-            problems = [problem(rows, gram, weight) for gram, weight in zip(state.grams, weights, strict=True)]
-            lost = state.energy + sum(column_errors(*each, code).sum().item() for each, code in zip(problems, codes, strict=True))
+            problems = [
+                problem(rows, gram, weight)
+                for gram, weight in zip(state.grams, weights, strict=True)
+            ]
+            lost = state.energy + sum(
+                column_errors(*each, code).sum().item()
+                for each, code in zip(problems, codes, strict=True)
+            )
             if lost < min(errors, default=math.inf):
                 best = rows, torch.cat(codes, dim=1), max(0.0, lost)
             errors.append(lost)
-            if round_ >= 2 * SPAN and min(errors[-SPAN:]) >= (1 - FLAT) * min(errors[-2 * SPAN : -SPAN]):
+            if round_ >= 2 * SPAN and min(errors[-SPAN:]) >= (1 - FLAT) * min(
+                errors[-2 * SPAN : -SPAN]
+            ):
                 break
         return best
 
     def compress(self, state: Pair, setting: dict[str, Any]) -> dict[str, CompressedLinear]:
         atoms, nonzeros = require_atoms(state.name, setting, len(state.start))
         rows, codes, _ = self.fit(state, atoms, nonzeros)
-        module = store(state.dense, torch.ones_like(codes[0]), codes, project_columns(nonzeros)(codes), rows)
+        module = store(
+            state.dense, torch.ones_like(codes[0]), codes, project_columns(nonzeros)(codes), rows
+        )
         return module.split({part.linear: len(part.dense.weight) for part in state.parts})
 
     def measure(self, state: Pair, modules: Mapping[str, CompressedLinear]) -> float:
@@ -158,7 +248,9 @@ class GeoPair(ModuleMethod[Pair]):
 
 
 def coordinates_of(start: Tensor, root: Tensor, weight: Tensor) -> Tensor:
-    """Coordinates (r, out) of A = Lᵀ Wᵀ in an orthonormal basis of Lᵀ D₀, direction after direction; root: L with L Lᵀ = G."""
+    """Coordinates (r, out) of A = Lᵀ Wᵀ in an orthonormal basis of Lᵀ D₀, direction after
+    direction; root: L with L Lᵀ = G.
+    """
     frame = torch.linalg.qr(root.T @ start.T)[0]
     return frame.T @ (root.T @ weight.T)
 
@@ -172,5 +264,11 @@ def problem(rows: Tensor, gram: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]
 def coded(gram: Tensor, correlations: Tensor, codes: Tensor, nonzeros: int, steps: int) -> Tensor:
     """Codes (k, out), float64, by HTP in float32 on atoms of unit norm."""
     gram, correlations, norms = unit_atoms(gram, correlations)
-    found = htp_codes(gram.float(), correlations.float(), project_columns(nonzeros), (codes * norms).float(), steps)
+    found = htp_codes(
+        gram.float(),
+        correlations.float(),
+        project_columns(nonzeros),
+        (codes * norms).float(),
+        steps,
+    )
     return found.double() / norms

@@ -1,17 +1,23 @@
-"""ROCKET: one-shot sparse factorisation, its codes chosen by a score between output error and weight error.
+"""ROCKET: one-shot sparse factorisation, its codes chosen by a score between output error and
+weight error.
 
 References: ROCKET, arXiv 2602.11008; code mts-ai/ROCKET.
 
 Glossary: as in `dictionary`, and
-    score       |c_ij| · ‖L⁻¹ b_i‖^λ, λ = `exponent`; as L⁻¹ b_i = Wᵀ u_i / σ_i it is |u_ji| σ_i^(1−λ) ‖Wᵀ u_i‖^λ, without L
-    margin β    share of the atoms that every column gives up first; the places go to the best scores of the whole matrix
-    ridge μ     relative to the mean energy of an atom's codes; the value is the code's, the paper states none
+    score       |c_ij| · ‖L⁻¹ b_i‖^λ, λ = `exponent`; as L⁻¹ b_i = Wᵀ u_i / σ_i it is |u_ji|
+                σ_i^(1−λ) ‖Wᵀ u_i‖^λ, without L
+    margin β    share of the atoms that every column gives up first; the places go to the best
+                scores of the whole matrix
+    ridge μ     relative to the mean energy of an atom's codes; the value is the code's, the paper
+                states none
 
-Differs from the authors' code, where that departs from the paper: profiling uses the same scores, masks and ridge as the fit (the code
-thresholds |Σ^½ Vᵀ| with ridge 1e-8 while it profiles); every column keeps s entries on average (the code's >= keeps s + 1); entries are
-reactivated by the one score (the code ranks them by weight-space magnitude); nothing is trained unless `refine_steps` asks for it (the
-code runs 100 Adam steps by default), and the better of start and refinement is taken in the whitened error, which is what both minimise
-(the code takes it in the weight-space error). Columns give up whole entries, so β acts as at least one entry of each column.
+Differs from the authors' code, where that departs from the paper: profiling uses the same scores,
+masks and ridge as the fit (the code thresholds |Σ^½ Vᵀ| with ridge 1e-8 while it profiles); every
+column keeps s entries on average (the code's >= keeps s + 1); entries are reactivated by the one
+score (the code ranks them by weight-space magnitude); nothing is trained unless `refine_steps` asks
+for it (the code runs 100 Adam steps by default), and the better of start and refinement is taken in
+the whitened error, which is what both minimise (the code takes it in the weight-space error).
+Columns give up whole entries, so β acts as at least one entry of each column.
 """
 
 import math
@@ -44,7 +50,9 @@ BETAS, EPSILON = (0.9, 0.999), 1e-8  # Adam's, as in the authors' code
 
 
 def reactivated(scores: Tensor, nonzeros: int, margin: float) -> Tensor:
-    """Mask (k, n) with `nonzeros` · n entries: s − ⌈β k⌉ of the best in every column, then the best of what is left anywhere."""
+    """Mask (k, n) with `nonzeros` · n entries: s − ⌈β k⌉ of the best in every column, then the best
+    of what is left anywhere.
+    """
     atoms, columns = scores.shape
     first = max(0, nonzeros - math.ceil(margin * atoms))
     mask = top_mask(scores, first, 0)
@@ -52,14 +60,19 @@ def reactivated(scores: Tensor, nonzeros: int, margin: float) -> Tensor:
     return mask | top_mask(left.flatten(), (nonzeros - first) * columns, 0).view_as(mask)
 
 
-def adam_refined(coordinates: Tensor, codes: Tensor, mask: Tensor, atoms: Tensor, steps: int, rate: float) -> Tensor:
-    """Codes (k, n) after `steps` of Adam on dictionary and codes together, for the relative error ‖C − D S‖² / ‖C‖². Their scale is free.
+def adam_refined(
+    coordinates: Tensor, codes: Tensor, mask: Tensor, atoms: Tensor, steps: int, rate: float
+) -> Tensor:
+    """Codes (k, n) after `steps` of Adam on dictionary and codes together, for the relative error
+    ‖C − D S‖² / ‖C‖². Their scale is free.
 
-    Both factors are first brought to the scale of an orthonormal dictionary, r^(−½), so that one rate suits them at any size of targets.
-    coordinates: C (r, n); atoms: Dᵀ (k, r).
+    Both factors are first brought to the scale of an orthonormal dictionary, r^(−½), so that one
+    rate suits them at any size of targets. coordinates: C (r, n); atoms: Dᵀ (k, r).
     """
     goal = len(coordinates) ** -0.5
-    factors = [factor * (goal / factor.square().mean().sqrt()).item() for factor in (atoms, codes[mask])]
+    factors = [
+        factor * (goal / factor.square().mean().sqrt()).item() for factor in (atoms, codes[mask])
+    ]
     if not all(torch.isfinite(factor).all() for factor in factors):  # no energy: nothing to refine
         return codes
     scale = (factors[0].norm() / atoms.norm() * factors[1].norm() / codes.norm()).item()
@@ -87,23 +100,36 @@ class Rocket(DictionaryMethod):
     exponent: Annotated[float, Field(ge=0, le=1)] = 0.5  # λ of the score
     margin: Annotated[float, Field(ge=0, le=1)] = 5e-3  # β, fraction of the atoms
     ridge: Annotated[float, Field(ge=0)] = 1e-3  # μ of the dictionary
-    refine_steps: Annotated[int, Field(ge=0)] = 0  # Adam steps on dictionary and codes; 100 in the authors' code
+    refine_steps: Annotated[int, Field(ge=0)] = (
+        0  # Adam steps on dictionary and codes; 100 in the authors' code
+    )
     refine_rate: Annotated[float, Field(gt=0)] = 1e-3
-    profile: Literal["gram", "weight"] = "gram"  # errors of the curve: relative output error, or ‖W − Ŵ‖ / ‖W‖ as published
-    ratios: tuple[Ratio, ...] = tuple(round(1 + 0.1 * step, 1) for step in range(21))  # atoms to nonzeros
+    profile: Literal["gram", "weight"] = (
+        "gram"  # errors of the curve: relative output error, or ‖W − Ŵ‖ / ‖W‖ as published
+    )
+    ratios: tuple[Ratio, ...] = tuple(
+        round(1 + 0.1 * step, 1) for step in range(21)
+    )  # atoms to nonzeros
 
     def scores(self, basis: Basis) -> Tensor:
         """|c_ij| · ‖L⁻¹ b_i‖^λ (r, out)."""
         spread = (basis.vectors.T @ basis.weight).norm(dim=1)  # ‖Wᵀ u_i‖
-        return basis.vectors.T.abs() * (basis.values.sqrt() ** (1 - self.exponent) * spread**self.exponent)[:, None]
+        return (
+            basis.vectors.T.abs()
+            * (basis.values.sqrt() ** (1 - self.exponent) * spread**self.exponent)[:, None]
+        )
 
-    def codes(self, basis: Basis, scores: Tensor, atoms: int, nonzeros: int) -> tuple[Tensor, Tensor]:
+    def codes(
+        self, basis: Basis, scores: Tensor, atoms: int, nonzeros: int
+    ) -> tuple[Tensor, Tensor]:
         """Codes (k, out) and their mask, closed form."""
         mask = reactivated(scores[:atoms], nonzeros, self.margin)
         return basis.coordinates[:atoms] * mask, mask
 
     def candidates(self, state: Basis) -> Curve:
-        """Errors with the best dictionary, reactivation and ridge: of the outputs, or of the weights as published."""
+        """Errors with the best dictionary, reactivation and ridge: of the outputs, or of the
+        weights as published.
+        """
         scores, sizes = self.scores(state), self.sizes(state.dense)
         targets = state.coordinates.T if self.profile == "gram" else state.weight
 
@@ -111,25 +137,49 @@ class Rocket(DictionaryMethod):
             return fitted_error(self.codes(state, scores, atoms, nonzeros)[0], targets, self.ridge)
 
         if self.profile == "gram":
-            return curve_of(state, self.name, profiled(sizes, state.coordinates, self.anchors, fit), self.anchors is not None)
+            return curve_of(
+                state,
+                self.name,
+                profiled(sizes, state.coordinates, self.anchors, fit),
+                self.anchors is not None,
+            )
         energy = Metric().energy(state.weight)
-        kept = (state.vectors.T @ state.weight).square().sum(1).cumsum(0)  # of ‖W‖², by 1, 2, … leading directions
+        kept = (
+            (state.vectors.T @ state.weight).square().sum(1).cumsum(0)
+        )  # of ‖W‖², by 1, 2, … leading directions
         tails = (1 - kept / energy).clamp(min=0) if energy > 0 else torch.zeros_like(kept)
         found = profiled(sizes, state.coordinates, self.anchors, fit, tails=tails)
         return replace(
-            curve_of(state, self.name, [replace(size, error=size.error**0.5) for size in found], self.anchors is not None), energy=energy
+            curve_of(
+                state,
+                self.name,
+                [replace(size, error=size.error**0.5) for size in found],
+                self.anchors is not None,
+            ),
+            energy=energy,
         )
 
     def compress(self, state: Basis, setting: dict[str, Any]) -> Dictionary:
-        codes, mask = self.codes(state, self.scores(state), *require_atoms(state.linear, setting, len(state.values)))
+        codes, mask = self.codes(
+            state, self.scores(state), *require_atoms(state.linear, setting, len(state.values))
+        )
         targets = state.coordinates.T
         if self.refine_steps:
             atoms = best_dictionary(codes, targets, self.ridge).float()
-            refined = adam_refined(targets.T.float(), codes.float(), mask, atoms, self.refine_steps, self.refine_rate)
-            codes = min(codes, refined.double(), key=lambda these: fitted_error(these, targets, self.ridge))
-        return store(state.dense, state.roots, codes, mask, best_dictionary(codes, state.weight, self.ridge))
+            refined = adam_refined(
+                targets.T.float(), codes.float(), mask, atoms, self.refine_steps, self.refine_rate
+            )
+            codes = min(
+                codes, refined.double(), key=lambda these: fitted_error(these, targets, self.ridge)
+            )
+        return store(
+            state.dense, state.roots, codes, mask, best_dictionary(codes, state.weight, self.ridge)
+        )
 
     def measure(self, state: Basis, module: Dictionary) -> float:
         if self.profile == "gram":
             return state.error(module)
-        return linalg.relative_error(state.weight, state.roots[:, None] * module.to_dense(), Metric()) ** 0.5
+        return (
+            linalg.relative_error(state.weight, state.roots[:, None] * module.to_dense(), Metric())
+            ** 0.5
+        )

@@ -1,21 +1,27 @@
-"""Low rank in a metric with integer factors: Ŵ = B̂ Â, both packed codes, each rounded in the metric that its error is seen in.
+"""Low rank in a metric with integer factors: Ŵ = B̂ Â, both packed codes, each rounded in the
+metric that its error is seen in.
 
-References: SVD-LLM with GPTQ (arXiv 2403.07378, 2210.17323): factors first, then GPTQ on both. One factor refitted on the other, which
-is rounded already, is one sweep of LPLR and CALDERA (arXiv 2310.11028, 2405.18886); quantisation card §10.
+References: SVD-LLM with GPTQ (arXiv 2403.07378, 2210.17323): factors first, then GPTQ on both. One
+factor refitted on the other, which is rounded already, is one sweep of LPLR and CALDERA (arXiv
+2310.11028, 2405.18886); quantisation card §10.
 
 Glossary
     metric M, grad_gram H = L Lᵀ, σ   as in `low_rank`
-    down A (r, in)   D⁻¹ Uᵀ Lᵀ W, rounded under M: Lᵀ B has orthogonal columns, so tr(H B (A − Â) M (A − Â)ᵀ Bᵀ) counts the rows of A one
+    down A (r, in)   D⁻¹ Uᵀ Lᵀ W, rounded under M: Lᵀ B has orthogonal columns, so tr(H B (A − Â) M
+                     (A − Â)ᵀ Bᵀ) counts the rows of A one
                      by one, and those of every rank are the first of one rounding
-    up B (out, r)    W M Âᵀ S⁺ with S = Â M Âᵀ: least squares on the rounded Â, whatever H is; rounded under H and S, the second moment
+    up B (out, r)    W M Âᵀ S⁺ with S = Â M Âᵀ: least squares on the rounded Â, whatever H is;
+                     rounded under H and S, the second moment
                      of what Â makes of the inputs
-    balance D        √σ, as in the paper: the outputs of B have one scale for all of its inputs, so inputs that count more are larger
+    balance D        √σ, as in the paper: the outputs of B have one scale for all of its inputs, so
+                     inputs that count more are larger
 
-Differs from the papers: SVD-LLM's code collects the second moment of A x, not of Â x, and refits nothing. The refit takes no damping but
-leaves directions in which S has nothing (pseudo-inverse).
+Differs from the papers: SVD-LLM's code collects the second moment of A x, not of Â x, and refits
+nothing. The refit takes no damping but leaves directions in which S has nothing (pseudo-inverse).
 
-Screening: error(r) = tail(r) + excess(r). The tail is that of exact factors, in closed form; the excess, what rounding adds, is measured
-at a few ranks, the anchors, by the very function that builds modules, and interpolated between them.
+Screening: error(r) = tail(r) + excess(r). The tail is that of exact factors, in closed form; the
+excess, what rounding adds, is measured at a few ranks, the anchors, by the very function that
+builds modules, and interpolated between them.
 """
 
 import math
@@ -32,7 +38,14 @@ from compressor.linears import Chained, Dense, Packed
 from compressor.linears.packed import packed_size
 from compressor.methods import register
 from compressor.methods.base import Method
-from compressor.methods.integers.quantize import Bits, Group, Prepared, QuantizeMethod, Scheme, group_size
+from compressor.methods.integers.quantize import (
+    Bits,
+    Group,
+    Prepared,
+    QuantizeMethod,
+    Scheme,
+    group_size,
+)
 from compressor.methods.low_rank.low_rank import Factors, LowRankMethod
 from compressor.methods.sparse.base import NEEDS, Fraction, MetricName, Weighed
 from compressor.plan import Candidate, Curve
@@ -51,11 +64,15 @@ class Rounded:
 
 
 def balanced(factors: Factors) -> Tensor:
-    """Down factor (k, in) at full rank, float64, scaled so that the largest column of the up factor has length 1, the others √(σ ÷ σ₁)."""
+    """Down factor (k, in) at full rank, float64, scaled so that the largest column of the up factor
+    has length 1, the others √(σ ÷ σ₁).
+    """
     up, down = factors.factors(len(factors.values))
     lengths = up.norm(dim=0)  # gradients may be far from 1, and half precision is not wide
     sizes = factors.values.clamp(min=0).sqrt() * lengths
-    balance = (sizes / sizes.max().clamp(min=torch.finfo(sizes.dtype).tiny)).sqrt().clamp(min=SMALLEST)
+    balance = (
+        (sizes / sizes.max().clamp(min=torch.finfo(sizes.dtype).tiny)).sqrt().clamp(min=SMALLEST)
+    )
     return down * (lengths / balance)[:, None]
 
 
@@ -78,12 +95,24 @@ class LowRankIntegers(Method[Rounded]):
     solver: Literal["rtn", "gptq"] = "gptq"
     metric: MetricName = "gram"
     bits: Bits = 4  # width of the codes of both factors
-    group: Group = "auto:32"  # inputs of the down factor that share a scale, as in `quantize`; the up factor has one for each output
+    # inputs of the down factor that share a scale, as in `quantize`; the up factor has one for each
+    # output
+    group: Group = "auto:32"
     symmetric: bool = True  # no zero points
-    clip: Annotated[float, Field(gt=0, le=1)] = 0.4  # smallest part of a range that the clip search tries; 1 for none
-    damping: tuple[Annotated[float, Field(ge=0)], ...] = (0.01, 0.1, 1.0)  # `gptq` only: over the mean diagonal, the first that works
-    rank_step: Annotated[int, Field(ge=1)] | None = None  # ranks offered; by default at most 256 of them, evenly spaced
-    anchors: Annotated[int, Field(ge=2)] | None = 8  # ranks at which the error is measured; null for all
+    clip: Annotated[float, Field(gt=0, le=1)] = (
+        0.4  # smallest part of a range that the clip search tries; 1 for none
+    )
+    damping: tuple[Annotated[float, Field(ge=0)], ...] = (
+        0.01,
+        0.1,
+        1.0,
+    )  # `gptq` only: over the mean diagonal, the first that works
+    rank_step: Annotated[int, Field(ge=1)] | None = (
+        None  # ranks offered; by default at most 256 of them, evenly spaced
+    )
+    anchors: Annotated[int, Field(ge=2)] | None = (
+        8  # ranks at which the error is measured; null for all
+    )
     shrink_gram: Fraction = 0.01  # `two_sided` only: shrinkage of the input Gram
     shrink_grad_gram: Fraction = 0.1  # `two_sided` only: shrinkage of the output-gradient moment
 
@@ -94,20 +123,31 @@ class LowRankIntegers(Method[Rounded]):
     @property
     def exact(self) -> LowRankMethod:
         """The same with factors that are not rounded."""
-        return LowRankMethod(self.metric, shrink_gram=self.shrink_gram, shrink_grad_gram=self.shrink_grad_gram)
+        return LowRankMethod(
+            self.metric, shrink_gram=self.shrink_gram, shrink_grad_gram=self.shrink_grad_gram
+        )
 
     def sizes(self, dense: Dense, linear: str = "a target") -> list[Candidate]:
-        """As `Method.sizes`. Raises ConfigError naming the linear if the group does not divide its width."""
+        """As `Method.sizes`. Raises ConfigError naming the linear if the group does not divide its
+        width.
+        """
         (height, width), found = dense.weight.shape, []
         full, group = min(height, width), group_size(self.group, width, linear)
         step = self.rank_step or max(1, full // 256)
         for rank in range(step, full, step):
             shapes = (rank, width, group), (height, rank, rank)
-            parts = [packed_size(rows, columns, self.bits, size, self.symmetric) for rows, columns, size in shapes]
+            parts = [
+                packed_size(rows, columns, self.bits, size, self.symmetric)
+                for rows, columns, size in shapes
+            ]
             numbers = sum(scales for _, scales in parts) + (0 if dense.bias is None else height)
             bits = sum(codes for codes, _ in parts) + 8 * dense.dtype.itemsize * numbers
             if bits < dense.bits:
-                found.append(Candidate(self.name, {"rank": rank}, bits, numbers, math.nan, rank * (height + width)))
+                found.append(
+                    Candidate(
+                        self.name, {"rank": rank}, bits, numbers, math.nan, rank * (height + width)
+                    )
+                )
         return found
 
     def prepare(self, linear: str, dense: Dense, stats: LinearStats) -> Rounded:
@@ -117,37 +157,65 @@ class LowRankIntegers(Method[Rounded]):
         rounded = self.round(f"{linear}: the down factor", down, factors.metric, None, group)
         return Rounded(factors, rounded.module, rounded.damping)
 
-    def round(self, what: str, dense: Dense, metric: Metric, root: Tensor | None, group: int) -> Scheme:
+    def round(
+        self, what: str, dense: Dense, metric: Metric, root: Tensor | None, group: int
+    ) -> Scheme:
         """One factor rounded as `quantize` rounds a weight."""
         energy = metric.energy(dense.weight if root is None else root.T @ dense.weight)
         state = Prepared(Weighed(what, dense, metric, root, energy, None))
-        rounder = QuantizeMethod(self.solver, symmetric=self.symmetric, clip=self.clip, damping=self.damping)
+        rounder = QuantizeMethod(
+            self.solver, symmetric=self.symmetric, clip=self.clip, damping=self.damping
+        )
         rounder.solve(state, [(self.bits, group)])
         return state.schemes[self.bits, group]
 
     def candidates(self, state: Rounded) -> Curve:
-        """Every rank that saves bits and that no smaller one matches; errors are measured at the anchors."""
+        """Every rank that saves bits and that no smaller one matches; errors are measured at the
+        anchors.
+        """
         factors, found = state.factors, []
         sizes, (energy, _, tails) = self.sizes(factors.dense, factors.linear), factors.tails()
         count = len(sizes) if self.anchors is None else min(self.anchors, len(sizes))
-        places = sorted({round(place) for place in np.linspace(0, len(sizes) - 1, count)}) if sizes else []
+        places = (
+            sorted({round(place) for place in np.linspace(0, len(sizes) - 1, count)})
+            if sizes
+            else []
+        )
         anchors = [sizes[place].setting for place in places]
-        excess = [self.measure(state, self.compress(state, setting)) - tails[setting["rank"]] for setting in anchors]
+        excess = [
+            self.measure(state, self.compress(state, setting)) - tails[setting["rank"]]
+            for setting in anchors
+        ]
         rung = {} if state.damping is None else {"damping": state.damping}
         for size in sizes:
             rank = size.setting["rank"]
-            error = tails[rank] + float(np.interp(rank, [setting["rank"] for setting in anchors], excess))
+            error = tails[rank] + float(
+                np.interp(rank, [setting["rank"] for setting in anchors], excess)
+            )
             if not found or error < found[-1].error or error == 0:
                 found.append(replace(size, setting=size.setting | rung, error=error))
         dense, screened = factors.dense, self.anchors is not None
-        return Curve(factors.linear, self.name, tuple(found), dense.bits, dense.parameters, energy, screened=screened)
+        return Curve(
+            factors.linear,
+            self.name,
+            tuple(found),
+            dense.bits,
+            dense.parameters,
+            energy,
+            screened=screened,
+        )
 
     def compress(self, state: Rounded, setting: dict[str, Any]) -> Chained:
         dense, metric, rank = state.factors.dense, state.factors.metric, setting["rank"]
         down = state.down.leading(rank)
         up, moment = refit(dense.weight, down.to_dense(), metric)
         what = f"{state.factors.linear}: the up factor"
-        return Chained(down, self.round(what, Dense(up, dense.bias, dense.dtype), Metric(moment), state.factors.root, rank).module)
+        return Chained(
+            down,
+            self.round(
+                what, Dense(up, dense.bias, dense.dtype), Metric(moment), state.factors.root, rank
+            ).module,
+        )
 
     def measure(self, state: Rounded, module: Chained) -> float:
         return self.exact.measure(state.factors, module)

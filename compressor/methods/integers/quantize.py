@@ -1,22 +1,28 @@
-"""Integer codes of a few bits with a scale for each group of inputs, and optionally a low-rank residual that makes up for the rounding.
+"""Integer codes of a few bits with a scale for each group of inputs, and optionally a low-rank
+residual that makes up for the rounding.
 
 References (solver → paper)
     rtn       round to nearest, ranges clipped where that lowers the error; quantisation card §2
-    gptq      error feedback from input to input: GPTQ, arXiv 2210.17323; in the two-sided metric also from output to output: YAQA,
+    gptq      error feedback from input to input: GPTQ, arXiv 2210.17323; in the two-sided metric
+              also from output to output: YAQA,
               arXiv 2505.22988
-    sweeps    adaptive rounding of what either returns, by coordinate descent: QuantEase, arXiv 2309.01885; see `descent`
-    residual  EoRA, arXiv 2410.21271, see `residual`, and `residual_integers` for factors of integers; choosing bits and rank together for
+    sweeps    adaptive rounding of what either returns, by coordinate descent: QuantEase, arXiv
+              2309.01885; see `descent`
+    residual  EoRA, arXiv 2410.21271, see `residual`, and `residual_integers` for factors of
+              integers; choosing bits and rank together for
               each linear by a knapsack is MLoRQ's idea, arXiv 2507.09616
 
 Glossary
     metric M, grad_gram H = L Lᵀ   as in `sparse`; H is the identity unless the metric is two-sided
-    scheme                         bits and group: a number of inputs, `auto:32` for the divisor of the width nearest to 32, or `channel`
+    scheme                         bits and group: a number of inputs, `auto:32` for the divisor of
+                                   the width nearest to 32, or `channel`
 
-Differs from the papers: scales are fixed before the first code is chosen, from the dense weight, so inputs can be rounded in the order of
-their second moments without any index being stored (GPTQ takes scales from the updated weight, group by group). Inputs that calibration
-never saw are rounded to nearest; GPTQ's code sets them to zero. Symmetric grids put the spare code on the side of the largest entry of a
-group. MLoRQ stores either integers or factors, for vision transformers. YAQA rounds to lattices after rotations. All statistics are of
-the dense model.
+Differs from the papers: scales are fixed before the first code is chosen, from the dense weight, so
+inputs can be rounded in the order of their second moments without any index being stored (GPTQ
+takes scales from the updated weight, group by group). Inputs that calibration never saw are rounded
+to nearest; GPTQ's code sets them to zero. Symmetric grids put the spare code on the side of the
+largest entry of a group. MLoRQ stores either integers or factors, for vision transformers. YAQA
+rounds to lattices after rotations. All statistics are of the dense model.
 """
 
 import copy
@@ -36,8 +42,20 @@ from compressor.linears.packed import packed_size
 from compressor.methods import register
 from compressor.methods.base import Method
 from compressor.methods.integers.coordinate_descent import descend
-from compressor.methods.integers.error_feedback import Entries, Grid, fit_grid, nearest, round_columns, round_entries
-from compressor.methods.integers.residual_integers import Codec, IntegerResidual, errors, round_residuals
+from compressor.methods.integers.error_feedback import (
+    Entries,
+    Grid,
+    fit_grid,
+    nearest,
+    round_columns,
+    round_entries,
+)
+from compressor.methods.integers.residual_integers import (
+    Codec,
+    IntegerResidual,
+    errors,
+    round_residuals,
+)
 from compressor.methods.low_rank.residual import Residual, decompose
 from compressor.methods.sparse.base import NEEDS, Fraction, MetricName, Weighed, weigh
 from compressor.methods.sparse.sparse import obs_factor
@@ -48,8 +66,14 @@ TOGETHER = 1 << 24  # entries of all schemes that are rounded at once
 
 
 def _group(value: int | str) -> int | str:
-    if isinstance(value, str) and value != "channel" and not (value.startswith("auto:") and value[5:].isdecimal() and int(value[5:])):
-        raise ValueError("is a number of inputs, 'auto:32' for the divisor nearest to 32, or 'channel'")
+    if (
+        isinstance(value, str)
+        and value != "channel"
+        and not (value.startswith("auto:") and value[5:].isdecimal() and int(value[5:]))
+    ):
+        raise ValueError(
+            "is a number of inputs, 'auto:32' for the divisor nearest to 32, or 'channel'"
+        )
     if isinstance(value, int) and value < 1:
         raise ValueError("is at least 1")
     return value
@@ -60,14 +84,22 @@ Bits = Annotated[int, Field(ge=2, le=8)]
 
 
 def group_size(group: int | str, width: int, linear: str) -> int:
-    """Inputs that share a scale. Raises ConfigError naming the linear if a size given as a number does not divide its width."""
+    """Inputs that share a scale. Raises ConfigError naming the linear if a size given as a number
+    does not divide its width.
+    """
     if group == "channel":
         return width
     if isinstance(group, str):
         wanted = int(group.removeprefix("auto:"))
-        return min((size for size in range(1, width + 1) if width % size == 0), key=lambda size: (abs(size - wanted), size))
+        return min(
+            (size for size in range(1, width + 1) if width % size == 0),
+            key=lambda size: (abs(size - wanted), size),
+        )
     if width % group:
-        raise ConfigError(f"{linear}: groups of {group} do not divide its {width} inputs; use group 'auto:{group}' or 'channel'")
+        raise ConfigError(
+            f"{linear}: groups of {group} do not divide its {width} inputs; use group "
+            f"'auto:{group}' or 'channel'"
+        )
     return group
 
 
@@ -77,7 +109,9 @@ def scheme_of(setting: dict[str, Any]) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Feedback:
-    """Orders of inputs and outputs and the factors of error feedback in them, see `rounding`; the damping that they took."""
+    """Orders of inputs and outputs and the factors of error feedback in them, see `rounding`; the
+    damping that they took.
+    """
 
     order: Tensor  # (in,)
     inner: Tensor  # (in, in) U
@@ -99,7 +133,9 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Prepared:
-    """One linear in its metric, and the schemes solved so far; factors as large as a Gram are made when they are needed, and let go."""
+    """One linear in its metric, and the schemes solved so far; factors as large as a Gram are made
+    when they are needed, and let go.
+    """
 
     weighed: Weighed
     schemes: dict[tuple[int, int], Scheme] = field(default_factory=dict)
@@ -122,17 +158,41 @@ class QuantizeMethod(Method[Prepared]):
     solver: Literal["rtn", "gptq"] = "gptq"
     metric: MetricName = "gram"
     bits: tuple[Bits, ...] = (4,)  # widths of the codes that are offered
-    group: tuple[Group, ...] = ("auto:32",)  # inputs that share a scale, each as a number, 'auto:N' or 'channel'
+    group: tuple[Group, ...] = (
+        "auto:32",
+    )  # inputs that share a scale, each as a number, 'auto:N' or 'channel'
     symmetric: bool = True  # no zero points
-    residual: tuple[Annotated[int, Field(ge=0)], ...] = (0,)  # ranks of the residual that are offered; 0 is none
-    residual_bits: Bits | None = None  # width of the codes of both factors of residuals; null for numbers in the stored dtype
-    residual_group: Group = "auto:128"  # inputs of the one factor, and outputs of the other, that share a scale
-    clip: Annotated[float, Field(gt=0, le=1)] = 0.4  # smallest part of a range that the clip search tries; 1 for none
-    clips: Annotated[int, Field(ge=1)] = 31  # ranges that it tries, evenly spaced from the whole one
-    ordering: Literal["moment", "natural"] = "moment"  # `gptq` only: inputs of large second moment first, or as they stand
-    damping: tuple[Annotated[float, Field(ge=0)], ...] = (0.01, 0.1, 1.0)  # `gptq` only: over the mean diagonal, the first that works
-    block: Annotated[int, Field(ge=1)] = 32  # `gptq` only: columns, and rows of the two-sided metric, whose feedback is applied together
-    sweeps: Annotated[int, Field(ge=0)] = 0  # of adaptive rounding after that, see `descent`: each code in turn moves to the best one
+    residual: tuple[Annotated[int, Field(ge=0)], ...] = (
+        0,
+    )  # ranks of the residual that are offered; 0 is none
+    residual_bits: Bits | None = (
+        # width of the codes of both factors of residuals; null for numbers in the stored dtype
+        None
+    )
+    residual_group: Group = (
+        "auto:128"  # inputs of the one factor, and outputs of the other, that share a scale
+    )
+    clip: Annotated[float, Field(gt=0, le=1)] = (
+        0.4  # smallest part of a range that the clip search tries; 1 for none
+    )
+    clips: Annotated[int, Field(ge=1)] = (
+        31  # ranges that it tries, evenly spaced from the whole one
+    )
+    ordering: Literal["moment", "natural"] = (
+        "moment"  # `gptq` only: inputs of large second moment first, or as they stand
+    )
+    damping: tuple[Annotated[float, Field(ge=0)], ...] = (
+        0.01,
+        0.1,
+        1.0,
+    )  # `gptq` only: over the mean diagonal, the first that works
+    block: Annotated[int, Field(ge=1)] = (
+        # `gptq` only: columns, and rows of the two-sided metric, whose feedback is applied together
+        32
+    )
+    sweeps: Annotated[int, Field(ge=0)] = (
+        0  # of adaptive rounding after that, see `descent`: each code in turn moves to the best one
+    )
     shrink_gram: Fraction = 0.01  # `two_sided` only: shrinkage of the input Gram
     shrink_grad_gram: Fraction = 0.1  # `two_sided` only: shrinkage of the output-gradient moment
 
@@ -141,29 +201,46 @@ class QuantizeMethod(Method[Prepared]):
         return NEEDS[self.metric]
 
     def settings(self, dense: Dense, linear: str) -> Iterator[Candidate]:
-        """Everything on offer, errors NaN. Raises ConfigError naming the linear for groups that do not divide and ranks above its sides."""
+        """Everything on offer, errors NaN. Raises ConfigError naming the linear for groups that do
+        not divide and ranks above its sides.
+        """
         (height, width), wide = dense.weight.shape, 8 * dense.dtype.itemsize
         ranks = [rank for rank in self.residual if rank <= min(height, width)]
         if not ranks:
-            raise ConfigError(f"{linear}: residual rank {min(self.residual)} is above its smaller side, {min(height, width)}")
+            raise ConfigError(
+                f"{linear}: residual rank {min(self.residual)} is above its smaller side, "
+                f"{min(height, width)}"
+            )
         for bits in self.bits:
             for group in dict.fromkeys(group_size(group, width, linear) for group in self.group):
                 codes, scales = packed_size(height, width, bits, group, self.symmetric)
                 for rank in ranks:
                     more, numbers = self.residual_size(rank, height, width, linear)
                     numbers += scales + (0 if dense.bias is None else height)
-                    setting = {"bits": bits, "group": group, "symmetric": self.symmetric} | ({"rank": rank} if rank else {})
+                    setting = {"bits": bits, "group": group, "symmetric": self.symmetric} | (
+                        {"rank": rank} if rank else {}
+                    )
                     if rank and self.residual_bits is not None:
                         setting["residual_bits"] = self.residual_bits
                     products = height * width + rank * (height + width)
-                    yield Candidate(self.name, setting, codes + more + wide * numbers, numbers, math.nan, products)
+                    yield Candidate(
+                        self.name,
+                        setting,
+                        codes + more + wide * numbers,
+                        numbers,
+                        math.nan,
+                        products,
+                    )
 
     def residual_size(self, rank: int, height: int, width: int, linear: str) -> tuple[int, int]:
         """(bits of codes, other numbers) of a residual."""
         if rank == 0 or self.residual_bits is None:
             return 0, rank * (height + width)
         parts = [
-            packed_size(rank, side, self.residual_bits, group_size(self.residual_group, side, linear), True) for side in (height, width)
+            packed_size(
+                rank, side, self.residual_bits, group_size(self.residual_group, side, linear), True
+            )
+            for side in (height, width)
         ]
         return sum(codes for codes, _ in parts), sum(scales for _, scales in parts)
 
@@ -173,7 +250,17 @@ class QuantizeMethod(Method[Prepared]):
 
     def prepare(self, linear: str, dense: Dense, stats: LinearStats) -> Prepared:
         linalg.require_finite(dense.weight, f"{linear}: the weight")
-        return Prepared(weigh(linear, dense, stats, self.metric, self.shrink_gram, self.shrink_grad_gram, posed=False))
+        return Prepared(
+            weigh(
+                linear,
+                dense,
+                stats,
+                self.metric,
+                self.shrink_gram,
+                self.shrink_grad_gram,
+                posed=False,
+            )
+        )
 
     def feedback(self, weighed: Weighed) -> Feedback:
         moment = weighed.metric.scale * weighed.metric.moment.double()
@@ -193,25 +280,47 @@ class QuantizeMethod(Method[Prepared]):
         return moments.argsort(descending=True, stable=True)
 
     def solve(self, state: Prepared, schemes: Sequence[tuple[int, int]]) -> None:
-        """Round the weight in these schemes, pairs of bits and group, some of them together, and remember the results in the state."""
+        """Round the weight in these schemes, pairs of bits and group, some of them together, and
+        remember the results in the state.
+        """
         weighed, dense = state.weighed, state.weighed.dense
-        weight, new = dense.weight.double(), [scheme for scheme in schemes if scheme not in state.schemes]
+        weight, new = (
+            dense.weight.double(),
+            [scheme for scheme in schemes if scheme not in state.schemes],
+        )
         if not new:
             return
         feedback = self.feedback(weighed) if self.solver == "gptq" else None
-        importance = weighed.metric.scale * weighed.metric.moment.diagonal().double() + weighed.metric.shift
+        importance = (
+            weighed.metric.scale * weighed.metric.moment.diagonal().double() + weighed.metric.shift
+        )
         together = max(1, TOGETHER // weight.numel())
         for start in range(0, len(new), together):
             part = new[start : start + together]
-            grids = [fit_grid(weight, *scheme, self.symmetric, importance, self.ranges(), dense.dtype) for scheme in part]
+            grids = [
+                fit_grid(weight, *scheme, self.symmetric, importance, self.ranges(), dense.dtype)
+                for scheme in part
+            ]
             modules, rounded = [], self.codes(weight, grids, feedback)
             if self.sweeps:
-                rounded = descend(weight, rounded, Entries.of(grids), weighed.metric, weighed.root, self.sweeps, self.block)
+                rounded = descend(
+                    weight,
+                    rounded,
+                    Entries.of(grids),
+                    weighed.metric,
+                    weighed.root,
+                    self.sweeps,
+                    self.block,
+                )
             for grid, codes in zip(grids, rounded, strict=True):
                 linalg.require_finite(grid.scales, f"{weighed.linear}: scales in {dense.dtype}")
                 bias = None if dense.bias is None else dense.bias.to(dense.dtype, copy=True)
-                modules.append(Packed.of_codes(codes, grid.scales.to(dense.dtype), grid.zeros, bias, grid.bits))
-            state.schemes.update(zip(part, self.measured(weighed, modules, importance, feedback), strict=True))
+                modules.append(
+                    Packed.of_codes(codes, grid.scales.to(dense.dtype), grid.zeros, bias, grid.bits)
+                )
+            state.schemes.update(
+                zip(part, self.measured(weighed, modules, importance, feedback), strict=True)
+            )
 
     def ranges(self) -> Tensor:
         """What the clip search tries."""
@@ -220,26 +329,50 @@ class QuantizeMethod(Method[Prepared]):
     def codes(self, weight: Tensor, grids: Sequence[Grid], feedback: Feedback | None) -> Tensor:
         """Codes (K, out, in) on K grids."""
         if feedback is None:
-            return torch.stack([nearest(weight, *grid.columns(), 2 ** (grid.bits - 1)) for grid in grids])
+            return torch.stack(
+                [nearest(weight, *grid.columns(), 2 ** (grid.bits - 1)) for grid in grids]
+            )
         if feedback.outer is None:
             return round_columns(weight, grids, feedback.inner, feedback.order, self.block)
-        return round_entries(weight, grids, feedback.inner, feedback.order, feedback.outer, feedback.rows, self.block)
+        return round_entries(
+            weight, grids, feedback.inner, feedback.order, feedback.outer, feedback.rows, self.block
+        )
 
-    def measured(self, weighed: Weighed, modules: Sequence[Packed], importance: Tensor, feedback: Feedback | None) -> list[Scheme]:
+    def measured(
+        self,
+        weighed: Weighed,
+        modules: Sequence[Packed],
+        importance: Tensor,
+        feedback: Feedback | None,
+    ) -> list[Scheme]:
         """Measure rounded weights, and decompose what they lost where residuals are offered."""
         height, width = weighed.dense.weight.shape
         most, what = min(max(self.residual), height, width), f"{weighed.linear}: residual"
         damping = None if feedback is None else feedback.damping
         if most == 0:
-            return [Scheme(module, weighed.error(module.to_dense()), None, None, damping) for module in modules]
+            return [
+                Scheme(module, weighed.error(module.to_dense()), None, None, damping)
+                for module in modules
+            ]
         lost = [weighed.dense.weight.double() - module.to_dense() for module in modules]
         found = [decompose(error, weighed.metric, weighed.root, most, what) for error in lost]
         integers: list[IntegerResidual | None] = [None] * len(found)
         if self.residual_bits is not None:
-            groups = tuple(group_size(self.residual_group, side, weighed.linear) for side in (height, width))
+            groups = tuple(
+                group_size(self.residual_group, side, weighed.linear) for side in (height, width)
+            )
             dampings = () if feedback is None else self.damping
-            codec = Codec(self.residual_bits, groups, self.ranges()[::3], dampings, self.block, weighed.dense.dtype)
-            integers = round_residuals(what, lost, found, (weighed.metric, weighed.root, importance), codec, feedback)
+            codec = Codec(
+                self.residual_bits,
+                groups,
+                self.ranges()[::3],
+                dampings,
+                self.block,
+                weighed.dense.dtype,
+            )
+            integers = round_residuals(
+                what, lost, found, (weighed.metric, weighed.root, importance), codec, feedback
+            )
         return [
             Scheme(module, part.tail[0].item() / (weighed.energy or 1.0), part, stored, damping)
             for module, part, stored in zip(modules, found, integers, strict=True)
@@ -248,7 +381,8 @@ class QuantizeMethod(Method[Prepared]):
     def candidates(self, state: Prepared) -> Curve:
         """Every scheme and rank that no smaller one matches.
 
-        Errors are measured on the codes, also on those of residuals; residuals that are not integers follow in closed form.
+        Errors are measured on the codes, also on those of residuals; residuals that are not
+        integers follow in closed form.
         """
         weighed, found = state.weighed, []
         sizes = self.sizes(weighed.dense, weighed.linear)
@@ -263,9 +397,18 @@ class QuantizeMethod(Method[Prepared]):
                 found.pop()
             if not found or error < found[-1].error or (error == 0 and size.bits > found[-1].bits):
                 found.append(candidate)
-        return Curve(weighed.linear, self.name, tuple(found), weighed.dense.bits, weighed.dense.parameters, weighed.energy)
+        return Curve(
+            weighed.linear,
+            self.name,
+            tuple(found),
+            weighed.dense.bits,
+            weighed.dense.parameters,
+            weighed.energy,
+        )
 
-    def left(self, state: Prepared, ranks: Iterable[int]) -> dict[int, dict[tuple[int, int], float]]:
+    def left(
+        self, state: Prepared, ranks: Iterable[int]
+    ) -> dict[int, dict[tuple[int, int], float]]:
         """Relative error of every scheme behind residuals of these ranks."""
         schemes, energy = state.schemes.values(), state.weighed.energy or 1.0
         found = {}
@@ -275,20 +418,35 @@ class QuantizeMethod(Method[Prepared]):
             elif self.residual_bits is None:
                 lost = [scheme.residual.tail[rank].item() / energy for scheme in schemes]
             else:
-                lost = [error / energy for error in errors([scheme.integers for scheme in schemes], rank)]
+                lost = [
+                    error / energy
+                    for error in errors([scheme.integers for scheme in schemes], rank)
+                ]
             found[rank] = dict(zip(state.schemes, lost, strict=True))
         return found
 
     def compress(self, state: Prepared, setting: dict[str, Any]) -> CompressedLinear:
         self.solve(state, [scheme_of(setting)])
-        scheme, rank, weighed = state.schemes[scheme_of(setting)], setting.get("rank", 0), state.weighed
+        scheme, rank, weighed = (
+            state.schemes[scheme_of(setting)],
+            setting.get("rank", 0),
+            state.weighed,
+        )
         module = copy.deepcopy(scheme.module)  # the state keeps its own
         if rank == 0:
             return module
         if scheme.integers is not None:
             return Adapted(module, *scheme.integers.pair(rank))
-        pair = scheme.residual.pair(weighed.dense.weight.double() - module.to_dense(), weighed.root, rank)
-        return Adapted(module, *(factor.to(weighed.dense.dtype, memory_format=torch.contiguous_format, copy=True) for factor in pair))
+        pair = scheme.residual.pair(
+            weighed.dense.weight.double() - module.to_dense(), weighed.root, rank
+        )
+        return Adapted(
+            module,
+            *(
+                factor.to(weighed.dense.dtype, memory_format=torch.contiguous_format, copy=True)
+                for factor in pair
+            ),
+        )
 
     def measure(self, state: Prepared, module: CompressedLinear) -> float:
         return state.weighed.error(module.to_dense())

@@ -1,4 +1,5 @@
-"""Low rank in a metric: the SVD family as one eigenproblem, Ŵ = argmin tr(H (W − Ŵ) M (W − Ŵ)ᵀ) over rank-r matrices.
+"""Low rank in a metric: the SVD family as one eigenproblem, Ŵ = argmin tr(H (W − Ŵ) M (W − Ŵ)ᵀ)
+over rank-r matrices.
 
 References (metric → paper)
     identity       truncated SVD (Eckart and Young 1936)
@@ -10,15 +11,17 @@ References (metric → paper)
     two_sided      KFAC-SVD and LEMS (ICML 2026); IO-SVD, arXiv 2605.15626
 
 Glossary
-    metric M      second moment of the inputs or a diagonal stand-in     Gram, E|x|^α, Fisher row weight
+    metric M      second moment of the inputs or a diagonal stand-in     Gram, E|x|^α, Fisher row
+                  weight
     grad_gram H   second moment of the output gradients, H = L Lᵀ         L_H (KFAC-SVD)
     up A          (out, r) = L⁻ᵀ U_r;  A = U_r for one-sided metrics       U_r Σ^½
     down B        (r, in) = U_rᵀ Lᵀ W                                     Σ^½ V_rᵀ S⁻¹
     σ²            eigenvalues of Lᵀ W M Wᵀ L; the error at rank r is Σ_{i>r} σᵢ²
 
-Differs from the papers: nothing is inverted or whitened on the input side, so singular Grams need no damping and the factors at rank r
-are the leading slice of the factors at full rank. FWSVD's Fisher is per token (the papers square batch means). The two-sided form
-multiplies by Lᵀ; the authors' code multiplies by L, which weighs by LᵀL instead of H.
+Differs from the papers: nothing is inverted or whitened on the input side, so singular Grams need
+no damping and the factors at rank r are the leading slice of the factors at full rank. FWSVD's
+Fisher is per token (the papers square batch means). The two-sided form multiplies by Lᵀ; the
+authors' code multiplies by L, which weighs by LᵀL instead of H.
 """
 
 import math
@@ -52,12 +55,16 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 @dataclass(frozen=True)
 class Factors:
-    """Decomposition of one linear at full rank k = min(out, in); the factors of every smaller rank are leading slices."""
+    """Decomposition of one linear at full rank k = min(out, in); the factors of every smaller rank
+    are leading slices.
+    """
 
     linear: str
     dense: Dense
     metric: Metric  # M, per token
-    root: Tensor | None  # L: (out, out) lower triangular, L Lᵀ = H shrunk, per token; None for one-sided metrics
+    root: (
+        Tensor | None
+    )  # L: (out, out) lower triangular, L Lᵀ = H shrunk, per token; None for one-sided metrics
     values: Tensor  # (k,) σ², descending
     vectors: Tensor  # (out, k) U
 
@@ -66,11 +73,17 @@ class Factors:
         weight, leading = self.dense.weight.double(), self.vectors[:, :rank]
         if self.root is None:
             return leading, leading.T @ weight
-        return torch.linalg.solve_triangular(self.root.T, leading, upper=True), (self.root @ leading).T @ weight
+        return torch.linalg.solve_triangular(self.root.T, leading, upper=True), (
+            self.root @ leading
+        ).T @ weight
 
     def tails(self) -> tuple[float, Tensor, list[float]]:
-        """Energy Σ σᵢ², the spectrum σᵢ² ÷ energy (k,), and the error Σ_{i>r} σᵢ² ÷ energy at every rank from 0 to k."""
-        values = self.values.clamp(min=0)  # eigenvalues of a positive semi-definite matrix: negative only by rounding
+        """Energy Σ σᵢ², the spectrum σᵢ² ÷ energy (k,), and the error Σ_{i>r} σᵢ² ÷ energy at every
+        rank from 0 to k.
+        """
+        values = self.values.clamp(
+            min=0
+        )  # eigenvalues of a positive semi-definite matrix: negative only by rounding
         energy = values.sum().item()
         spectrum = values / energy if energy > 0 else torch.zeros_like(values)
         return energy, spectrum, [*spectrum.flip(0).cumsum(0).flip(0).tolist(), 0.0]
@@ -79,31 +92,46 @@ class Factors:
 def pair_size(dense: Dense, rank: int, pivoted: bool, biased: bool) -> tuple[int, int, int]:
     """(bits, parameters, multiply-adds for a token) of a rank-r pair.
 
-    Pair: r (in + out) numbers; pivoted: r (in + out − r) numbers and one bit for each input, in whole bytes (card 2.20).
+    Pair: r (in + out) numbers; pivoted: r (in + out − r) numbers and one bit for each input, in
+    whole bytes (card 2.20).
     """
     height, width = dense.weight.shape
     multiply_adds = rank * (height + width - (rank if pivoted else 0))
     parameters = multiply_adds + (height if biased else 0)
-    return parameters * dense.dtype.itemsize * 8 + (8 * ((width + 7) // 8) if pivoted else 0), parameters, multiply_adds
+    return (
+        parameters * dense.dtype.itemsize * 8 + (8 * ((width + 7) // 8) if pivoted else 0),
+        parameters,
+        multiply_adds,
+    )
 
 
 def saves(dense: Dense, size: tuple[int, int, int]) -> bool:
-    """Whether bits and parameters are both below the dense linear's: above that the weight stays dense."""
+    """Whether bits and parameters are both below the dense linear's: above that the weight stays
+    dense.
+    """
     return size[0] < dense.bits and size[1] < dense.parameters
 
 
-def candidate(method: str, setting: dict[str, int], size: tuple[int, int, int], error: float = math.nan) -> Candidate:
+def candidate(
+    method: str, setting: dict[str, int], size: tuple[int, int, int], error: float = math.nan
+) -> Candidate:
     bits, parameters, multiply_adds = size
     return Candidate(method, setting, bits, parameters, error, multiply_adds)
 
 
-def store(up: Tensor, down: Tensor, bias: Tensor | None, dtype: torch.dtype, pivoted: bool) -> LowRank:
-    """Module of Ŵ = up · down, pivoted or not, cast to the stored dtype. up: (out, r); down: (r, in); bias: (out,) or None."""
+def store(
+    up: Tensor, down: Tensor, bias: Tensor | None, dtype: torch.dtype, pivoted: bool
+) -> LowRank:
+    """Module of Ŵ = up · down, pivoted or not, cast to the stored dtype. up: (out, r); down: (r,
+    in); bias: (out,) or None.
+    """
     pivots = None
     if pivoted:
         mask, coefficients = linalg.pivot_columns(down)
         up, down, pivots = up @ down[:, mask], coefficients, pack_mask(mask)
-    up, down = (factor.to(dtype, memory_format=torch.contiguous_format, copy=True) for factor in (up, down))
+    up, down = (
+        factor.to(dtype, memory_format=torch.contiguous_format, copy=True) for factor in (up, down)
+    )
     return LowRank(down, up, None if bias is None else bias.to(dtype, copy=True), pivots)
 
 
@@ -113,15 +141,23 @@ class LowRankMethod(Method[Factors]):
     """Best rank-r weight in a chosen metric, stored as a factor pair or pivoted."""
 
     name: ClassVar[str] = "low_rank"
-    paper: ClassVar[str] = "SVD-LLM, arXiv 2403.07378; LoRD, arXiv 2309.14021; KFAC-SVD / LEMS, ICML 2026"
+    paper: ClassVar[str] = (
+        "SVD-LLM, arXiv 2403.07378; LoRD, arXiv 2309.14021; KFAC-SVD / LEMS, ICML 2026"
+    )
 
-    metric: Literal["identity", "fisher", "mean_abs", "gram_diagonal", "gram", "centred_gram", "two_sided"] = "two_sided"
+    metric: Literal[
+        "identity", "fisher", "mean_abs", "gram_diagonal", "gram", "centred_gram", "two_sided"
+    ] = "two_sided"
     alpha: Annotated[float, Field(ge=0)] = 0.5  # exponent of E|x|, `mean_abs` only
     storage: Literal["factors", "pivoted"] = "pivoted"
     shrink_gram: Fraction = 0.01  # `two_sided` only: shrinkage of the input Gram
     shrink_grad_gram: Fraction = 0.1  # `two_sided` only: shrinkage of the output-gradient moment
-    rank_step: Annotated[int, Field(ge=1)] | None = None  # ranks offered; by default at most 256 of them, evenly spaced
-    max_rank: Annotated[float, Field(gt=0, le=1)] = 1.0  # largest rank offered, as a fraction of full rank (WeLore's dense rule: 0.5)
+    rank_step: Annotated[int, Field(ge=1)] | None = (
+        None  # ranks offered; by default at most 256 of them, evenly spaced
+    )
+    max_rank: Annotated[float, Field(gt=0, le=1)] = (
+        1.0  # largest rank offered, as a fraction of full rank (WeLore's dense rule: 0.5)
+    )
 
     @property
     def needs(self) -> frozenset[str]:
@@ -146,10 +182,19 @@ class LowRankMethod(Method[Factors]):
 
     def sizes(self, dense: Dense) -> list[Candidate]:
         full, pivoted = min(dense.weight.shape), self.storage == "pivoted"
-        step, largest = self.rank_step or max(1, full // 256), min(full - 1, int(self.max_rank * full))
+        step, largest = (
+            self.rank_step or max(1, full // 256),
+            min(full - 1, int(self.max_rank * full)),
+        )
         biased = dense.bias is not None or self.metric == "centred_gram"
-        sizes = {rank: pair_size(dense, rank, pivoted, biased) for rank in range(step, largest + 1, step)}
-        return [candidate(self.name, {"rank": rank}, size) for rank, size in sizes.items() if saves(dense, size)]
+        sizes = {
+            rank: pair_size(dense, rank, pivoted, biased) for rank in range(step, largest + 1, step)
+        }
+        return [
+            candidate(self.name, {"rank": rank}, size)
+            for rank, size in sizes.items()
+            if saves(dense, size)
+        ]
 
     def prepare(self, linear: str, dense: Dense, stats: LinearStats) -> Factors:
         stats.require(linear, self.needs)
@@ -157,28 +202,52 @@ class LowRankMethod(Method[Factors]):
         if self.metric == "two_sided":
             root = stats.gradient_root(linear, self.shrink_grad_gram)
             weight = root.T @ weight
-        return Factors(linear, dense, metric, root, *linalg.principal_outputs(weight, metric, linear))
+        return Factors(
+            linear, dense, metric, root, *linalg.principal_outputs(weight, metric, linear)
+        )
 
     def candidates(self, state: Factors) -> Curve:
         """Every rank that saves bits, with its closed-form error Σ_{i>r} σᵢ² ÷ Σ σᵢ²."""
         energy, spectrum, tails = state.tails()
-        candidates = tuple(replace(size, error=tails[size.setting["rank"]]) for size in self.sizes(state.dense))
+        candidates = tuple(
+            replace(size, error=tails[size.setting["rank"]]) for size in self.sizes(state.dense)
+        )
         singular = state.values.clamp(min=0).sqrt()
         span = (singular[0] - singular[-1]).clamp(min=torch.finfo(torch.float64).tiny)
-        normalised = ((singular - singular[-1]) / span).tolist()  # WeLore's min–max scale (card 2.10)
+        normalised = (
+            (singular - singular[-1]) / span
+        ).tolist()  # WeLore's min–max scale (card 2.10)
         ranks = [size.setting["rank"] for size in candidates]
-        thresholds = (*tuple(normalised[rank - 1] for rank in ranks), normalised[ranks[-1] if ranks else 0])
+        thresholds = (
+            *tuple(normalised[rank - 1] for rank in ranks),
+            normalised[ranks[-1] if ranks else 0],
+        )
         bits, parameters = state.dense.bits, state.dense.parameters
-        return Curve(state.linear, self.name, candidates, bits, parameters, energy, tuple(spectrum.tolist()), thresholds=thresholds)
+        return Curve(
+            state.linear,
+            self.name,
+            candidates,
+            bits,
+            parameters,
+            energy,
+            tuple(spectrum.tolist()),
+            thresholds=thresholds,
+        )
 
     def compress(self, state: Factors, setting: dict[str, Any]) -> LowRank:
         up, down = state.factors(setting["rank"])
         bias = state.dense.bias
-        if state.metric.mean is not None:  # AFM: what the discarded directions contribute on average, (W − A B) μ, moves to the bias
+        if (
+            state.metric.mean is not None
+            # AFM: what the discarded directions contribute on average, (W − A B) μ, moves to the
+            # bias
+        ):
             lost = (state.dense.weight.double() - up @ down) @ state.metric.mean
             bias = lost if bias is None else bias.double() + lost
         return store(up, down, bias, state.dense.dtype, self.storage == "pivoted")
 
     def measure(self, state: Factors, module: LowRank) -> float:
         whole = state.values.clamp(min=0).sum().item()
-        return linalg.relative_error(state.dense.weight, module.to_dense(), state.metric, state.root, whole)
+        return linalg.relative_error(
+            state.dense.weight, module.to_dense(), state.metric, state.root, whole
+        )

@@ -1,20 +1,27 @@
-"""Sparse approximation of one weight in a metric that couples its entries: ADMM with a projected copy, then least squares on the mask.
+"""Sparse approximation of one weight in a metric that couples its entries: ADMM with a projected
+copy, then least squares on the mask.
 
-Problem: min tr(H (W − S − R) M (W − S − R)ᵀ) over sparse S (out, in), whose mask a projection chooses; the rest R is the caller's, or 0.
-`coder` solves it for targets that do not interact, H = I; here the output-gradient moment H couples the outputs as well.
+Problem: min tr(H (W − S − R) M (W − S − R)ᵀ) over sparse S (out, in), whose mask a projection
+chooses; the rest R is the caller's, or 0. `coder` solves it for targets that do not interact, H =
+I; here the output-gradient moment H couples the outputs as well.
 
-References: ADMM pruning is ALPS (arXiv 2406.07831) and arXiv 2401.02938; a low-rank block within it is 3BASiL's (arXiv 2603.01376); the
-two-sided metric is KFAC-SVD's (ICML 2026). Sparse-dictionary card: procedure R2.
+References: ADMM pruning is ALPS (arXiv 2406.07831) and arXiv 2401.02938; a low-rank block within it
+is 3BASiL's (arXiv 2603.01376); the two-sided metric is KFAC-SVD's (ICML 2026). Sparse-dictionary
+card: procedure R2.
 
 Glossary
-    M   second moment of the inputs (in, in)      H   second moment of the output gradients (out, out), or the identity
-    ν   (in,) √diag M      μ   (out, 1) √diag H   coordinates W̃ = μ ⊙ W ⊙ ν, in which both moments have unit diagonal
-    X   relaxed copy, the exact minimiser of the error + ρ ‖X − Z + U‖², from the eigenbases of M and H
+    M   second moment of the inputs (in, in)      H   second moment of the output gradients (out,
+        out), or the identity
+    ν   (in,) √diag M      μ   (out, 1) √diag H   coordinates W̃ = μ ⊙ W ⊙ ν, in which both moments
+        have unit diagonal
+    X   relaxed copy, the exact minimiser of the error + ρ ‖X − Z + U‖², from the eigenbases of M
+        and H
     Z   projected copy Π(X + U)                   U   scaled dual
 All sizes of one linear are solved together: leading dimension K.
 
-Differs from the papers: with H, magnitudes are compared in W̃ coordinates, where an entry's own term of the error is its square; a mask over
-the whole layer then spends more on the outputs that the loss depends on. The penalty grows by a fixed factor instead of by support change.
+Differs from the papers: with H, magnitudes are compared in W̃ coordinates, where an entry's own
+term of the error is its square; a mask over the whole layer then spends more on the outputs that
+the loss depends on. The penalty grows by a fixed factor instead of by support change.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,7 +44,9 @@ def n_of_m(pattern: str) -> tuple[int, int] | None:
 
 
 def projection(pattern: str, counts: Sequence[int]) -> Projection:
-    """Keep the largest counts[k] entries of the k-th matrix: of the whole `layer`, as many in each of its `rows`, or N of M ("2:4")."""
+    """Keep the largest counts[k] entries of the k-th matrix: of the whole `layer`, as many in each
+    of its `rows`, or N of M ("2:4").
+    """
 
     def choose(scores: Tensor, count: int) -> Tensor:
         if parts := n_of_m(pattern):
@@ -47,12 +56,16 @@ def projection(pattern: str, counts: Sequence[int]) -> Projection:
             return top_mask(scores, count // len(scores), 1)
         return top_mask(scores.flatten(), count, 0).view_as(scores)
 
-    return lambda values: torch.stack([choose(scores, count) for scores, count in zip(values.abs(), counts, strict=True)])
+    return lambda values: torch.stack(
+        [choose(scores, count) for scores, count in zip(values.abs(), counts, strict=True)]
+    )
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One weight and its metric in W̃ coordinates, float64; the error is the same number as in the original ones."""
+    """One weight and its metric in W̃ coordinates, float64; the error is the same number as in the
+    original ones.
+    """
 
     linear: str
     weight: Tensor  # (out, in) W̃
@@ -70,13 +83,19 @@ class Problem:
     @cached_property
     def output_basis(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues (out,) and eigenvectors (out, out) of `grad_gram`."""
-        values, vectors = linalg.eigh_descending(self.grad_gram, f"{self.linear}: the output-gradient moment")
+        values, vectors = linalg.eigh_descending(
+            self.grad_gram, f"{self.linear}: the output-gradient moment"
+        )
         return values.clamp(min=0), vectors
 
     def of_outputs(self, rows: Tensor) -> "Problem":
-        """The problem of some outputs alone, (k,) indices; it has the same inputs, so their eigenbasis is shared."""
+        """The problem of some outputs alone, (k,) indices; it has the same inputs, so their
+        eigenbasis is shared.
+        """
         grad_gram = None if self.grad_gram is None else self.grad_gram[rows][:, rows]
-        part = Problem(self.linear, self.weight[rows], self.inputs, self.outputs[rows], self.gram, grad_gram)
+        part = Problem(
+            self.linear, self.weight[rows], self.inputs, self.outputs[rows], self.gram, grad_gram
+        )
         vars(part)["input_basis"] = self.input_basis
         return part
 
@@ -96,7 +115,9 @@ class Problem:
         if self.grad_gram is None:
             return ((pull @ basis) / (values + penalty)) @ basis.T
         across, frame = self.output_basis
-        return frame @ ((frame.T @ pull @ basis) / (torch.outer(across, values) + penalty)) @ basis.T
+        return (
+            frame @ ((frame.T @ pull @ basis) / (torch.outer(across, values) + penalty)) @ basis.T
+        )
 
     def original(self, scaled: Tensor) -> Tensor:
         """From W̃ coordinates to those of W: (…, out, in)."""
@@ -104,24 +125,37 @@ class Problem:
 
 
 def pose(linear: str, weight: Tensor, moment: Tensor, grad_gram: Tensor | None) -> Problem:
-    """Scale a weight (out, in), its input moment (in, in) and, for the two-sided metric, its output-gradient moment (out, out).
+    """Scale a weight (out, in), its input moment (in, in) and, for the two-sided metric, its
+    output-gradient moment (out, out).
 
     Raises NumericalError naming the linear if an entry is not finite.
     """
-    for tensor, what in ((weight, "the weight"), (moment, "the Gram"), (grad_gram, "the output-gradient moment")):
+    for tensor, what in (
+        (weight, "the weight"),
+        (moment, "the Gram"),
+        (grad_gram, "the output-gradient moment"),
+    ):
         if tensor is not None:
             linalg.require_finite(tensor, f"{linear}: {what}")
     norms = moment.diagonal().double().clamp(min=0).sqrt()
-    weight, inputs, outputs = weight.double() * norms, positive(norms), torch.ones_like(weight[:, :1], dtype=torch.float64)
+    weight, inputs, outputs = (
+        weight.double() * norms,
+        positive(norms),
+        torch.ones_like(weight[:, :1], dtype=torch.float64),
+    )
     if grad_gram is not None:
         norms = grad_gram.diagonal().double().clamp(min=0).sqrt()[:, None]
         weight, outputs = weight * norms, positive(norms)
         grad_gram = grad_gram.double() / outputs / outputs.T
-    return Problem(linear, weight, inputs, outputs, moment.double() / inputs / inputs[:, None], grad_gram)
+    return Problem(
+        linear, weight, inputs, outputs, moment.double() / inputs / inputs[:, None], grad_gram
+    )
 
 
 def positive(norms: Tensor) -> Tensor:
-    """Norms to divide by: 1 instead of 0. Dead inputs have weight 0 in W̃ coordinates, so nothing is spent on them."""
+    """Norms to divide by: 1 instead of 0. Dead inputs have weight 0 in W̃ coordinates, so nothing
+    is spent on them.
+    """
     return torch.where(norms > 0, norms, 1.0)
 
 
@@ -134,10 +168,12 @@ def admm(
     growth: float,
     rest: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Masks and values of `sizes` sparse approximations, (K, out, in) each; the values are not least squares yet, see `refit`.
+    """Masks and values of `sizes` sparse approximations, (K, out, in) each; the values are not
+    least squares yet, see `refit`.
 
-    rho: first penalty, relative to the unit diagonals; growth: its factor from one iteration to the next; rest: X → R, what other means
-    approximate, from the relaxed copy of each iteration; 0 without it.
+    rho: first penalty, relative to the unit diagonals; growth: its factor from one iteration to the
+    next; rest: X → R, what other means approximate, from the relaxed copy of each iteration; 0
+    without it.
     """
     weight = problem.weight.expand(sizes, -1, -1)
     target = problem.weigh(problem.weight)
@@ -154,12 +190,20 @@ def admm(
     return mask, kept
 
 
-def refit(problem: Problem, target: Tensor, mask: Tensor, start: Tensor, steps: int, tolerance: float = 1e-5) -> Tensor:
-    """Least squares on given masks, (H (target − S) M) ⊙ mask = 0, by conjugate gradients: (K, out, in).
+def refit(
+    problem: Problem,
+    target: Tensor,
+    mask: Tensor,
+    start: Tensor,
+    steps: int,
+    tolerance: float = 1e-5,
+) -> Tensor:
+    """Least squares on given masks, (H (target − S) M) ⊙ mask = 0, by conjugate gradients: (K, out,
+    in).
 
-    Rows are problems of their own where H is the identity, otherwise each matrix is one. A problem rests once its residual is below
-    `tolerance` of its right-hand side. A singular moment is fine: the right-hand side lies in its range. Entries of `start` (K, out, in)
-    off the mask are ignored.
+    Rows are problems of their own where H is the identity, otherwise each matrix is one. A problem
+    rests once its residual is below `tolerance` of its right-hand side. A singular moment is fine:
+    the right-hand side lies in its range. Entries of `start` (K, out, in) off the mask are ignored.
     """
     axes = -1 if problem.grad_gram is None else (-2, -1)
     values = start * mask

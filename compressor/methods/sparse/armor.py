@@ -3,14 +3,19 @@
 References: ARMOR, arXiv 2510.05528. Card "pruning", 6. The descent is in `wrapping`.
 
 Glossary
-    core S            two of every four consecutive entries of a row stored         (their 2:4 matrix)
-    wrappers A, B     block-diagonal, blocks of at most `wrapper` outputs or inputs; identities at the start
-    start             Wanda's mask, or that of ADMM with values by least squares, whichever errs less
+    core S            two of every four consecutive entries of a row stored         (their 2:4
+                      matrix)
+    wrappers A, B     block-diagonal, blocks of at most `wrapper` outputs or inputs; identities at
+                      the start
+    start             Wanda's mask, or that of ADMM with values by least squares, whichever errs
+                      less
 
-Differs from the paper: the error is that of the whole Gram, or the two-sided one, instead of its diagonal; both moments are scaled to unit
-diagonals instead of NoWag's normalisation, which leaves Wanda's mask as it is. Wrappers are least squares, block after block, and values
-conjugate gradients, where the paper takes Adam steps; masks are renewed for all groups instead of sampled ones. What is stored is
-measured against the start as it would be stored, and the better of the two is kept. Blocks are the largest divisors that fit.
+Differs from the paper: the error is that of the whole Gram, or the two-sided one, instead of its
+diagonal; both moments are scaled to unit diagonals instead of NoWag's normalisation, which leaves
+Wanda's mask as it is. Wrappers are least squares, block after block, and values conjugate
+gradients, where the paper takes Adam steps; masks are renewed for all groups instead of sampled
+ones. What is stored is measured against the start as it would be stored, and the better of the two
+is kept. Blocks are the largest divisors that fit.
 """
 
 import math
@@ -26,7 +31,14 @@ from compressor.linears.wrapped import Wrapped
 from compressor.methods import register
 from compressor.methods.base import Method
 from compressor.methods.sparse.admm import Problem, admm, projection, refit
-from compressor.methods.sparse.base import NEEDS, Fraction, MetricName, Weighed, require_divisible, weigh
+from compressor.methods.sparse.base import (
+    NEEDS,
+    Fraction,
+    MetricName,
+    Weighed,
+    require_divisible,
+    weigh,
+)
 from compressor.methods.sparse.block_diagonal import Factors, descend
 from compressor.plan import Candidate, Curve
 from compressor.statistics import LinearStats
@@ -52,7 +64,9 @@ def first(problem: Problem) -> tuple[Tensor, Tensor, float]:
     cores = [(problem.weight * mask[0], mask[0])]
     mask, values = admm(problem, project, 1, ITERATIONS, RHO, GROWTH)
     cores.append((refit(problem, problem.weight, mask, values, REFIT)[0], mask[0]))
-    return min(((core, mask, problem.error(core)) for core, mask in cores), key=lambda each: each[2])
+    return min(
+        ((core, mask, problem.error(core)) for core, mask in cores), key=lambda each: each[2]
+    )
 
 
 @dataclass(frozen=True)
@@ -79,8 +93,12 @@ class Armor(Method[Started]):
     wrapper: tuple[Annotated[int, Field(ge=1)], ...] = (4, 8, 16, 32)  # sizes of blocks offered
     sweeps: Annotated[int, Field(ge=0)] = 20  # at most
     steps: Annotated[int, Field(ge=0)] = 4  # of conjugate gradients in a sweep
-    tolerance: Annotated[float, Field(ge=0, lt=1)] = 5e-3  # the last sweep gained less than this share of the error
-    measured: bool = False  # solve every size for the curve; otherwise its errors are a guess that what is built corrects, see `guess`
+    tolerance: Annotated[float, Field(ge=0, lt=1)] = (
+        5e-3  # the last sweep gained less than this share of the error
+    )
+    # solve every size for the curve; otherwise its errors are a guess that what is built corrects,
+    # see `guess`
+    measured: bool = False
 
     @property
     def needs(self) -> frozenset[str]:
@@ -97,7 +115,10 @@ class Armor(Method[Started]):
             bits = parameters * dense.dtype.itemsize * 8 + 8 * ((height * width // 2 + 3) // 4)
             executed = height * width + height * left + width * right
             if bits < dense.bits and parameters < dense.parameters:
-                found.setdefault(bits, Candidate(self.name, {"wrapper": most}, bits, parameters, math.nan, executed))
+                found.setdefault(
+                    bits,
+                    Candidate(self.name, {"wrapper": most}, bits, parameters, math.nan, executed),
+                )
         return [found[bits] for bits in sorted(found)]
 
     def prepare(self, linear: str, dense: Dense, stats: LinearStats) -> Started:
@@ -110,7 +131,11 @@ class Armor(Method[Started]):
         found: list[Candidate] = []
         dense = state.weighed.dense
         for size in self.sizes(dense):
-            lost = self.measure(state, self.compress(state, size.setting)) if self.measured else guess(state, size)
+            lost = (
+                self.measure(state, self.compress(state, size.setting))
+                if self.measured
+                else guess(state, size)
+            )
             if not found or lost < found[-1].error or lost == 0:
                 found.append(replace(size, error=lost))
         return Curve(
@@ -126,31 +151,44 @@ class Armor(Method[Started]):
     def compress(self, state: Started, setting: dict[str, Any]) -> Wrapped:
         """The better of what descent comes to and its start, as they are stored."""
         height, width = state.core.shape
-        left, right = (identity(size, divisor(size, setting["wrapper"]), state.core) for size in (height, width))
+        left, right = (
+            identity(size, divisor(size, setting["wrapper"]), state.core)
+            for size in (height, width)
+        )
         start = Factors(left, state.core, state.mask, right)
         found, _ = descend(state.weighed.problem, start, self.sweeps, self.steps, self.tolerance)
-        return min((stored(state.weighed, factors) for factors in (found, start)), key=lambda module: self.measure(state, module))
+        return min(
+            (stored(state.weighed, factors) for factors in (found, start)),
+            key=lambda module: self.measure(state, module),
+        )
 
     def measure(self, state: Started, module: Wrapped) -> float:
         return state.weighed.error(module.to_dense())
 
 
 def guess(state: Started, size: Candidate) -> float:
-    """Error of a size before it is solved: that of the start, less the share of the numbers it lacks that the wrappers bring back."""
+    """Error of a size before it is solved: that of the start, less the share of the numbers it
+    lacks that the wrappers bring back.
+    """
     dense = state.weighed.dense
     lacking, whole = dense.parameters - size.parameters, dense.weight.numel()
     return state.lost * lacking / (whole - whole // 2)
 
 
 def stored(weighed: Weighed, factors: Factors) -> Wrapped:
-    """Module of factors in the coordinates of the problem: their scales go to the wrappers, whose columns and rows then get norm 1.
+    """Module of factors in the coordinates of the problem: their scales go to the wrappers, whose
+    columns and rows then get norm 1.
 
     So the core has the scale of the weight, and no factor leaves the range of the stored dtype.
     """
     problem, dense = weighed.problem, weighed.dense
-    left = factors.left / problem.outputs.view(*factors.left.shape[:2], 1)  # (out / b, b, b), rows divided
+    left = factors.left / problem.outputs.view(
+        *factors.left.shape[:2], 1
+    )  # (out / b, b, b), rows divided
     right = factors.right / problem.inputs.view(factors.right.shape[0], 1, -1)  # columns divided
     tall, wide = left.norm(dim=1), right.norm(dim=2)  # of the columns of A and of the rows of B
     tall, wide = torch.where(tall > 0, tall, 1.0), torch.where(wide > 0, wide, 1.0)
     core = factors.core * tall.view(-1, 1) * wide.view(1, -1)
-    return Wrapped.of(core, factors.mask, left / tall[:, None], right / wide[..., None], dense.bias, dense.dtype)
+    return Wrapped.of(
+        core, factors.mask, left / tall[:, None], right / wide[..., None], dense.bias, dense.dtype
+    )

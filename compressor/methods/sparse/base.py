@@ -1,12 +1,18 @@
-"""What the sparse methods share: the metric of one linear, the sizes on offer, the screened curve, and the stored form.
+"""What the sparse methods share: the metric of one linear, the sizes on offer, the screened curve,
+and the stored form.
 
 Glossary
     payload     numbers that may be stored at a size, once mask and bias are paid for
-    screening   error(size) = diagonal(size) · share(size). `diagonal`, the error if entries did not interact, is a sum of dropped squares,
-                known for all sizes from one sort. `share`, the part of it that the solver leaves, varies by a factor of two to four while
-                the error varies by four orders of magnitude. It is 1 without anchors: the curve has the right shape, and what is
-                probed and built later tells the rest (`Curve.screened`). Otherwise it is measured at a few sizes, the anchors, by the
-                very function that builds modules; its log is interpolated over the log of the numbers stored.
+    screening   error(size) = diagonal(size) · share(size). `diagonal`, the error if entries did not
+                interact, is a sum of dropped squares,
+                known for all sizes from one sort. `share`, the part of it that the solver leaves,
+                varies by a factor of two to four while
+                the error varies by four orders of magnitude. It is 1 without anchors: the curve has
+                the right shape, and what is
+                probed and built later tells the rest (`Curve.screened`). Otherwise it is measured
+                at a few sizes, the anchors, by the
+                very function that builds modules; its log is interpolated over the log of the
+                numbers stored.
 """
 
 import math
@@ -31,7 +37,10 @@ from compressor.statistics import LinearStats
 MetricName = Literal["gram", "two_sided"]
 Pattern = Literal["layer", "rows", "2:4", "4:8"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-NEEDS: dict[MetricName, frozenset[str]] = {"gram": frozenset({"gram"}), "two_sided": frozenset({"gram", "grad_gram"})}
+NEEDS: dict[MetricName, frozenset[str]] = {
+    "gram": frozenset({"gram"}),
+    "two_sided": frozenset({"gram", "grad_gram"}),
+}
 
 
 @dataclass(frozen=True)
@@ -47,13 +56,22 @@ class Weighed:
 
     def error(self, approximation: Tensor) -> float:
         """Relative error of Ŵ (out, in)."""
-        return linalg.relative_error(self.dense.weight, approximation, self.metric, self.root, self.energy)
+        return linalg.relative_error(
+            self.dense.weight, approximation, self.metric, self.root, self.energy
+        )
 
 
 def weigh(
-    linear: str, dense: Dense, stats: LinearStats, metric: MetricName, shrink_gram: float, shrink_grad_gram: float, posed: bool = True
+    linear: str,
+    dense: Dense,
+    stats: LinearStats,
+    metric: MetricName,
+    shrink_gram: float,
+    shrink_grad_gram: float,
+    posed: bool = True,
 ) -> Weighed:
-    """Form the metric from statistics; `two_sided` shrinks both moments as the low-rank method does, `gram` is taken as it is.
+    """Form the metric from statistics; `two_sided` shrinks both moments as the low-rank method
+    does, `gram` is taken as it is.
 
     posed: whether to pose the problem as well, which takes a copy of the Gram.
     """
@@ -61,12 +79,19 @@ def weigh(
     inputs, grad_gram, root = Metric(stats.gram, 1 / stats.tokens), None, None
     if metric == "two_sided":
         inputs = inputs.shrunk(shrink_gram)
-        grad_gram, root = stats.gradient_moment(linear, shrink_grad_gram), stats.gradient_root(linear, shrink_grad_gram)
+        grad_gram, root = (
+            stats.gradient_moment(linear, shrink_grad_gram),
+            stats.gradient_root(linear, shrink_grad_gram),
+        )
     problem = None
     if posed:
-        moment = linalg.shrink(stats.gram.double() / stats.tokens, shrink_gram if metric == "two_sided" else 0.0)
+        moment = linalg.shrink(
+            stats.gram.double() / stats.tokens, shrink_gram if metric == "two_sided" else 0.0
+        )
         problem = pose(linear, dense.weight, moment, grad_gram)
-    energy = inputs.energy(dense.weight.double() if root is None else root.T @ dense.weight.double())
+    energy = inputs.energy(
+        dense.weight.double() if root is None else root.T @ dense.weight.double()
+    )
     return Weighed(linear, dense, inputs, root, energy, problem)
 
 
@@ -75,7 +100,8 @@ def require_divisible(pattern: Pattern, width: int, linear: str) -> None:
     parts = n_of_m(pattern)
     if parts and width % parts[1]:
         raise ConfigError(
-            f"{linear}: pattern {pattern} does not divide its {width} inputs; use pattern 'rows' or 'layer', or leave it out of the targets"
+            f"{linear}: pattern {pattern} does not divide its {width} inputs; use pattern 'rows' "
+            "or 'layer', or leave it out of the targets"
         )
 
 
@@ -86,14 +112,20 @@ def pattern_count(dense: Dense, pattern: Pattern) -> int | None:
 
 
 def payloads(dense: Dense, step: float) -> list[int]:
-    """Numbers that may be stored beside mask and bias at every multiple of `step` of the dense bits, different and ascending.
+    """Numbers that may be stored beside mask and bias at every multiple of `step` of the dense
+    bits, different and ascending.
 
     From one entry in 32: below, the mask is most of what is stored.
     """
     height, width = dense.weight.shape
-    fixed = 8 * ((height * width + 7) // 8) + (0 if dense.bias is None else height * dense.dtype.itemsize * 8)
+    fixed = 8 * ((height * width + 7) // 8) + (
+        0 if dense.bias is None else height * dense.dtype.itemsize * 8
+    )
     fractions = np.arange(1, math.ceil(1 / step)) * step
-    numbers = {int((fraction * dense.bits + 1e-6 - fixed) // (8 * dense.dtype.itemsize)) for fraction in fractions}
+    numbers = {
+        int((fraction * dense.bits + 1e-6 - fixed) // (8 * dense.dtype.itemsize))
+        for fraction in fractions
+    }
     return sorted(number for number in numbers if 32 * number >= height * width)
 
 
@@ -105,26 +137,37 @@ def stored_size(dense: Dense, numbers: int) -> tuple[int, int]:
 
 
 def saving(method: str, dense: Dense, settings: Sequence[tuple[dict, int]]) -> list[Candidate]:
-    """Candidates, errors NaN, of (setting, numbers stored) pairs that are smaller than dense in bits and in parameters; bits grow."""
+    """Candidates, errors NaN, of (setting, numbers stored) pairs that are smaller than dense in
+    bits and in parameters; bits grow.
+    """
     found: dict[int, Candidate] = {}
     for setting, numbers in settings:
         bits, parameters = stored_size(dense, numbers)
         if bits < dense.bits and parameters < dense.parameters:
-            executed = dense.weight.numel() + setting.get("rank", 0) * sum(dense.weight.shape)  # as a dense product, see `Sparse`
+            executed = dense.weight.numel() + setting.get("rank", 0) * sum(
+                dense.weight.shape
+            )  # as a dense product, see `Sparse`
             found.setdefault(bits, Candidate(method, setting, bits, parameters, math.nan, executed))
     return [found[bits] for bits in sorted(found)]
 
 
 def diagonal_errors(problem: Problem, pattern: Pattern, counts: Sequence[int]) -> list[float]:
-    """Sum of the dropped squares of W̃ when the largest counts[k] entries are kept: the error if entries did not interact."""
+    """Sum of the dropped squares of W̃ when the largest counts[k] entries are kept: the error if
+    entries did not interact.
+    """
     squares = problem.weight.square()
     if parts := n_of_m(pattern):
         kept, group = parts
-        return [ascending(squares.unflatten(1, (-1, group)), 2)[..., : group - kept].sum().item()] * len(counts)
+        return [
+            ascending(squares.unflatten(1, (-1, group)), 2)[..., : group - kept].sum().item()
+        ] * len(counts)
     rows = squares if pattern == "rows" else squares.flatten()[None]
     dropped = ascending(rows, 1).sum(0).cumsum(0)  # of the smallest 1, 2, … of each row
     size = rows.shape[1]
-    return [dropped[size - 1 - count // len(rows)].item() if count < rows.numel() else 0.0 for count in counts]
+    return [
+        dropped[size - 1 - count // len(rows)].item() if count < rows.numel() else 0.0
+        for count in counts
+    ]
 
 
 def screened(
@@ -136,38 +179,64 @@ def screened(
     anchors: int | None,
     errors: Callable[[list[Candidate]], list[float]],
 ) -> Curve:
-    """Curve of `sizes` by screening, without those that a smaller one matches; `entries` are how many the diagonal error of each keeps.
+    """Curve of `sizes` by screening, without those that a smaller one matches; `entries` are how
+    many the diagonal error of each keeps.
 
-    errors: the solver's errors of some sizes; asked for `anchors` of them, evenly spaced, or for all if None.
+    errors: the solver's errors of some sizes; asked for `anchors` of them, evenly spaced, or for
+    all if None.
     """
-    diagonal = [error / (weighed.energy or 1.0) for error in diagonal_errors(weighed.problem, pattern, entries)]
-    if anchors == 0 and n_of_m(pattern) and len(sizes) > 1:  # the same entries at every size: nothing to go by
+    diagonal = [
+        error / (weighed.energy or 1.0)
+        for error in diagonal_errors(weighed.problem, pattern, entries)
+    ]
+    if (
+        anchors == 0 and n_of_m(pattern) and len(sizes) > 1
+    ):  # the same entries at every size: nothing to go by
         anchors = 4
     if anchors == 0:
         return falling(weighed, method, sizes, diagonal, screened=True)
     count = len(sizes) if anchors is None else min(anchors, len(sizes))
-    places = sorted({round(place) for place in np.linspace(0, len(sizes) - 1, count)}) if sizes else []
-    measured = dict(zip(places, errors([sizes[place] for place in places]) if places else [], strict=True))
+    places = (
+        sorted({round(place) for place in np.linspace(0, len(sizes) - 1, count)}) if sizes else []
+    )
+    measured = dict(
+        zip(places, errors([sizes[place] for place in places]) if places else [], strict=True)
+    )
     known = [place for place in places if measured[place] > 0 and diagonal[place] > 0]
     shares = [math.log(measured[place] / diagonal[place]) for place in known]
     numbers = np.log([size.parameters for size in sizes])
     rates = np.exp(np.interp(numbers, numbers[known], shares)) if known else np.zeros(len(sizes))
-    found = [measured.get(place, float(rate) * part) for place, (rate, part) in enumerate(zip(rates, diagonal, strict=True))]
+    found = [
+        measured.get(place, float(rate) * part)
+        for place, (rate, part) in enumerate(zip(rates, diagonal, strict=True))
+    ]
     return falling(weighed, method, sizes, found, screened=anchors is not None)
 
 
-def falling(weighed: Weighed, method: str, sizes: list[Candidate], errors: Sequence[float], screened: bool) -> Curve:
+def falling(
+    weighed: Weighed, method: str, sizes: list[Candidate], errors: Sequence[float], screened: bool
+) -> Curve:
     """Curve of sizes without those that a smaller one matches."""
     candidates: list[Candidate] = []
     for size, error in zip(sizes, errors, strict=True):
         if not candidates or error < candidates[-1].error or error == 0:
             candidates.append(replace(size, error=error))
     dense = weighed.dense
-    return Curve(weighed.linear, method, tuple(candidates), dense.bits, dense.parameters, weighed.energy, screened=screened)
+    return Curve(
+        weighed.linear,
+        method,
+        tuple(candidates),
+        dense.bits,
+        dense.parameters,
+        weighed.energy,
+        screened=screened,
+    )
 
 
 def store(weighed: Weighed, values: Tensor, mask: Tensor) -> Sparse:
-    """Module of the values (out, in) inside a mask, in the stored dtype, with the bias of the dense linear."""
+    """Module of the values (out, in) inside a mask, in the stored dtype, with the bias of the dense
+    linear.
+    """
     dense = weighed.dense
     height, width = dense.weight.shape
     bias = None if dense.bias is None else dense.bias.to(dense.dtype, copy=True)

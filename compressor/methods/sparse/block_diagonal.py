@@ -1,15 +1,20 @@
 """A 2:4 core between block-diagonal wrappers, fitted by descent over its three factors: W ≈ A S B.
 
-Problem: min tr(H D M Dᵀ), D = W − A S B, in the coordinates of `coupled` (unit diagonals), over A of blocks b × b, S with two of every
-four consecutive entries of a row, and B of blocks c × c. Every step is the exact minimum of the error, or of an upper bound of it that is
-tight where it starts, so the error never grows.
+Problem: min tr(H D M Dᵀ), D = W − A S B, in the coordinates of `coupled` (unit diagonals), over A
+of blocks b × b, S with two of every four consecutive entries of a row, and B of blocks c × c. Every
+step is the exact minimum of the error, or of an upper bound of it that is tight where it starts, so
+the error never grows.
 
-References: the form is ARMOR's (arXiv 2510.05528), whose Adam steps become least squares here. Card "pruning", 6.
+References: the form is ARMOR's (arXiv 2510.05528), whose Adam steps become least squares here. Card
+"pruning", 6.
 
 Steps of one sweep
-    wrapper B   block after block: Δ_j = (P_jᵀ H P_j)⁻¹ (Pᵀ H D M)_jj M_jj⁻¹ with P = A S; for A the same of the transposed problem
-    mask        four columns after four, all rows: with C = Aᵀ H A ≼ diag(d) and N = B M Bᵀ, each row takes the best two of its four
-                entries under d_r (s − s₀) N_gg (s − s₀)ᵀ − 2 (s − s₀) gᵀ, g the pull on them; all six pairs are tried
+    wrapper B   block after block: Δ_j = (P_jᵀ H P_j)⁻¹ (Pᵀ H D M)_jj M_jj⁻¹ with P = A S; for A the
+                same of the transposed problem
+    mask        four columns after four, all rows: with C = Aᵀ H A ≼ diag(d) and N = B M Bᵀ, each
+                row takes the best two of its four
+                entries under d_r (s − s₀) N_gg (s − s₀)ᵀ − 2 (s − s₀) gᵀ, g the pull on them; all
+                six pairs are tried
     values      conjugate gradients for tr(C S N Sᵀ) on the mask
 """
 
@@ -23,7 +28,9 @@ from compressor.linears.wrapped import GROUP, KEPT, through
 from compressor.methods.sparse.admm import Problem
 
 PAIRS = tuple(combinations(range(GROUP), KEPT))
-EPSILON = 1e-9  # ridge on the change of a factor, relative to the mean diagonal: singular blocks keep what they cannot see
+# ridge on the change of a factor, relative to the mean diagonal: singular blocks keep what they
+# cannot see
+EPSILON = 1e-9
 
 
 @dataclass(frozen=True)
@@ -44,8 +51,11 @@ def times(matrix: Tensor, blocks: Tensor) -> Tensor:
     return through(blocks.mT, matrix)
 
 
-def descend(problem: Problem, start: Factors, sweeps: int, steps: int, tolerance: float) -> tuple[Factors, list[float]]:
-    """Factors after at most `sweeps` sweeps, and the error before and after each; it ends once a sweep gains less than `tolerance` of it.
+def descend(
+    problem: Problem, start: Factors, sweeps: int, steps: int, tolerance: float
+) -> tuple[Factors, list[float]]:
+    """Factors after at most `sweeps` sweeps, and the error before and after each; it ends once a
+    sweep gains less than `tolerance` of it.
 
     steps: of conjugate gradients in each sweep.
     """
@@ -65,17 +75,28 @@ def descend(problem: Problem, start: Factors, sweeps: int, steps: int, tolerance
 def wrappers(problem: Problem, factors: Factors) -> Factors:
     """Best right, then best left wrapper."""
     lost = problem.weigh(problem.weight - factors.product())
-    right = fitted(factors.right, times(factors.core.T, factors.left.mT).T, lost, problem.grad_gram, problem.gram)
+    right = fitted(
+        factors.right,
+        times(factors.core.T, factors.left.mT).T,
+        lost,
+        problem.grad_gram,
+        problem.gram,
+    )
     factors = Factors(factors.left, factors.core, factors.mask, right)
     lost = problem.weigh(problem.weight - factors.product())
-    left = fitted(factors.left.mT, times(factors.core, right).T, lost.T, problem.gram, problem.grad_gram).mT
+    left = fitted(
+        factors.left.mT, times(factors.core, right).T, lost.T, problem.gram, problem.grad_gram
+    ).mT
     return Factors(left, factors.core, factors.mask, right)
 
 
-def fitted(blocks: Tensor, factor: Tensor, lost: Tensor, across: Tensor | None, along: Tensor | None) -> Tensor:
+def fitted(
+    blocks: Tensor, factor: Tensor, lost: Tensor, across: Tensor | None, along: Tensor | None
+) -> Tensor:
     """Blocks (q, c, c) of the best B in P B, each given those before it.
 
-    factor: P (rows, in); lost: H D M (rows, in) of the blocks as they are; across: H, along: M, None for the identity.
+    factor: P (rows, in); lost: H D M (rows, in) of the blocks as they are; across: H, along: M,
+    None for the identity.
     """
     count, size = blocks.shape[:2]
     seen = factor.T @ (factor if across is None else across @ factor)  # Pᵀ H P
@@ -101,19 +122,27 @@ def diagonal(matrix: Tensor, size: int) -> Tensor:
 
 def inverses(blocks: Tensor) -> Tensor:
     """Inverses of positive semi-definite blocks (q, c, c) with a ridge."""
-    level = EPSILON * blocks.diagonal(dim1=1, dim2=2).mean(1) + torch.finfo(blocks.dtype).tiny ** 0.5
-    ridge = level[:, None, None] * torch.eye(blocks.shape[1], dtype=blocks.dtype, device=blocks.device)
+    level = (
+        EPSILON * blocks.diagonal(dim1=1, dim2=2).mean(1) + torch.finfo(blocks.dtype).tiny ** 0.5
+    )
+    ridge = level[:, None, None] * torch.eye(
+        blocks.shape[1], dtype=blocks.dtype, device=blocks.device
+    )
     return torch.cholesky_inverse(torch.linalg.cholesky(blocks + ridge))
 
 
 def coupled(problem: Problem, left: Tensor) -> Tensor:
-    """C = Aᵀ H A: its diagonal blocks (out / b, b, b), all there is of it where H is the identity; else one block (1, out, out)."""
+    """C = Aᵀ H A: its diagonal blocks (out / b, b, b), all there is of it where H is the identity;
+    else one block (1, out, out).
+    """
     across = problem.grad_gram
     return left.mT @ left if across is None else times(times(across, left).T, left)[None]
 
 
 def bounds(coupling: Tensor) -> Tensor:
-    """d (out, 1) with C ≼ diag(d): the diagonal of C times the largest eigenvalue of what is left once it is taken out."""
+    """d (out, 1) with C ≼ diag(d): the diagonal of C times the largest eigenvalue of what is left
+    once it is taken out.
+    """
     level = coupling.diagonal(dim1=1, dim2=2).clamp(min=torch.finfo(coupling.dtype).tiny ** 0.5)
     scales = level.sqrt()
     largest = torch.linalg.eigvalsh(coupling / scales[:, :, None] / scales[:, None])[:, -1:]
@@ -121,7 +150,9 @@ def bounds(coupling: Tensor) -> Tensor:
 
 
 def solvers(inner: Tensor) -> tuple[Tensor, Tensor]:
-    """For every four columns: their block of N with a ridge (in / 4, 4, 4), and maps (in / 4, 4, 6 · 4) to the values of each pair."""
+    """For every four columns: their block of N with a ridge (in / 4, 4, 4), and maps (in / 4, 4, 6
+    · 4) to the values of each pair.
+    """
     level = EPSILON * inner.diagonal().mean() + torch.finfo(inner.dtype).tiny ** 0.5
     blocks = diagonal(inner, GROUP) + level * torch.eye(GROUP).to(inner)
     maps = torch.zeros(len(blocks), len(PAIRS), GROUP, GROUP).to(blocks)
@@ -151,7 +182,9 @@ def masks(problem: Problem, factors: Factors) -> Factors:
         pull[:, stop:] -= moved @ inner[start:stop, stop:]
     patterns = torch.zeros(len(PAIRS), GROUP, dtype=torch.bool, device=pull.device)
     patterns[torch.arange(len(PAIRS))[:, None], torch.tensor(PAIRS)] = True
-    return Factors(factors.left, torch.cat(found, 1), patterns[torch.stack(taken, 1)].flatten(1), factors.right)
+    return Factors(
+        factors.left, torch.cat(found, 1), patterns[torch.stack(taken, 1)].flatten(1), factors.right
+    )
 
 
 def seen_by_core(problem: Problem, factors: Factors) -> tuple[Tensor, Tensor]:
@@ -167,7 +200,9 @@ def values(problem: Problem, factors: Factors, steps: int) -> Factors:
     coupling, core, residual = coupled(problem, factors.left), factors.core, pull * factors.mask
     direction, power = residual, residual.square().sum()
     for _ in range(steps):
-        image = (coupling @ (direction @ inner).view(*coupling.shape[:2], -1)).view_as(core) * factors.mask
+        image = (coupling @ (direction @ inner).view(*coupling.shape[:2], -1)).view_as(
+            core
+        ) * factors.mask
         curvature = (direction * image).sum()
         if not (power > 0 and curvature > 0):
             break

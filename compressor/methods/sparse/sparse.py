@@ -1,19 +1,24 @@
-"""Direct sparsity: keep some entries of a weight, drop the others, and let the kept ones make up for the loss.
+"""Direct sparsity: keep some entries of a weight, drop the others, and let the kept ones make up
+for the loss.
 
 References (solver → paper)
     wanda       |W_ij| ‖X_j‖, nothing is updated: Wanda, arXiv 2306.11695
     sparsegpt   optimal-brain-surgeon updates, column by column: SparseGPT, arXiv 2301.00774
-    admm        ADMM for the mask, least squares for its values: ALPS, arXiv 2406.07831; see `coupled`
+    admm        ADMM for the mask, least squares for its values: ALPS, arXiv 2406.07831; see
+                `coupled`
 
 Glossary
-    metric M     second moment of the inputs                         H = 2 X Xᵀ / tokens of SparseGPT, its factor 2 apart
+    metric M     second moment of the inputs                         H = 2 X Xᵀ / tokens of
+                 SparseGPT, its factor 2 apart
     factor U     upper, UᵀU = (M + damping · mean(diag M) · I)⁻¹     Cholesky(H⁻¹)ᵀ, algorithm 1
-    pattern      where the kept entries may be: `rows` equally many in each output (Wanda's choice), `layer` anywhere (SparseGPT's,
+    pattern      where the kept entries may be: `rows` equally many in each output (Wanda's choice),
+                 `layer` anywhere (SparseGPT's,
                  within each block of columns), or N of M consecutive ones in each output
 
-Differs from the papers: all statistics are of the dense model; the papers collect on the pruned prefix, as sequential runs do.
-Sizes are met exactly; the authors' codes round what is dropped down (Wanda) or drop ties besides (SparseGPT). ADMM minimises the two-sided
-error by default, which knows how much the loss depends on each output; ALPS has the Gram alone.
+Differs from the papers: all statistics are of the dense model; the papers collect on the pruned
+prefix, as sequential runs do. Sizes are met exactly; the authors' codes round what is dropped down
+(Wanda) or drop ties besides (SparseGPT). ADMM minimises the two-sided error by default, which knows
+how much the loss depends on each output; ALPS has the Gram alone.
 """
 
 from collections.abc import Sequence
@@ -50,7 +55,8 @@ TOGETHER = 1 << 26  # entries of all sizes that are solved at once
 
 
 def obs_factor(gram: Tensor, dampings: Sequence[float], linear: str) -> tuple[Tensor, float]:
-    """Factor U (in, in) at the first of the dampings, relative to the mean diagonal, that leaves M positive definite, and that damping.
+    """Factor U (in, in) at the first of the dampings, relative to the mean diagonal, that leaves M
+    positive definite, and that damping.
 
     gram: (in, in), any scale. Raises NumericalError naming the linear if none does.
     """
@@ -63,13 +69,19 @@ def obs_factor(gram: Tensor, dampings: Sequence[float], linear: str) -> tuple[Te
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not failed and torch.isfinite(upper).all():
                 return upper, damping
-    raise NumericalError(f"{linear}: the Gram is singular at dampings {list(dampings)}; add a larger one to the option 'damping'")
+    raise NumericalError(
+        f"{linear}: the Gram is singular at dampings {list(dampings)}; add a larger one to the "
+        "option 'damping'"
+    )
 
 
-def surgeon(weight: Tensor, factor: Tensor, pattern: Pattern, counts: Sequence[int], block: int) -> tuple[Tensor, Tensor]:
+def surgeon(
+    weight: Tensor, factor: Tensor, pattern: Pattern, counts: Sequence[int], block: int
+) -> tuple[Tensor, Tensor]:
     """SparseGPT of all sizes at once: values and masks (K, out, in).
 
-    weight: (out, in), dead inputs zero; factor: U (in, in); counts: entries kept, each block of columns its share of them.
+    weight: (out, in), dead inputs zero; factor: U (in, in); counts: entries kept, each block of
+    columns its share of them.
     """
     height, width = weight.shape
 
@@ -85,7 +97,9 @@ def surgeon(weight: Tensor, factor: Tensor, pattern: Pattern, counts: Sequence[i
         end = min(start + block, width)
         errors = torch.zeros_like(weight[..., start:end])
         for column in range(start, end):
-            if (column - start) % segment == 0:  # the mask is chosen from the weights as they are now
+            if (
+                column - start
+            ) % segment == 0:  # the mask is chosen from the weights as they are now
                 stop = min(column + segment, end)
                 share = [portion(count, column, stop) for count in counts]
                 scores = weight[..., column:stop] / factor.diagonal()[column:stop]
@@ -101,7 +115,9 @@ def surgeon(weight: Tensor, factor: Tensor, pattern: Pattern, counts: Sequence[i
 
 @dataclass(frozen=True)
 class Prepared:
-    """One linear in its metric, and for SparseGPT the factor of the damped inverse Gram with the damping it took."""
+    """One linear in its metric, and for SparseGPT the factor of the damped inverse Gram with the
+    damping it took.
+    """
 
     weighed: Weighed
     factor: Tensor | None
@@ -114,21 +130,39 @@ class SparseMethod(Method[Prepared]):
     """A weight with most entries at zero, stored as the others and a bit mask."""
 
     name: ClassVar[str] = "sparse"
-    paper: ClassVar[str] = "Wanda, arXiv 2306.11695; SparseGPT, arXiv 2301.00774; ALPS, arXiv 2406.07831"
+    paper: ClassVar[str] = (
+        "Wanda, arXiv 2306.11695; SparseGPT, arXiv 2301.00774; ALPS, arXiv 2406.07831"
+    )
 
     solver: Literal["wanda", "sparsegpt", "admm"] = "admm"
     metric: MetricName = "two_sided"
     pattern: Pattern = "layer"
     shrink_gram: Fraction = 0.01  # `two_sided` only: shrinkage of the input Gram
     shrink_grad_gram: Fraction = 0.1  # `two_sided` only: shrinkage of the output-gradient moment
-    damping: tuple[Annotated[float, Field(ge=0)], ...] = (0.01, 0.1, 1.0)  # `sparsegpt` only: tried in this order
-    block: Annotated[int, Field(ge=8, multiple_of=8)] = 128  # `sparsegpt` only: columns whose mask is chosen together
+    damping: tuple[Annotated[float, Field(ge=0)], ...] = (
+        0.01,
+        0.1,
+        1.0,
+    )  # `sparsegpt` only: tried in this order
+    block: Annotated[int, Field(ge=8, multiple_of=8)] = (
+        128  # `sparsegpt` only: columns whose mask is chosen together
+    )
     iterations: Annotated[int, Field(ge=1)] = 15  # `admm` only
-    rho: Annotated[float, Field(gt=0)] = 0.1  # `admm` only: first penalty, relative to the unit diagonals
-    growth: Annotated[float, Field(ge=1)] = 1.2  # `admm` only: factor of the penalty from one iteration to the next
-    refit: Annotated[int, Field(ge=0)] = 10  # `admm` only: conjugate-gradient steps on the final mask
-    step: Annotated[float, Field(gt=0, lt=1)] = 0.01  # sizes offered, as a fraction of the dense bits
-    anchors: Annotated[int, Field(ge=0)] | None = 0  # sizes of the curve whose error is measured, see `sparsity`; None measures all
+    rho: Annotated[float, Field(gt=0)] = (
+        0.1  # `admm` only: first penalty, relative to the unit diagonals
+    )
+    growth: Annotated[float, Field(ge=1)] = (
+        1.2  # `admm` only: factor of the penalty from one iteration to the next
+    )
+    refit: Annotated[int, Field(ge=0)] = (
+        10  # `admm` only: conjugate-gradient steps on the final mask
+    )
+    step: Annotated[float, Field(gt=0, lt=1)] = (
+        0.01  # sizes offered, as a fraction of the dense bits
+    )
+    anchors: Annotated[int, Field(ge=0)] | None = (
+        0  # sizes of the curve whose error is measured, see `sparsity`; None measures all
+    )
 
     def __post_init__(self):
         if self.solver != "admm" and self.metric != "gram":
@@ -140,7 +174,10 @@ class SparseMethod(Method[Prepared]):
 
     def sizes(self, dense: Dense) -> list[Candidate]:
         require_divisible(self.pattern, dense.weight.shape[1], "a target")
-        fixed, row = pattern_count(dense, self.pattern), len(dense.weight) if self.pattern == "rows" else 1
+        fixed, row = (
+            pattern_count(dense, self.pattern),
+            len(dense.weight) if self.pattern == "rows" else 1,
+        )
         counts = [fixed] if fixed else [count - count % row for count in payloads(dense, self.step)]
         return saving(self.name, dense, [({"nonzeros": count}, count) for count in counts if count])
 
@@ -156,15 +193,28 @@ class SparseMethod(Method[Prepared]):
         """Screened curve (see `sparsity`); SparseGPT's settings name the damping that it took."""
         sizes = self.sizes(state.weighed.dense)
         if state.damping is not None:
-            sizes = [replace(size, setting=size.setting | {"damping": state.damping}) for size in sizes]
+            sizes = [
+                replace(size, setting=size.setting | {"damping": state.damping}) for size in sizes
+            ]
         counts = [size.setting["nonzeros"] for size in sizes]
-        return screened(state.weighed, self.name, sizes, counts, self.pattern, self.anchors, lambda chosen: self.errors(state, chosen))
+        return screened(
+            state.weighed,
+            self.name,
+            sizes,
+            counts,
+            self.pattern,
+            self.anchors,
+            lambda chosen: self.errors(state, chosen),
+        )
 
     def errors(self, state: Prepared, sizes: list[Candidate]) -> list[float]:
         """Relative error of what the solver makes of each size."""
         together = max(1, TOGETHER // state.weighed.dense.weight.numel())
         counts = [size.setting["nonzeros"] for size in sizes]
-        parts = [self.solve(state, counts[place : place + together])[0] for place in range(0, len(counts), together)]
+        parts = [
+            self.solve(state, counts[place : place + together])[0]
+            for place in range(0, len(counts), together)
+        ]
         return [state.weighed.error(values) for part in parts for values in part]
 
     def solve(self, state: Prepared, counts: list[int]) -> tuple[Tensor, Tensor]:

@@ -1,19 +1,27 @@
-"""Sparse plus low rank: Ŵ = S + A B, the low-rank part for what all outputs share, the sparse part for what is left.
+"""Sparse plus low rank: Ŵ = S + A B, the low-rank part for what all outputs share, the sparse part
+for what is left.
 
 References (solver → paper)
-    oats   truncated SVD and hard thresholding in turn, inputs scaled by their norms: OATS, arXiv 2409.13652
-    admm   both parts within one ADMM loop in the full metric: 3BASiL, arXiv 2603.01376; see `coupled`
+    oats   truncated SVD and hard thresholding in turn, inputs scaled by their norms: OATS, arXiv
+           2409.13652
+    admm   both parts within one ADMM loop in the full metric: 3BASiL, arXiv 2603.01376; see
+           `coupled`
 
 Glossary
     metric M, grad_gram H = L Lᵀ      as in `sparse`; OATS alternates with diag M and the identity
-    sparse S (out, in)                S, Z               rank r, up A (out, r), down B (r, in)    L = A B
-    rank_share κ                      part of the stored numbers that is in A and B               κ (OATS), "+64" (3BASiL)
-    frame U (out, r)                  orthonormal, A = L⁻ᵀ U, B = Uᵀ Lᵀ (W − S); the best has the leading eigenvectors of
+    sparse S (out, in)                S, Z               rank r, up A (out, r), down B (r, in)    L
+                                      = A B
+    rank_share κ                      part of the stored numbers that is in A and B               κ
+                                      (OATS), "+64" (3BASiL)
+    frame U (out, r)                  orthonormal, A = L⁻ᵀ U, B = Uᵀ Lᵀ (W − S); the best has the
+                                      leading eigenvectors of
                                       Lᵀ (W − S) M (W − S)ᵀ L
 
-Differs from the papers: the frame follows by one warm step of orthogonal iteration for each step of the loop and is exact at the end, where
-both papers decompose anew each time. All statistics are of the dense model, where OATS collects on the compressed prefix. The two-sided
-metric and masks over the whole layer are not in either paper. 3BASiL's matching of block outputs afterwards is not part of this method.
+Differs from the papers: the frame follows by one warm step of orthogonal iteration for each step of
+the loop and is exact at the end, where both papers decompose anew each time. All statistics are of
+the dense model, where OATS collects on the compressed prefix. The two-sided metric and masks over
+the whole layer are not in either paper. 3BASiL's matching of block outputs afterwards is not part
+of this method.
 """
 
 from dataclasses import dataclass
@@ -48,14 +56,17 @@ from compressor.statistics import LinearStats
 
 
 class LowRankPart:
-    """The low-rank part of several sizes, K, that are fitted together: it follows the residual that the sparse parts leave.
+    """The low-rank part of several sizes, K, that are fitted together: it follows the residual that
+    the sparse parts leave.
 
     gram: (in, in) M or None for the identity; root: (out, out) L or None; ranks: of the K sizes.
     """
 
     def __init__(self, linear: str, gram: Tensor | None, root: Tensor | None, ranks: list[int]):
         self.linear, self.gram, self.root, self.ranks = linear, gram, root, ranks
-        self.frames: Tensor | None = None  # (K, out, largest r) U, columns beyond a size's own rank zero
+        self.frames: Tensor | None = (
+            None  # (K, out, largest r) U, columns beyond a size's own rank zero
+        )
 
     def seen(self, residual: Tensor) -> Tensor:
         """Lᵀ (W − S), (K, out, in)."""
@@ -65,11 +76,15 @@ class LowRankPart:
         """The best A B (K, out, in) for W − S."""
         self.frames = residual.new_zeros(*residual.shape[:2], max(self.ranks))
         for frame, part, rank in zip(self.frames, self.seen(residual), self.ranks, strict=True):
-            frame[:, :rank] = linalg.principal_outputs(part, Metric(self.gram), f"{self.linear}: low-rank part")[1][:, :rank]
+            frame[:, :rank] = linalg.principal_outputs(
+                part, Metric(self.gram), f"{self.linear}: low-rank part"
+            )[1][:, :rank]
         return self.product(residual)
 
     def follow(self, residual: Tensor) -> Tensor:
-        """A B (K, out, in) after one step of orthogonal iteration from the last frames; the first call is exact."""
+        """A B (K, out, in) after one step of orthogonal iteration from the last frames; the first
+        call is exact.
+        """
         if self.frames is None:
             return self.fit(residual)
         seen = self.seen(residual)
@@ -81,7 +96,11 @@ class LowRankPart:
     def factors(self, residual: Tensor) -> tuple[Tensor, Tensor]:
         """A (K, out, r) and B (K, r, in)."""
         down = self.frames.mT @ self.seen(residual)
-        up = self.frames if self.root is None else torch.linalg.solve_triangular(self.root.T, self.frames, upper=True)
+        up = (
+            self.frames
+            if self.root is None
+            else torch.linalg.solve_triangular(self.root.T, self.frames, upper=True)
+        )
         return up, down
 
     def product(self, residual: Tensor) -> Tensor:
@@ -102,14 +121,30 @@ class SparseLowRankMethod(Method[Weighed]):
     pattern: Pattern = "layer"
     shrink_gram: Fraction = 0.01  # `two_sided` only: shrinkage of the input Gram
     shrink_grad_gram: Fraction = 0.1  # `two_sided` only: shrinkage of the output-gradient moment
-    rank_share: Annotated[float, Field(gt=0, lt=1)] = 0.1  # part of the stored numbers in the low-rank pair; at least rank 1
+    rank_share: Annotated[float, Field(gt=0, lt=1)] = (
+        0.1  # part of the stored numbers in the low-rank pair; at least rank 1
+    )
     iterations: Annotated[int, Field(ge=1)] = 40
-    rho: Annotated[float, Field(gt=0)] = 0.1  # `admm` only: first penalty, relative to the unit diagonals
-    growth: Annotated[float, Field(ge=1)] = 1.07  # `admm` only: factor of the penalty from one iteration to the next
-    rounds: Annotated[int, Field(ge=1)] = 2  # `admm` only: exact low-rank fits after the loop, each followed by least squares on the mask
-    refit: Annotated[int, Field(ge=0)] = 10  # `admm` only: conjugate-gradient steps of each of those
-    step: Annotated[float, Field(gt=0, lt=1)] = 0.01  # sizes offered, as a fraction of the dense bits
-    anchors: Annotated[int, Field(ge=0)] | None = 0  # sizes of the curve whose error is measured, see `sparsity`; None measures all
+    rho: Annotated[float, Field(gt=0)] = (
+        0.1  # `admm` only: first penalty, relative to the unit diagonals
+    )
+    growth: Annotated[float, Field(ge=1)] = (
+        1.07  # `admm` only: factor of the penalty from one iteration to the next
+    )
+    rounds: Annotated[int, Field(ge=1)] = (
+        # `admm` only: exact low-rank fits after the loop, each followed by least squares on the
+        # mask
+        2
+    )
+    refit: Annotated[int, Field(ge=0)] = (
+        10  # `admm` only: conjugate-gradient steps of each of those
+    )
+    step: Annotated[float, Field(gt=0, lt=1)] = (
+        0.01  # sizes offered, as a fraction of the dense bits
+    )
+    anchors: Annotated[int, Field(ge=0)] | None = (
+        0  # sizes of the curve whose error is measured, see `sparsity`; None measures all
+    )
 
     def __post_init__(self):
         if self.solver == "oats" and self.metric != "gram":
@@ -120,43 +155,77 @@ class SparseLowRankMethod(Method[Weighed]):
         return NEEDS[self.metric]
 
     def rank(self, dense: Dense, numbers: int) -> float:
-        """Rank, not rounded, at which `numbers` numbers have the wanted share of low rank; or that is left beside an N:M pattern."""
+        """Rank, not rounded, at which `numbers` numbers have the wanted share of low rank; or that
+        is left beside an N:M pattern.
+        """
         sides, fixed = sum(dense.weight.shape), pattern_count(dense, self.pattern)
-        return max(1.0, self.rank_share * numbers / sides) if fixed is None else max(0.0, (numbers - fixed) / sides)
+        return (
+            max(1.0, self.rank_share * numbers / sides)
+            if fixed is None
+            else max(0.0, (numbers - fixed) / sides)
+        )
 
     def split(self, dense: Dense, numbers: int) -> dict[str, int] | None:
-        """Rank and nonzeros that at most `numbers` numbers hold; None where they do not hold both parts."""
+        """Rank and nonzeros that at most `numbers` numbers hold; None where they do not hold both
+        parts.
+        """
         (height, width), fixed = dense.weight.shape, pattern_count(dense, self.pattern)
         rank = round(self.rank(dense, numbers)) if fixed is None else int(self.rank(dense, numbers))
         nonzeros = numbers - rank * (height + width) if fixed is None else fixed
         if self.pattern == "rows":
             nonzeros -= nonzeros % height
-        return {"rank": rank, "nonzeros": nonzeros} if 0 < rank < min(height, width) and nonzeros >= height else None
+        return (
+            {"rank": rank, "nonzeros": nonzeros}
+            if 0 < rank < min(height, width) and nonzeros >= height
+            else None
+        )
 
     def sizes(self, dense: Dense) -> list[Candidate]:
         require_divisible(self.pattern, dense.weight.shape[1], "a target")
-        settings = [setting for setting in (self.split(dense, numbers) for numbers in payloads(dense, self.step)) if setting]
+        settings = [
+            setting
+            for setting in (self.split(dense, numbers) for numbers in payloads(dense, self.step))
+            if setting
+        ]
         sides = sum(dense.weight.shape)
-        return saving(self.name, dense, [(setting, setting["nonzeros"] + setting["rank"] * sides) for setting in settings])
+        return saving(
+            self.name,
+            dense,
+            [(setting, setting["nonzeros"] + setting["rank"] * sides) for setting in settings],
+        )
 
     def prepare(self, linear: str, dense: Dense, stats: LinearStats) -> Weighed:
         require_divisible(self.pattern, dense.weight.shape[1], linear)
         return weigh(linear, dense, stats, self.metric, self.shrink_gram, self.shrink_grad_gram)
 
     def candidates(self, state: Weighed) -> Curve:
-        """Screened curve (see `sparsity`); the diagonal error is that of the nonzeros at unrounded rank, which is smooth in size."""
+        """Screened curve (see `sparsity`); the diagonal error is that of the nonzeros at unrounded
+        rank, which is smooth in size.
+        """
         sizes, sides = self.sizes(state.dense), sum(state.dense.weight.shape)
         numbers = [size.setting["nonzeros"] + size.setting["rank"] * sides for size in sizes]
         entries = [int(number - self.rank(state.dense, number) * sides) for number in numbers]
-        return screened(state, self.name, sizes, entries, self.pattern, self.anchors, lambda chosen: self.errors(state, chosen))
+        return screened(
+            state,
+            self.name,
+            sizes,
+            entries,
+            self.pattern,
+            self.anchors,
+            lambda chosen: self.errors(state, chosen),
+        )
 
     def errors(self, state: Weighed, sizes: list[Candidate]) -> list[float]:
         """Relative error of what the solver makes of each size."""
         values, _, up, down = self.solve(state, [size.setting for size in sizes])
         return [state.error(one) for one in values + up @ down]
 
-    def solve(self, state: Weighed, settings: list[dict[str, Any]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """S and its masks (K, out, in), A (K, out, r), B (K, r, in) of all sizes; r is the largest rank, smaller ones end in zeros."""
+    def solve(
+        self, state: Weighed, settings: list[dict[str, Any]]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """S and its masks (K, out, in), A (K, out, r), B (K, r, in) of all sizes; r is the largest
+        rank, smaller ones end in zeros.
+        """
         problem, sizes = state.problem, len(settings)
         project = projection(self.pattern, [setting["nonzeros"] for setting in settings])
         ranks = [setting["rank"] for setting in settings]
@@ -172,17 +241,28 @@ class SparseLowRankMethod(Method[Weighed]):
             root = None if state.root is None else state.root / problem.outputs
             part = LowRankPart(state.linear, problem.gram, root, ranks)
             mask, sparse = admm(
-                problem, project, sizes, self.iterations, self.rho, self.growth, lambda relaxed: part.follow(problem.weight - relaxed)
+                problem,
+                project,
+                sizes,
+                self.iterations,
+                self.rho,
+                self.growth,
+                lambda relaxed: part.follow(problem.weight - relaxed),
             )
             for _ in range(self.rounds):
                 residual = problem.weight - sparse
-                sparse = refit(problem, problem.weight - part.fit(residual), mask, sparse, self.refit)
+                sparse = refit(
+                    problem, problem.weight - part.fit(residual), mask, sparse, self.refit
+                )
         up, down = part.factors(residual)
         return problem.original(sparse), mask, up / problem.outputs, down / problem.inputs
 
     def compress(self, state: Weighed, setting: dict[str, Any]) -> Adapted:
         values, mask, up, down = self.solve(state, [setting])
-        pair = (factor[0].to(state.dense.dtype, memory_format=torch.contiguous_format, copy=True) for factor in (up, down))
+        pair = (
+            factor[0].to(state.dense.dtype, memory_format=torch.contiguous_format, copy=True)
+            for factor in (up, down)
+        )
         return Adapted(store(state, values[0], mask[0]), *pair)
 
     def measure(self, state: Weighed, module: Adapted) -> float:

@@ -1,20 +1,27 @@
-"""Channels of feed-forward blocks: some are removed from all linears of the block, and the last linear makes up for them.
+"""Channels of feed-forward blocks: some are removed from all linears of the block, and the last
+linear makes up for them.
 
-References: OSSCAR, arXiv 2403.12983 (`obs`: backward elimination with a refit); LoRAP, arXiv 2404.09695 (`lorap`, with the least
-important 1 % kept); FLAP, arXiv 2312.11983 (`flap`: fluctuation); Wanda, arXiv 2306.11695 (`wanda`); TransAct, arXiv 2407.05690
-(`transact`). Card "pruning", 0.1, 1, 2, 4.2, 4.4.
+References: OSSCAR, arXiv 2403.12983 (`obs`: backward elimination with a refit); LoRAP, arXiv
+2404.09695 (`lorap`, with the least important 1 % kept); FLAP, arXiv 2312.11983 (`flap`:
+fluctuation); Wanda, arXiv 2306.11695 (`wanda`); TransAct, arXiv 2407.05690 (`transact`). Card
+"pruning", 0.1, 1, 2, 4.2, 4.4.
 
 Glossary
-    hidden h    (m,) inputs of the consumer (down, fc2); producers (gate, up, gate_up, fc1) write them
-    score       what a channel is worth; the lowest leave first, so the kept channels of a smaller width are among those of a larger one
+    hidden h    (m,) inputs of the consumer (down, fc2); producers (gate, up, gate_up, fc1) write
+                them
+    score       what a channel is worth; the lowest leave first, so the kept channels of a smaller
+                width are among those of a larger one
         obs     ‖W_down[:, c]‖² / (H⁻¹)_cc, renewed after every removal
-        lorap   ‖W_gate[c] ⊙ √s_x‖ + ‖W_up[c] ⊙ √s_x‖ + ‖W_down[:, c]‖ √s_h,c with s the mean squares of the inputs
+        lorap   ‖W_gate[c] ⊙ √s_x‖ + ‖W_up[c] ⊙ √s_x‖ + ‖W_down[:, c]‖ √s_h,c with s the mean
+                squares of the inputs
         flap    var(h_c) ‖W_down[:, c]‖²                    wanda   E h_c² ‖W_down[:, c]‖²
         transact    E h_c², blind to what the consumer makes of it
-    refit       none, linear (W' of F0.1) or affine (the same on centred inputs, with a bias for what is lost on average)
+    refit       none, linear (W' of F0.1) or affine (the same on centred inputs, with a bias for
+                what is lost on average)
 
-Differs from the papers: statistics are of the dense model, collected once (OSSCAR and LoRAP go block after block). All widths share one
-elimination; removed channels of LoRAP and FLAP may be refitted too. Ridges are on the change of the weight, relative to mean(diag H).
+Differs from the papers: statistics are of the dense model, collected once (OSSCAR and LoRAP go
+block after block). All widths share one elimination; removed channels of LoRAP and FLAP may be
+refitted too. Ridges are on the change of the weight, relative to mean(diag H).
 """
 
 import math
@@ -48,8 +55,12 @@ class Block:
     parts: dict[str, Part]
     consumer: str  # its role
     metric: Metric  # of the hidden activations, with mean and ridge as the refit wants them
-    root: Tensor | None  # L: (out, out), L Lᵀ = H of the consumer's output gradients; None where it is the identity
-    moment: Tensor  # (m, m) that metric as a matrix, 1 on the diagonal for channels that are always the same: they cost nothing
+    root: (
+        Tensor | None
+    )  # L: (out, out), L Lᵀ = H of the consumer's output gradients; None where it is the identity
+    # (m, m) that metric as a matrix, 1 on the diagonal for channels that are always the same: they
+    # cost nothing
+    moment: Tensor
     order: Tensor  # (m,) channels, first to leave first
     errors: Tensor  # (m,) error after each has left
     energy: float
@@ -60,10 +71,15 @@ class Block:
 
 
 def consumer_of(module: str, roles: Mapping[str, Any]) -> str:
-    """Role of the linear that reads the hidden activations. Raises ConfigError for a module that is no feed-forward block."""
+    """Role of the linear that reads the hidden activations. Raises ConfigError for a module that is
+    no feed-forward block.
+    """
     found = [role for role in CONSUMERS if role in roles]
     if len(found) != 1 or len(roles) < 2:
-        raise ConfigError(f"{module}: not a feed-forward block whose channels are known; leave it out of the targets of 'channels'")
+        raise ConfigError(
+            f"{module}: not a feed-forward block whose channels are known; leave it out of the "
+            "targets of 'channels'"
+        )
     return found[0]
 
 
@@ -73,41 +89,64 @@ class Channels(ModuleMethod[Block]):
     """Feed-forward blocks of fewer channels."""
 
     name: ClassVar[str] = "channels"
-    paper: ClassVar[str] = "OSSCAR, arXiv 2403.12983; LoRAP, arXiv 2404.09695; FLAP, arXiv 2312.11983"
+    paper: ClassVar[str] = (
+        "OSSCAR, arXiv 2403.12983; LoRAP, arXiv 2404.09695; FLAP, arXiv 2312.11983"
+    )
     unit: ClassVar[str] = "ffn"
 
     score: Literal["obs", "lorap", "flap", "wanda", "transact"] = "obs"
     refit: Literal["none", "linear", "affine"] = "linear"
     metric: Literal["gram", "two_sided"] = "gram"  # of the consumer's output
     keep_least: bool = False  # keep the least important 1 % as well, as LoRAP does
-    ridge: Annotated[float, Field(ge=0)] = 1e-3  # λ, relative to the mean square of a hidden channel
+    ridge: Annotated[float, Field(ge=0)] = (
+        1e-3  # λ, relative to the mean square of a hidden channel
+    )
     shrink_grad_gram: Annotated[float, Field(ge=0, le=1)] = 0.1  # `two_sided` only
-    step: Annotated[int, Field(ge=1)] | None = None  # widths offered: multiples of it; by default at most 128 of them
+    step: Annotated[int, Field(ge=1)] | None = (
+        None  # widths offered: multiples of it; by default at most 128 of them
+    )
 
     @property
     def needs(self) -> frozenset[str]:
         centred = {"sum"} if self.refit == "affine" or self.score == "flap" else set()
-        return frozenset({"gram"} | centred | ({"grad_gram"} if self.metric == "two_sided" else set()))
+        return frozenset(
+            {"gram"} | centred | ({"grad_gram"} if self.metric == "two_sided" else set())
+        )
 
     def sizes(self, denses: Mapping[str, Dense]) -> list[Candidate]:
         consumer = consumer_of("a target", denses)
         hidden = denses[consumer].weight.shape[1]
         step = self.step or max(1, hidden // 128)
         found = [self.size(denses, consumer, width) for width in range(step, hidden, step)]
-        whole = sum(dense.bits for dense in denses.values()), sum(dense.parameters for dense in denses.values())
+        whole = (
+            sum(dense.bits for dense in denses.values()),
+            sum(dense.parameters for dense in denses.values()),
+        )
         return [size for size in found if size.bits < whole[0] and size.parameters < whole[1]]
 
     def size(self, denses: Mapping[str, Dense], consumer: str, width: int) -> Candidate:
-        """What a block of `width` channels stores: small matrices, a mask for each linear, biases."""
+        """What a block of `width` channels stores: small matrices, a mask for each linear,
+        biases.
+        """
         bits = parameters = multiply_adds = 0
         hidden = denses[consumer].weight.shape[1]
         for role, dense in denses.items():
             height, inputs = dense.weight.shape
             if role == consumer:
-                numbers, mask, biases = height * width, hidden, height if dense.bias is not None or self.refit == "affine" else 0
+                numbers, mask, biases = (
+                    height * width,
+                    hidden,
+                    height if dense.bias is not None or self.refit == "affine" else 0,
+                )
             else:
-                outputs = width * (height // hidden)  # twice as many where gate and up are one linear
-                numbers, mask, biases = outputs * inputs, height, 0 if dense.bias is None else outputs
+                outputs = width * (
+                    height // hidden
+                )  # twice as many where gate and up are one linear
+                numbers, mask, biases = (
+                    outputs * inputs,
+                    height,
+                    0 if dense.bias is None else outputs,
+                )
             parameters += numbers + biases
             multiply_adds += numbers
             bits += (numbers + biases) * dense.dtype.itemsize * 8 + 8 * ((mask + 7) // 8)
@@ -128,12 +167,28 @@ class Channels(ModuleMethod[Block]):
         squares = moment.diagonal().clone()
         if mean is not None:
             moment = moment - torch.outer(mean, mean)
-        dead = moment.diagonal() <= DEAD * squares if ridge == 0 else torch.zeros_like(squares, dtype=torch.bool)
+        dead = (
+            moment.diagonal() <= DEAD * squares
+            if ridge == 0
+            else torch.zeros_like(squares, dtype=torch.bool)
+        )
         moment = moment + torch.diag(torch.full_like(squares, ridge)) + torch.diag(dead.double())
         order, errors = self.eliminated(module, parts, consumer, weight * ~dead, moment)
-        return Block(module, dict(parts), consumer, metric, root, moment, order, errors, metric.energy(weight))
+        return Block(
+            module,
+            dict(parts),
+            consumer,
+            metric,
+            root,
+            moment,
+            order,
+            errors,
+            metric.energy(weight),
+        )
 
-    def eliminated(self, module: str, parts: Mapping[str, Part], consumer: str, weight: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
+    def eliminated(
+        self, module: str, parts: Mapping[str, Part], consumer: str, weight: Tensor, moment: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Order in which channels leave, and the error after each."""
         what = f"{module}: the moment of the hidden activations"
         linalg.require_finite(moment, what)
@@ -147,7 +202,9 @@ class Channels(ModuleMethod[Block]):
             return order, dropped_errors(weight, moment, order)
         return eliminate(weight, moment, order=order, what=what)
 
-    def scores(self, parts: Mapping[str, Part], consumer: str, weight: Tensor, moment: Tensor) -> Tensor:
+    def scores(
+        self, parts: Mapping[str, Part], consumer: str, weight: Tensor, moment: Tensor
+    ) -> Tensor:
         """Worth of every channel, (m,); `obs` without a refit is that of the first step."""
         stats = parts[consumer].stats
         squares, norms = stats.gram.diagonal().double() / stats.tokens, weight.square().sum(0)
@@ -164,15 +221,25 @@ class Channels(ModuleMethod[Block]):
         for role, part in parts.items():
             if role != consumer:
                 inputs = (part.stats.gram.diagonal().double() / part.stats.tokens).sqrt()
-                rows = (part.dense.weight.double() * inputs).norm(dim=1)  # (m,), or (2 m,) where gate and up are one
+                rows = (part.dense.weight.double() * inputs).norm(
+                    dim=1
+                )  # (m,), or (2 m,) where gate and up are one
                 found = found + rows.view(-1, len(found)).sum(0)
         return found
 
     def candidates(self, state: Block) -> Curve:
         denses = {role: part.dense for role, part in state.parts.items()}
-        errors = (state.errors / state.energy).tolist() if state.energy > 0 else [0.0] * state.hidden
-        found = [replace(size, error=errors[state.hidden - size.setting["channels"] - 1]) for size in self.sizes(denses)]
-        bits, parameters = sum(dense.bits for dense in denses.values()), sum(dense.parameters for dense in denses.values())
+        errors = (
+            (state.errors / state.energy).tolist() if state.energy > 0 else [0.0] * state.hidden
+        )
+        found = [
+            replace(size, error=errors[state.hidden - size.setting["channels"] - 1])
+            for size in self.sizes(denses)
+        ]
+        bits, parameters = (
+            sum(dense.bits for dense in denses.values()),
+            sum(dense.parameters for dense in denses.values()),
+        )
         return Curve(state.module, self.name, tuple(found), bits, parameters, state.energy)
 
     def kept(self, state: Block, width: int) -> Tensor:
@@ -206,4 +273,6 @@ class Channels(ModuleMethod[Block]):
 
     def measure(self, state: Block, modules: Mapping[str, CompressedLinear]) -> float:
         weight = state.parts[state.consumer].dense.weight
-        return linalg.relative_error(weight, modules[state.consumer].to_dense(), state.metric, state.root, state.energy)
+        return linalg.relative_error(
+            weight, modules[state.consumer].to_dense(), state.metric, state.root, state.energy
+        )

@@ -1,19 +1,28 @@
-"""Removing inputs of a linear one after the other, the rest making up for each: the order, and what every number of them costs.
+"""Removing inputs of a linear one after the other, the rest making up for each: the order, and what
+every number of them costs.
 
-References: OSSCAR (arXiv 2403.12983) and Týr-the-Pruner (arXiv 2503.09657); card "pruning", facts F0.1 and 4.4.
+References: OSSCAR (arXiv 2403.12983) and Týr-the-Pruner (arXiv 2503.09657); card "pruning", facts
+F0.1 and 4.4.
 
 Glossary (consumer y = W x + b)
-    moment H    (in, in) second moment of the inputs, centred where a bias may follow, plus a ridge λ I: the ridge is on the change of W
+    moment H    (in, in) second moment of the inputs, centred where a bias may follow, plus a ridge
+                λ I: the ridge is on the change of W
     group       inputs that leave together: one channel, or all dimensions of a head
     removed P, kept K, V = H⁻¹ and S = WᵀW as the removals so far have left them
 Equations
-    refit       W'_K = W_K + W_P H_PK H_KK⁻¹, the best consumer of what is left; as a step: W ← W − W_P s with s = V_PP⁻¹ V_P
-    price       tr(W_P V_PP⁻¹ W_Pᵀ) = tr(V_PP⁻¹ S_PP), what removing P adds to the error tr(D H Dᵀ), D = W − W', of the refit:
+    refit       W'_K = W_K + W_P H_PK H_KK⁻¹, the best consumer of what is left; as a step: W ← W −
+                W_P s with s = V_PP⁻¹ V_P
+    price       tr(W_P V_PP⁻¹ W_Pᵀ) = tr(V_PP⁻¹ S_PP), what removing P adds to the error tr(D H Dᵀ),
+                D = W − W', of the refit:
                 one elimination is the exact curve of all widths
-    step        with V_PP = L Lᵀ, t = L⁻¹ V_P and c = L⁻¹ S_P − ½ (L⁻¹ S_PP L⁻ᵀ) t:  V ← V − tᵀ t,  S ← S − tᵀ c − cᵀ t
-    panel       the next prices ask for the diagonal blocks of V and S alone, the next step for one more row of blocks. Those are
-                brought up to date at once; the rest waits until PANEL inputs have left and is then one product of matrices
-    in order    with H = U Uᵀ, U upper triangular, inputs in the order in which they leave: the price of the i-th is ‖(W U)_i‖²
+    step        with V_PP = L Lᵀ, t = L⁻¹ V_P and c = L⁻¹ S_P − ½ (L⁻¹ S_PP L⁻ᵀ) t:  V ← V − tᵀ t,
+                S ← S − tᵀ c − cᵀ t
+    panel       the next prices ask for the diagonal blocks of V and S alone, the next step for one
+                more row of blocks. Those are
+                brought up to date at once; the rest waits until PANEL inputs have left and is then
+                one product of matrices
+    in order    with H = U Uᵀ, U upper triangular, inputs in the order in which they leave: the
+                price of the i-th is ‖(W U)_i‖²
 """
 
 import torch
@@ -27,24 +36,33 @@ PACKED = 0.8  # share of what was there that is left when the matrices are made 
 WHAT = "the moment of the inputs that may leave"
 
 
-def eliminate(weight: Tensor, moment: Tensor, size: int = 1, order: Tensor | None = None, what: str = WHAT) -> tuple[Tensor, Tensor]:
-    """Order in which groups of `size` consecutive inputs leave, and the error of the refit after each, both (groups,).
+def eliminate(
+    weight: Tensor, moment: Tensor, size: int = 1, order: Tensor | None = None, what: str = WHAT
+) -> tuple[Tensor, Tensor]:
+    """Order in which groups of `size` consecutive inputs leave, and the error of the refit after
+    each, both (groups,).
 
-    weight: W (out, in); moment: H (in, in), positive definite; order: a given order of the groups, or None for the cheapest first.
-    Float64. The last group is never asked for, but has its place. Raises NumericalError that names `what` and the option 'ridge' where
-    the moment is not positive definite.
+    weight: W (out, in); moment: H (in, in), positive definite; order: a given order of the groups,
+    or None for the cheapest first. Float64. The last group is never asked for, but has its place.
+    Raises NumericalError that names `what` and the option 'ridge' where the moment is not positive
+    definite.
     """
     if order is None:
         order, costs = removals(weight, moment, size, what=what)
         return order, costs.clamp(min=0).cumsum(0)
     places = places_of(order, size).flip(0)
-    factor = linalg.cholesky(moment[places][:, places], what, "ridge")  # U, its rows and columns flipped
+    factor = linalg.cholesky(
+        moment[places][:, places], what, "ridge"
+    )  # U, its rows and columns flipped
     costs = (weight[:, places] @ factor).square().sum(0).flip(0)
     return order, costs.unflatten(0, (len(order), size)).sum(1).cumsum(0)
 
 
-def removals(weight: Tensor, moment: Tensor, size: int = 1, count: int | None = None, what: str = WHAT) -> tuple[Tensor, Tensor]:
-    """The first `count` groups to leave, or all, the cheapest of those left first, and what each costs after those before it.
+def removals(
+    weight: Tensor, moment: Tensor, size: int = 1, count: int | None = None, what: str = WHAT
+) -> tuple[Tensor, Tensor]:
+    """The first `count` groups to leave, or all, the cheapest of those left first, and what each
+    costs after those before it.
 
     As `eliminate`.
     """
@@ -55,17 +73,33 @@ def removals(weight: Tensor, moment: Tensor, size: int = 1, count: int | None = 
             state.remove()
             found.append(state.cheapest())
     names, costs = zip(*found, strict=True)
-    return torch.tensor(names, device=weight.device), torch.tensor(costs, dtype=weight.dtype, device=weight.device)
+    return torch.tensor(names, device=weight.device), torch.tensor(
+        costs, dtype=weight.dtype, device=weight.device
+    )
 
 
 class Elimination:
     """V and S, both (n, n), as groups leave: only their diagonal blocks are always up to date."""
 
     def __init__(self, weight: Tensor, moment: Tensor, size: int, what: str):
-        self.size, self.what, self.names, self.gone = size, what, list(range(len(moment) // size)), []
-        self.panel, self.count = max(1, PANEL // size), 0  # groups that leave before V and S are brought up to date; those that did
-        self.inverse, self.products = torch.cholesky_inverse(linalg.cholesky(moment, what, "ridge")), weight.T @ weight
-        self.inverses, self.squares = diagonal_blocks(self.inverse, size), diagonal_blocks(self.products, size)  # up to date
+        self.size, self.what, self.names, self.gone = (
+            size,
+            what,
+            list(range(len(moment) // size)),
+            [],
+        )
+        self.panel, self.count = (
+            max(1, PANEL // size),
+            0,
+        )  # groups that leave before V and S are brought up to date; those that did
+        self.inverse, self.products = (
+            torch.cholesky_inverse(linalg.cholesky(moment, what, "ridge")),
+            weight.T @ weight,
+        )
+        self.inverses, self.squares = (
+            diagonal_blocks(self.inverse, size),
+            diagonal_blocks(self.products, size),
+        )  # up to date
         self.open()
 
     def open(self) -> None:
@@ -73,7 +107,10 @@ class Elimination:
         height = self.panel * self.size
         self.stack = self.inverse.new_zeros(3 * height, len(self.inverse))
         self.lines = self.stack.unbind()
-        self.down, self.across = self.stack[: 2 * height].T, self.stack[height:]  # S − their product is up to date
+        self.down, self.across = (
+            self.stack[: 2 * height].T,
+            self.stack[height:],
+        )  # S − their product is up to date
         self.turned = self.across.T
         self.first = self.stack[:height].T  # V − its product with its transpose is up to date
 
@@ -94,13 +131,17 @@ class Elimination:
         row = self.inverse[inside] - self.first[inside] @ self.first.T
         root = linalg.cholesky(row[:, inside], self.what, "ridge")
         row = torch.linalg.solve_triangular(root, row, upper=False)
-        half = torch.linalg.solve_triangular(root, self.products[inside] - self.down[inside] @ self.across, upper=False)
+        half = torch.linalg.solve_triangular(
+            root, self.products[inside] - self.down[inside] @ self.across, upper=False
+        )
         half -= torch.linalg.solve_triangular(root, half[:, inside].T, upper=False).T @ row / 2
         self.stack.view(3, self.panel, self.size, -1)[:, self.count] = torch.stack([row, half, row])
         self.inverses -= product_blocks(row, row, self.size)
         change = product_blocks(row, half, self.size)
         self.squares -= change + change.mT
-        self.inverses[self.chosen] = torch.eye(self.size).to(row)  # stays invertible; it is not looked at again
+        self.inverses[self.chosen] = torch.eye(self.size).to(
+            row
+        )  # stays invertible; it is not looked at again
         self.leave()
 
     def leave(self) -> None:
@@ -126,7 +167,9 @@ class Elimination:
 
 
 class Singles(Elimination):
-    """The same for groups of one input, in fewer and cheaper operations: for small models, those are what takes the time."""
+    """The same for groups of one input, in fewer and cheaper operations: for small models, those
+    are what takes the time.
+    """
 
     def __init__(self, weight: Tensor, moment: Tensor, size: int, what: str):
         super().__init__(weight, moment, size, what)
@@ -141,9 +184,21 @@ class Singles(Elimination):
         scale = inverse.item()
         if scale <= 0:
             raise NumericalError(f"{self.what} is not positive definite; raise the option 'ridge'")
-        scale, coefficients = scale**-0.5, self.down[group].clone()  # a copy: the new rows are among them
-        torch.addmv(self.inverse[group], self.first, coefficients[: self.panel], beta=scale, alpha=-scale, out=row)
-        torch.addmv(self.products[group], self.turned, coefficients, beta=scale, alpha=-scale, out=half)
+        scale, coefficients = (
+            scale**-0.5,
+            self.down[group].clone(),
+        )  # a copy: the new rows are among them
+        torch.addmv(
+            self.inverse[group],
+            self.first,
+            coefficients[: self.panel],
+            beta=scale,
+            alpha=-scale,
+            out=row,
+        )
+        torch.addmv(
+            self.products[group], self.turned, coefficients, beta=scale, alpha=-scale, out=half
+        )
         half.sub_(row, alpha=self.price / 2)
         again.copy_(row)
         self.inverses.addcmul_(row, row, value=-1)
@@ -156,12 +211,16 @@ class Singles(Elimination):
 def diagonal_blocks(matrix: Tensor, size: int) -> Tensor:
     """(groups, size, size) from (in, in)."""
     groups = len(matrix) // size
-    return matrix.reshape(groups, size, groups, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone()
+    return (
+        matrix.reshape(groups, size, groups, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone()
+    )
 
 
 def product_blocks(one: Tensor, two: Tensor, size: int) -> Tensor:
     """Diagonal blocks of oneᵀ two, (groups, size, size), from two matrices (k, in)."""
-    return one.unflatten(1, (-1, size)).permute(1, 2, 0) @ two.unflatten(1, (-1, size)).transpose(0, 1)
+    return one.unflatten(1, (-1, size)).permute(1, 2, 0) @ two.unflatten(1, (-1, size)).transpose(
+        0, 1
+    )
 
 
 def places_of(order: Tensor, size: int) -> Tensor:
@@ -170,7 +229,9 @@ def places_of(order: Tensor, size: int) -> Tensor:
 
 
 def dropped_errors(weight: Tensor, moment: Tensor, order: Tensor, size: int = 1) -> Tensor:
-    """tr(W_P H_PP W_Pᵀ) after each group of a given order has left and nothing makes up for it, (groups,)."""
+    """tr(W_P H_PP W_Pᵀ) after each group of a given order has left and nothing makes up for it,
+    (groups,).
+    """
     places = places_of(order, size)
     coupled = (weight.T @ weight * moment)[places][:, places]
     return coupled.cumsum(0).cumsum(1).diagonal()[size - 1 :: size]

@@ -1,20 +1,31 @@
-"""Attention heads: value dimensions and whole heads are removed, and the output projection makes up for what it can.
+"""Attention heads: value dimensions and whole heads are removed, and the output projection makes up
+for what it can.
 
-References: value and output projections as one module, MoDeGPT (arXiv 2408.09632); heads by output-aware elimination, OSSCAR (arXiv
-2403.12983); by the norm of their activations, TransAct (arXiv 2407.05690). Card "pruning", 0.2, 2, 4.4, 4.5.
+References: value and output projections as one module, MoDeGPT (arXiv 2408.09632); heads by
+output-aware elimination, OSSCAR (arXiv 2403.12983); by the norm of their activations, TransAct
+(arXiv 2407.05690). Card "pruning", 0.2, 2, 4.4, 4.5.
 
-Glossary (k key–value heads, each serving g query heads; hd = head_dim; mixed values z (k · g · hd,) are the inputs of o_proj)
-    V_h (hd, d), O_j (d, hd)   rows of v_proj and columns of o_proj of one head; z_j = Σ_t a_jt V_h x_t
-    basis of a head            K = Σ_j O_jᵀ F O_j = L Lᵀ over its g query heads, M = mean E z_j z_jᵀ; E the eigenvectors of Lᵀ M L:
-                               V' = Eᵀ Lᵀ V_h and O_j' = O_j L⁻ᵀ E change nothing, and put what the output sees least of last
-    score                      what a unit is worth; the lowest leave first. obs: the error of its removal, renewed after every one;
-                               transact: E z² over all of its inputs of o_proj, in the basis that the model has
-    unit                       what leaves at once: one value dimension of a key–value head (g inputs of o_proj), or a whole head (g · hd)
-F is the second moment of the output gradients (`two_sided`) or the identity. What is removed is zero to the attention around it, so any
+Glossary (k key–value heads, each serving g query heads; hd = head_dim; mixed values z (k · g · hd,)
+are the inputs of o_proj)
+    V_h (hd, d), O_j (d, hd)   rows of v_proj and columns of o_proj of one head; z_j = Σ_t a_jt V_h
+                               x_t
+    basis of a head            K = Σ_j O_jᵀ F O_j = L Lᵀ over its g query heads, M = mean E z_j
+                               z_jᵀ; E the eigenvectors of Lᵀ M L:
+                               V' = Eᵀ Lᵀ V_h and O_j' = O_j L⁻ᵀ E change nothing, and put what the
+                               output sees least of last
+    score                      what a unit is worth; the lowest leave first. obs: the error of its
+                               removal, renewed after every one;
+                               transact: E z² over all of its inputs of o_proj, in the basis that
+                               the model has
+    unit                       what leaves at once: one value dimension of a key–value head (g
+                               inputs of o_proj), or a whole head (g · hd)
+F is the second moment of the output gradients (`two_sided`) or the identity. What is removed is
+zero to the attention around it, so any
 implementation of it runs as it is, with its own scale and cache.
 
-Differs from the papers: the second moment of values is that of the mixed ones, which includes what attention averages out; units are chosen
-over all heads of a block by backward elimination, and o_proj is refitted over all heads; ranks may differ between heads.
+Differs from the papers: the second moment of values is that of the mixed ones, which includes what
+attention averages out; units are chosen over all heads of a block by backward elimination, and
+o_proj is refitted over all heads; ranks may differ between heads.
 """
 
 import math
@@ -47,22 +58,30 @@ class Shape:
 
 
 def shape_of(module: str, denses: Mapping[str, Dense], roles: tuple[str, ...]) -> Shape:
-    """Layout from shapes. Raises ConfigError naming the module if projections are fused or missing, or heads are not known."""
+    """Layout from shapes. Raises ConfigError naming the module if projections are fused or missing,
+    or heads are not known.
+    """
     few, many = ("k", "q") if "q" in roles else ("v", "o")
     if not set(roles) <= denses.keys():
-        raise ConfigError(f"{module}: needs separate projections {', '.join(roles)}; leave it out of the targets of this method")
+        raise ConfigError(
+            f"{module}: needs separate projections {', '.join(roles)}; leave it out of the "
+            "targets of this method"
+        )
     dim = denses[few].head_dim
     rows, columns = len(denses[few].weight), denses[many].weight.shape[1 if many == "o" else 0]
     if not dim or dim % 2 or rows % dim or columns % rows:
         raise ConfigError(
-            f"{module}: its heads are not known, or its queries and keys are normalised; leave it out of the targets of this method"
+            f"{module}: its heads are not known, or its queries and keys are normalised; leave it "
+            "out of the targets of this method"
         )
     return Shape(dim, rows // dim, columns // rows)
 
 
 @dataclass(frozen=True)
 class Mixed:
-    """Value and output projections of one module, in the basis that units leave, and the order in which they do."""
+    """Value and output projections of one module, in the basis that units leave, and the order in
+    which they do.
+    """
 
     module: str
     parts: dict[str, Part]
@@ -77,8 +96,15 @@ class Mixed:
 
 
 def rearranged(shape: Shape) -> Tensor:
-    """Inputs of o_proj in the order (key–value head, dimension, query head), in which a unit is a run of inputs."""
-    return torch.arange(shape.kv * shape.group * shape.dim).view(shape.kv, shape.group, shape.dim).transpose(1, 2).flatten()
+    """Inputs of o_proj in the order (key–value head, dimension, query head), in which a unit is a
+    run of inputs.
+    """
+    return (
+        torch.arange(shape.kv * shape.group * shape.dim)
+        .view(shape.kv, shape.group, shape.dim)
+        .transpose(1, 2)
+        .flatten()
+    )
 
 
 def unchanged(shape: Shape, like: Tensor) -> Tensor:
@@ -92,7 +118,9 @@ class _Values(ModuleMethod[Mixed]):
 
     score: Literal["obs", "transact"] = "obs"
     metric: Literal["gram", "two_sided"] = "gram"  # of the output of o_proj
-    ridge: Annotated[float, Field(gt=0)] = 1e-3  # on the change of o_proj, relative to the mean square of its inputs
+    ridge: Annotated[float, Field(gt=0)] = (
+        1e-3  # on the change of o_proj, relative to the mean square of its inputs
+    )
     shrink_grad_gram: Annotated[float, Field(ge=0, le=1)] = 0.1  # `two_sided` only
 
     roles: ClassVar[tuple[str, ...]]
@@ -108,7 +136,9 @@ class _Values(ModuleMethod[Mixed]):
 
     @abstractmethod
     def basis(self, shape: Shape, output: Tensor, moment: Tensor) -> Tensor:
-        """(k, hd, hd) change of basis of each head's values. output: o_proj (d, inputs), outputs weighed; moment: of its inputs."""
+        """(k, hd, hd) change of basis of each head's values. output: o_proj (d, inputs), outputs
+        weighed; moment: of its inputs.
+        """
 
     def units(self, shape: Shape) -> int:
         return shape.kv * shape.group * shape.dim // self.size_of_unit(shape)
@@ -116,7 +146,10 @@ class _Values(ModuleMethod[Mixed]):
     def sizes(self, denses: Mapping[str, Dense]) -> list[Candidate]:
         shape = shape_of("a target", denses, self.roles)
         found = [self.size(denses, shape, kept) for kept in range(1, self.units(shape))]
-        whole = sum(dense.bits for dense in denses.values()), sum(dense.parameters for dense in denses.values())
+        whole = (
+            sum(dense.bits for dense in denses.values()),
+            sum(dense.parameters for dense in denses.values()),
+        )
         return [size for size in found if size.bits < whole[0] and size.parameters < whole[1]]
 
     def size(self, denses: Mapping[str, Dense], shape: Shape, kept: int) -> Candidate:
@@ -143,24 +176,43 @@ class _Values(ModuleMethod[Mixed]):
             root = stats.gradient_root(parts["o"].linear, self.shrink_grad_gram)
             weighed = root.T @ output
         energy = Metric(moment).energy(weighed)
-        basis = self.basis(shape, weighed, moment) if self.score == "obs" else unchanged(shape, output)
+        basis = (
+            self.basis(shape, weighed, moment) if self.score == "obs" else unchanged(shape, output)
+        )
         whole = torch.block_diag(*basis.repeat_interleave(shape.group, 0))  # z' = whole · z
         inverse = torch.linalg.inv(whole)
         output, moment = output @ inverse, whole @ moment @ whole.T
         places, order = rearranged(shape).to(output.device), None
         if self.score == "transact":
-            order = moment.diagonal()[places].view(-1, self.size_of_unit(shape)).sum(1).argsort(stable=True)
+            order = (
+                moment.diagonal()[places]
+                .view(-1, self.size_of_unit(shape))
+                .sum(1)
+                .argsort(stable=True)
+            )
         level = self.ridge * moment.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
         moment = moment + level * torch.eye(len(moment)).to(moment)
         weighed = (output if root is None else root.T @ output)[:, places]
-        order, errors = eliminate(weighed, moment[places][:, places], self.size_of_unit(shape), order, what)
+        order, errors = eliminate(
+            weighed, moment[places][:, places], self.size_of_unit(shape), order, what
+        )
         return Mixed(module, dict(parts), shape, basis, output, moment, root, order, errors, energy)
 
     def candidates(self, state: Mixed) -> Curve:
         denses = {role: part.dense for role, part in state.parts.items()}
-        errors = (state.errors / state.energy).tolist() if state.energy > 0 else [0.0] * len(state.errors)
-        found = [replace(size, error=errors[len(errors) - size.setting[self.key] - 1]) for size in self.sizes(denses)]
-        bits, parameters = sum(dense.bits for dense in denses.values()), sum(dense.parameters for dense in denses.values())
+        errors = (
+            (state.errors / state.energy).tolist()
+            if state.energy > 0
+            else [0.0] * len(state.errors)
+        )
+        found = [
+            replace(size, error=errors[len(errors) - size.setting[self.key] - 1])
+            for size in self.sizes(denses)
+        ]
+        bits, parameters = (
+            sum(dense.bits for dense in denses.values()),
+            sum(dense.parameters for dense in denses.values()),
+        )
         return Curve(state.module, self.name, tuple(found), bits, parameters, state.energy)
 
     def kept(self, state: Mixed, setting: dict[str, Any]) -> Tensor:
@@ -168,35 +220,49 @@ class _Values(ModuleMethod[Mixed]):
         units = torch.ones(self.units(state.shape), dtype=torch.bool, device=state.order.device)
         units[state.order[: len(units) - setting[self.key]]] = False
         kept = torch.zeros(len(state.moment), dtype=torch.bool, device=units.device)
-        kept[rearranged(state.shape).to(units.device)] = units.repeat_interleave(self.size_of_unit(state.shape))
+        kept[rearranged(state.shape).to(units.device)] = units.repeat_interleave(
+            self.size_of_unit(state.shape)
+        )
         return kept
 
     def compress(self, state: Mixed, setting: dict[str, Any]) -> dict[str, CompressedLinear]:
         kept, shape = self.kept(state, setting), state.shape
         heads = kept.view(shape.kv, shape.group, shape.dim)
-        rows = heads[:, 0].flatten()  # a dimension stays for all query heads of a key–value head, or for none
+        rows = heads[
+            :, 0
+        ].flatten()  # a dimension stays for all query heads of a key–value head, or for none
         modules: dict[str, CompressedLinear] = {}
         for role, part in state.parts.items():
             dense = part.dense
             if role == "o":
-                modules[role] = Pruned.of(refit(state.weight, state.moment, kept), dense.bias, None, kept, dense.dtype)
+                modules[role] = Pruned.of(
+                    refit(state.weight, state.moment, kept), dense.bias, None, kept, dense.dtype
+                )
             elif role == "v":
                 change = torch.block_diag(*state.basis)
                 bias = None if dense.bias is None else change @ dense.bias.double()
-                modules[role] = Pruned.of(change @ dense.weight.double(), bias, rows, None, dense.dtype)
+                modules[role] = Pruned.of(
+                    change @ dense.weight.double(), bias, rows, None, dense.dtype
+                )
             else:  # queries and keys of heads that stay
-                modules[role] = Pruned.of(dense.weight, dense.bias, kept if role == "q" else rows, None, dense.dtype)
+                modules[role] = Pruned.of(
+                    dense.weight, dense.bias, kept if role == "q" else rows, None, dense.dtype
+                )
         return modules
 
     def measure(self, state: Mixed, modules: Mapping[str, CompressedLinear]) -> float:
         found = modules["o"].to_dense().double()
-        return linalg.relative_error(state.weight, found, Metric(state.moment), state.root, state.energy)
+        return linalg.relative_error(
+            state.weight, found, Metric(state.moment), state.root, state.energy
+        )
 
 
 @register
 @dataclass(frozen=True)
 class ValueDims(_Values):
-    """Heads of fewer value dimensions, in the basis in which the output sees least of the last ones."""
+    """Heads of fewer value dimensions, in the basis in which the output sees least of the last
+    ones.
+    """
 
     name: ClassVar[str] = "value_dims"
     paper: ClassVar[str] = "MoDeGPT, arXiv 2408.09632"
@@ -211,9 +277,14 @@ class ValueDims(_Values):
         found = []
         size = shape.group * shape.dim
         for start in range(0, shape.kv * size, size):
-            heads = [slice(start + j * shape.dim, start + (j + 1) * shape.dim) for j in range(shape.group)]
+            heads = [
+                slice(start + j * shape.dim, start + (j + 1) * shape.dim)
+                for j in range(shape.group)
+            ]
             seen = sum(output[:, head].T @ output[:, head] for head in heads)
-            seen = linalg.shrink(seen, 1e-9) + torch.finfo(torch.float64).tiny * torch.eye(shape.dim).to(seen)
+            seen = linalg.shrink(seen, 1e-9) + torch.finfo(torch.float64).tiny * torch.eye(
+                shape.dim
+            ).to(seen)
             mixed = sum(moment[head, head] for head in heads) / shape.group
             root = linalg.cholesky(seen, "the moment of an output head", "ridge")
             _, vectors = linalg.eigh_descending(root.T @ mixed @ root, "the moment of a value head")

@@ -3,11 +3,14 @@
 Reference: MoDeGPT (arXiv 2408.09632), its CR step with rotary embeddings. Card "pruning", 0, 4.5.
 
 Glossary (k key–value heads, each serving query heads j; hd = head_dim)
-    pair    dimensions i and i' = i + hd / 2, which rotary embeddings turn into each other: they stay or leave together
-    score   Σ_j (E q_i² + E q_i'²) (E k_i² + E k_i'²): rotations keep the sums, so it is taken before them
+    pair    dimensions i and i' = i + hd / 2, which rotary embeddings turn into each other: they
+            stay or leave together
+    score   Σ_j (E q_i² + E q_i'²) (E k_i² + E k_i'²): rotations keep the sums, so it is taken
+            before them
 
-Differs from the paper: pairs are chosen over all heads of a block, and removed ones are zeros to the attention around them, which keeps its
-scale, its embeddings and its cache. Kept rows are not refitted. Normalised queries and keys are refused: fewer of them change the norm.
+Differs from the paper: pairs are chosen over all heads of a block, and removed ones are zeros to
+the attention around them, which keeps its scale, its embeddings and its cache. Kept rows are not
+refitted. Normalised queries and keys are refused: fewer of them change the norm.
 """
 
 import math
@@ -40,7 +43,9 @@ class Scored:
 @register
 @dataclass(frozen=True)
 class RotaryPairs(ModuleMethod[Scored]):
-    """Queries and keys of fewer rotary pairs; a pair stays for all query heads of a key–value head, or for none."""
+    """Queries and keys of fewer rotary pairs; a pair stays for all query heads of a key–value head,
+    or for none.
+    """
 
     name: ClassVar[str] = "rotary_pairs"
     paper: ClassVar[str] = "MoDeGPT, arXiv 2408.09632"
@@ -60,7 +65,9 @@ class RotaryPairs(ModuleMethod[Scored]):
             rows = 2 * kept * (shape.group if role == "q" else 1)
             numbers, biases = rows * dense.weight.shape[1], 0 if dense.bias is None else rows
             parameters, multiply_adds = parameters + numbers + biases, multiply_adds + numbers
-            bits += (numbers + biases) * dense.dtype.itemsize * 8 + 8 * ((len(dense.weight) + 7) // 8)
+            bits += (numbers + biases) * dense.dtype.itemsize * 8 + 8 * (
+                (len(dense.weight) + 7) // 8
+            )
         return Candidate(self.name, {"pairs": kept}, bits, parameters, math.nan, multiply_adds)
 
     def prepare(self, module: str, parts: Mapping[str, Part]) -> Scored:
@@ -70,7 +77,9 @@ class RotaryPairs(ModuleMethod[Scored]):
             part = parts[role]
             part.stats.require(part.linear, self.needs)
             weight = part.dense.weight.double()
-            squares = (Metric(part.stats.gram, 1 / part.stats.tokens).weigh(weight) * weight).sum(1)  # E of every output, squared
+            squares = (Metric(part.stats.gram, 1 / part.stats.tokens).weigh(weight) * weight).sum(
+                1
+            )  # E of every output, squared
             linalg.require_finite(squares, f"{part.linear}: its mean square outputs")
             energies.append(squares.view(shape.kv, heads, 2, shape.dim // 2).sum(2))
         queries, keys = energies
@@ -80,8 +89,14 @@ class RotaryPairs(ModuleMethod[Scored]):
         denses = {role: part.dense for role, part in state.parts.items()}
         energy = state.scores.sum().item()
         lost = state.scores.flatten().sort().values.cumsum(0) / (energy or 1.0)
-        found = [replace(size, error=lost[-1 - size.setting["pairs"]].item()) for size in self.sizes(denses)]
-        whole = sum(dense.bits for dense in denses.values()), sum(dense.parameters for dense in denses.values())
+        found = [
+            replace(size, error=lost[-1 - size.setting["pairs"]].item())
+            for size in self.sizes(denses)
+        ]
+        whole = (
+            sum(dense.bits for dense in denses.values()),
+            sum(dense.parameters for dense in denses.values()),
+        )
         found = [size for size in found if size.bits < whole[0] and size.parameters < whole[1]]
         return Curve(state.module, self.name, tuple(found), *whole, energy)
 
@@ -94,7 +109,9 @@ class RotaryPairs(ModuleMethod[Scored]):
         for role, part in state.parts.items():
             heads = state.shape.group if role == "q" else 1
             rows = kept.expand(-1, heads, 2, -1).flatten()
-            modules[role] = Pruned.of(part.dense.weight, part.dense.bias, rows, None, part.dense.dtype)
+            modules[role] = Pruned.of(
+                part.dense.weight, part.dense.bias, rows, None, part.dense.dtype
+            )
         return modules
 
     def measure(self, state: Scored, modules: Mapping[str, CompressedLinear]) -> float:

@@ -1,17 +1,20 @@
 """The points of a sweep, from one YAML file: each is a full recipe with a name.
 
-    base:                          what all points have in common: a preset or file under `config`, and sections of a recipe
+    base:                          what all points have in common: a preset or file under `config`,
+                                   and sections of a recipe
       config: default
       model: {name: reference}
     grid:                          every combination of these values
       config: [svd_llm, default]
       allocation.keep: [0.8, 0.6]
-    zip:                           lists of one length, taken side by side, with every combination of the grid
+    zip:                           lists of one length, taken side by side, with every combination
+                                   of the grid
       seed: [0, 1]
     runs:                          single points over `base`, by name
       gptq: {config: gptq_w4}
 
-A point of grid and zip is named after its values, `svd_llm,keep=0.8,seed=0`: the last part of each key that tells it from the others.
+A point of grid and zip is named after its values, `svd_llm,keep=0.8,seed=0`: the last part of each
+key that tells it from the others.
 """
 
 import itertools
@@ -47,8 +50,8 @@ class Point:
 def read_points(path: Path) -> list[Point]:
     """The points of a sweep file, in its order: grid and zip, then runs.
 
-    Raises ConfigError, with the line, for anything unknown or not a recipe, lists of unequal length, no point, more than MOST, and two
-    points of one name.
+    Raises ConfigError, with the line, for anything unknown or not a recipe, lists of unequal
+    length, no point, more than MOST, and two points of one name.
     """
     document = parse_document(read_text(path), str(path))
     found = document.value
@@ -57,17 +60,25 @@ def read_points(path: Path) -> list[Point]:
     for key, section in found.items():
         where = document.places[key,]
         if key not in SECTIONS:
-            raise ConfigError(f"{where}: unknown key '{key}' in a sweep; {did_you_mean(key, SECTIONS)}")
+            raise ConfigError(
+                f"{where}: unknown key '{key}' in a sweep; {did_you_mean(key, SECTIONS)}"
+            )
         if not isinstance(section, dict):
             raise ConfigError(f"{where}: {key} should be a mapping")
     combined = list(_combinations(document)) if found.get("grid") or found.get("zip") else []
     points = [(name_of(settings), settings, "grid") for settings in combined]
-    points += [(_checked(name, document), flatten(document.value["runs"][name]), "runs") for name in found.get("runs", {})]
+    points += [
+        (_checked(name, document), flatten(document.value["runs"][name]), "runs")
+        for name in found.get("runs", {})
+    ]
     if not points:
         raise ConfigError(f"{path}:1: a sweep without points; give it a grid, a zip or runs")
     _refuse_equal_names(path, [name for name, _, _ in points])
     base = flatten(found.get("base", {}))
-    return [Point(name, settings, _recipe(document, base, settings, section, name)) for name, settings, section in points]
+    return [
+        Point(name, settings, _recipe(document, base, settings, section, name))
+        for name, settings, section in points
+    ]
 
 
 def _combinations(document: Document) -> Iterator[dict[str, Any]]:
@@ -76,16 +87,25 @@ def _combinations(document: Document) -> Iterator[dict[str, Any]]:
     for section, lists in (("grid", grid), ("zip", pairs)):
         for key, values in lists.items():
             if not isinstance(values, list) or not values:
-                raise ConfigError(f"{document.places[section, key]}: {key} should be a list of values, not empty")
+                raise ConfigError(
+                    f"{document.places[section, key]}: {key} should be a list of values, not empty"
+                )
     lengths = {len(values) for values in pairs.values()}
     if len(lengths) > 1:
         found = " and ".join(map(str, sorted(lengths)))
-        raise ConfigError(f"{document.places['zip',]}: lists of zip have {found} values; give them equally many")
+        raise ConfigError(
+            f"{document.places['zip',]}: lists of zip have {found} values; give them equally many"
+        )
     if both := grid.keys() & pairs.keys():
-        raise ConfigError(f"{document.places['zip', min(both)]}: {min(both)} is in the grid too; leave one out")
+        raise ConfigError(
+            f"{document.places['zip', min(both)]}: {min(both)} is in the grid too; leave one out"
+        )
     count = math.prod(map(len, grid.values())) * next(iter(lengths), 1)
     if count > MOST:
-        raise ConfigError(f"{document.places['grid' if grid else 'zip',]}: {count:,} points, {MOST:,} are the most; shorten the lists")
+        raise ConfigError(
+            f"{document.places['grid' if grid else 'zip',]}: {count:,} points, {MOST:,} are the "
+            "most; shorten the lists"
+        )
     rows = [dict(zip(pairs, row, strict=True)) for row in zip(*pairs.values(), strict=True)] or [{}]
     for values in itertools.product(*grid.values()):
         for row in rows:
@@ -117,9 +137,13 @@ def _text(value: Any) -> str:
 def _checked(name: str, document: Document) -> str:
     where = document.places["runs", name]
     if not SAFE.fullmatch(name) or name.startswith(".") or len(name) > LONGEST:
-        raise ConfigError(f"{where}: '{name}' does not name a folder; use letters, digits and . , = + - _")
+        raise ConfigError(
+            f"{where}: '{name}' does not name a folder; use letters, digits and . , = + - _"
+        )
     if not isinstance(document.value["runs"][name], dict):
-        raise ConfigError(f"{where}: {name} should be a mapping of settings, {{}} for the base as it is")
+        raise ConfigError(
+            f"{where}: {name} should be a mapping of settings, {{}} for the base as it is"
+        )
     return name
 
 
@@ -127,7 +151,10 @@ def _refuse_equal_names(path: Path, names: list[str]) -> None:
     seen: set[str] = set()
     for name in names:
         if name.casefold() in seen:  # some file systems take them for one
-            raise ConfigError(f"{path}: two points have the output name '{name}'; tell them apart, or name them yourself under `runs`")
+            raise ConfigError(
+                f"{path}: two points have the output name '{name}'; tell them apart, or name them "
+                "yourself under `runs`"
+            )
         seen.add(name.casefold())
 
 
@@ -135,22 +162,42 @@ def flatten(data: dict[str, Any], above: str = "") -> dict[str, Any]:
     """Nested mappings as dotted keys; lists are values."""
     found: dict[str, Any] = {}
     for key, value in data.items():
-        found |= flatten(value, f"{above}{key}.") if isinstance(value, dict) and value else {f"{above}{key}": value}
+        found |= (
+            flatten(value, f"{above}{key}.")
+            if isinstance(value, dict) and value
+            else {f"{above}{key}": value}
+        )
     return found
 
 
-def _recipe(document: Document, base: dict[str, Any], settings: dict[str, Any], section: str, name: str) -> Recipe:
+def _recipe(
+    document: Document, base: dict[str, Any], settings: dict[str, Any], section: str, name: str
+) -> Recipe:
     layers = []
-    for above, layer in ((("base",), base), (("runs", name) if section == "runs" else (), settings)):
-        layers.append([_entry(document, above, key, value) for key, value in layer.items() if key != CONFIG])
+    for above, layer in (
+        (("base",), base),
+        (("runs", name) if section == "runs" else (), settings),
+    ):
+        layers.append(
+            [_entry(document, above, key, value) for key, value in layer.items() if key != CONFIG]
+        )
     return assemble(settings.get(CONFIG, base.get(CONFIG)), layers)
 
 
 def _entry(document: Document, above: tuple[str, ...], key: str, value: Any) -> Entry:
-    """One setting with its place: that of the key, or of the nearest mapping above it that the file spells out."""
+    """One setting with its place: that of the key, or of the nearest mapping above it that the file
+    spells out.
+    """
     tops = [above] if above else [("grid",), ("zip",)]
     parts = key.split(".")
-    ways = [(*top, *way) for top in tops for count in range(len(parts), -1, -1) for way in (tuple(parts[:count]), (key,))]
-    where = next((document.places[way] for way in ways if way in document.places and len(way) > 1), None)
+    ways = [
+        (*top, *way)
+        for top in tops
+        for count in range(len(parts), -1, -1)
+        for way in (tuple(parts[:count]), (key,))
+    ]
+    where = next(
+        (document.places[way] for way in ways if way in document.places and len(way) > 1), None
+    )
     where = where or next(document.places[top] for top in tops if top in document.places)
     return keys_of(key, where), value, where

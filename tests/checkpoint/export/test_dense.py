@@ -15,10 +15,16 @@ from compressor.errors import CheckpointError, ConfigError
 from compressor.linears import CompressedLinear
 from compressor.models.load import load
 
-TOLERANCE = {"float32": 1e-5, "bfloat16": 0.05}  # relative to the largest logit: products are rounded to the stored dtype
+TOLERANCE = {
+    "float32": 1e-5,
+    "bfloat16": 0.05,
+}  # relative to the largest logit: products are rounded to the stored dtype
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("llama", "float32"), ("llama", "bfloat16"), ("gpt2", "float32"), ("mixtral", "float32")])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("llama", "float32"), ("llama", "bfloat16"), ("gpt2", "float32"), ("mixtral", "float32")],
+)
 def test_plain_transformers_loads_the_export(tmp_path, kind, dtype, request):
     source = save_tiny(tmp_path / kind, kind, dtype=dtype)
     model = compress(load(source)[0])
@@ -28,9 +34,17 @@ def test_plain_transformers_loads_the_export(tmp_path, kind, dtype, request):
     assert "not smaller" in line
     assert verify(tmp_path / "dense") == []
     assert "not smaller" in (tmp_path / "dense" / "README.md").read_text()
-    original, dense = load_file(source / "model.safetensors"), load_file(tmp_path / "dense" / "model.safetensors")
-    described = [{name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()} for tensors in (original, dense)]
-    assert described[0] == described[1]  # names too: experts are stored one by one, as everybody expects
+    original, dense = (
+        load_file(source / "model.safetensors"),
+        load_file(tmp_path / "dense" / "model.safetensors"),
+    )
+    described = [
+        {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+        for tensors in (original, dense)
+    ]
+    assert (
+        described[0] == described[1]
+    )  # names too: experts are stored one by one, as everybody expects
     for name, module in model.named_modules():
         if isinstance(module, CompressedLinear):
             weight = module.to_dense().to(module.up.dtype)

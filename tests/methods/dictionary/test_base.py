@@ -1,4 +1,6 @@
-"""What the sparse-dictionary methods share, against the invariants of their card (section 11), in float64."""
+"""What the sparse-dictionary methods share, against the invariants of their card (section 11), in
+float64.
+"""
 
 import math
 from dataclasses import replace
@@ -51,7 +53,13 @@ def coded(basis: Basis, atoms: int = ATOMS, nonzeros: int = NONZEROS) -> Tensor:
 
 def built(basis: Basis, codes: Tensor, ridge: float = 0.0):
     """Module of codes with at most NONZEROS nonzeros in a column, with their best dictionary."""
-    return store(basis.dense, basis.roots, codes, project_columns(NONZEROS)(codes), best_dictionary(codes, basis.weight, ridge))
+    return store(
+        basis.dense,
+        basis.roots,
+        codes,
+        project_columns(NONZEROS)(codes),
+        best_dictionary(codes, basis.weight, ridge),
+    )
 
 
 def square(matrix: Tensor) -> float:
@@ -63,11 +71,17 @@ def test_1_2_errors_are_those_of_the_whitened_weight_and_values_its_squared_sing
     case = cases.make(kind)
     basis, root = based(case), whitener(case)
     module = store(
-        basis.dense, basis.roots, coded(basis), project_columns(NONZEROS)(coded(basis)), best_dictionary(coded(basis), basis.weight)
+        basis.dense,
+        basis.roots,
+        coded(basis),
+        project_columns(NONZEROS)(coded(basis)),
+        best_dictionary(coded(basis), basis.weight),
     )
     lost = basis.weight - module.to_dense()
     assert basis.error(module) * basis.energy == pytest.approx(square(root @ lost.T), rel=EXACT)
-    assert basis.error(module) * basis.energy == pytest.approx(square(case.x @ lost.T) / len(case.x), rel=EXACT)
+    assert basis.error(module) * basis.energy == pytest.approx(
+        square(case.x @ lost.T) / len(case.x), rel=EXACT
+    )
     singular = torch.linalg.svdvals(root @ basis.weight.T)
     torch.testing.assert_close(basis.values, singular.square(), rtol=EXACT, atol=EXACT)
 
@@ -77,13 +91,22 @@ def test_coordinates_are_the_codes_of_an_orthonormal_dictionary(kind):
     case = cases.make(kind)
     basis, target = based(case), whitener(case) @ case.dense.weight.double().T
     orthonormal = target @ basis.vectors / basis.values.sqrt()
-    torch.testing.assert_close(orthonormal.T @ orthonormal, torch.eye(len(basis.values), dtype=torch.float64), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        orthonormal.T @ orthonormal,
+        torch.eye(len(basis.values), dtype=torch.float64),
+        rtol=1e-6,
+        atol=1e-6,
+    )
     torch.testing.assert_close(orthonormal.T @ target, basis.coordinates, rtol=1e-8, atol=1e-8)
     mask = torch.randn(basis.coordinates.shape, generator=torch.Generator().manual_seed(0)) > 0
     codes = basis.coordinates * mask  # 3: (0.2), for any mask
-    assert square(target - orthonormal @ codes) == pytest.approx(square(target) - square(codes), rel=EXACT)
+    assert square(target - orthonormal @ codes) == pytest.approx(
+        square(target) - square(codes), rel=EXACT
+    )
     original = torch.linalg.solve(whitener(case), orthonormal)
-    torch.testing.assert_close(unwhitened(basis, torch.eye(len(basis.values))).T, original, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        unwhitened(basis, torch.eye(len(basis.values))).T, original, rtol=1e-6, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("kind", SHAPES)
@@ -97,10 +120,20 @@ def test_4_5_6_the_best_dictionary_needs_no_gram_and_leaves_nothing_along_the_co
     for seed in range(3):  # weighted least squares under any other Gram
         other = cases.make(kind, seed=seed + 1)
         factor = whitener(other)
-        solution = torch.linalg.lstsq(codes.T, (factor @ basis.weight.T).T).solution.T  # D_L for the whitened target
-        torch.testing.assert_close(torch.linalg.solve(factor, solution), atoms.T, rtol=1e-3, atol=1e-4)
-    assert fitted_error(codes, basis.coordinates.T) * square(target) == pytest.approx(square(residual), rel=1e-7)
-    closed = square(target) - square(torch.linalg.solve_triangular(torch.linalg.cholesky(codes @ codes.T), codes @ target.T, upper=False))
+        solution = torch.linalg.lstsq(
+            codes.T, (factor @ basis.weight.T).T
+        ).solution.T  # D_L for the whitened target
+        torch.testing.assert_close(
+            torch.linalg.solve(factor, solution), atoms.T, rtol=1e-3, atol=1e-4
+        )
+    assert fitted_error(codes, basis.coordinates.T) * square(target) == pytest.approx(
+        square(residual), rel=1e-7
+    )
+    closed = square(target) - square(
+        torch.linalg.solve_triangular(
+            torch.linalg.cholesky(codes @ codes.T), codes @ target.T, upper=False
+        )
+    )
     assert square(residual) == pytest.approx(closed, rel=1e-7)
 
 
@@ -125,23 +158,41 @@ def test_11_scales_of_atoms_do_not_matter_and_are_balanced_in_storage():
 
 def test_12_rotated_inputs_rotate_the_atoms_and_change_nothing_else():
     case = cases.make("square")
-    rotation = torch.linalg.qr(torch.randn(28, 28, generator=torch.Generator().manual_seed(3), dtype=torch.float64))[0]
+    rotation = torch.linalg.qr(
+        torch.randn(28, 28, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    )[0]
     turned = cases.sums(case.x @ rotation, case.g)
     plain = based(case)
-    moved = basis_of("linear", Dense(plain.weight @ rotation, None, torch.float64), turned, "gram", 0.0, 0.1)
-    torch.testing.assert_close(moved.coordinates.abs(), plain.coordinates.abs(), rtol=1e-6, atol=1e-6)
+    moved = basis_of(
+        "linear", Dense(plain.weight @ rotation, None, torch.float64), turned, "gram", 0.0, 0.1
+    )
+    torch.testing.assert_close(
+        moved.coordinates.abs(), plain.coordinates.abs(), rtol=1e-6, atol=1e-6
+    )
     codes = coded(plain)
-    torch.testing.assert_close(best_dictionary(codes, moved.weight), best_dictionary(codes, plain.weight) @ rotation, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(
+        best_dictionary(codes, moved.weight),
+        best_dictionary(codes, plain.weight) @ rotation,
+        rtol=1e-8,
+        atol=1e-8,
+    )
 
 
 def test_13_permuted_outputs_permute_the_codes_alone():
     case = cases.make("tall")
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
     plain = based(case)
-    moved = basis_of("linear", Dense(plain.weight[order], None, torch.float64), case.stats, "gram", 0.0, 0.1)
+    moved = basis_of(
+        "linear", Dense(plain.weight[order], None, torch.float64), case.stats, "gram", 0.0, 0.1
+    )
     codes = coded(plain)
     torch.testing.assert_close(coded(moved).abs(), codes[:, order].abs(), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(best_dictionary(codes[:, order], moved.weight), best_dictionary(codes, plain.weight), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(
+        best_dictionary(codes[:, order], moved.weight),
+        best_dictionary(codes, plain.weight),
+        rtol=1e-8,
+        atol=1e-8,
+    )
 
 
 @pytest.mark.parametrize("kind", SHAPES)
@@ -152,20 +203,38 @@ def test_14_all_codes_kept_is_the_truncated_svd(kind):
     curve = low_rank.candidates(low_rank.prepare("linear", basis.dense, case.stats))
     ranks = {candidate.setting["rank"]: candidate.error for candidate in curve.candidates}
     for rank in (3, 7):
-        assert fitted_error(coded(basis, rank, rank), basis.coordinates.T) == pytest.approx(ranks[rank], rel=1e-7)
-        (error,) = start_errors([Candidate("any", {"atoms": rank, "nonzeros": rank}, 1, 1, math.nan)], basis.coordinates)
+        assert fitted_error(coded(basis, rank, rank), basis.coordinates.T) == pytest.approx(
+            ranks[rank], rel=1e-7
+        )
+        (error,) = start_errors(
+            [Candidate("any", {"atoms": rank, "nonzeros": rank}, 1, 1, math.nan)], basis.coordinates
+        )
         assert error == pytest.approx(ranks[rank], rel=1e-7)
     full = len(basis.values)
-    torch.testing.assert_close(coded(basis, full, full).T @ unwhitened(basis, torch.eye(full)), basis.weight, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        coded(basis, full, full).T @ unwhitened(basis, torch.eye(full)),
+        basis.weight,
+        rtol=1e-6,
+        atol=1e-6,
+    )
     assert fitted_error(coded(basis, full, full), basis.coordinates.T) < EXACT
 
 
 def test_screening_is_0_2_for_every_size_and_15_falls_with_atoms_and_with_nonzeros():
     basis = based(cases.make("wide"))
-    sizes = [Candidate("any", {"atoms": k, "nonzeros": s}, 1, 1, math.nan) for k in range(1, 21) for s in range(1, k + 1)]
-    errors = {tuple(size.setting.values()): error for size, error in zip(sizes, start_errors(sizes, basis.coordinates), strict=True)}
+    sizes = [
+        Candidate("any", {"atoms": k, "nonzeros": s}, 1, 1, math.nan)
+        for k in range(1, 21)
+        for s in range(1, k + 1)
+    ]
+    errors = {
+        tuple(size.setting.values()): error
+        for size, error in zip(sizes, start_errors(sizes, basis.coordinates), strict=True)
+    }
     for (atoms, nonzeros), error in errors.items():
-        assert error == pytest.approx(1 - square(coded(basis, atoms, nonzeros)) / basis.energy, rel=EXACT, abs=1e-12)
+        assert error == pytest.approx(
+            1 - square(coded(basis, atoms, nonzeros)) / basis.energy, rel=EXACT, abs=1e-12
+        )
         assert error <= errors.get((atoms, nonzeros - 1), 1.0) + 1e-12
         assert error <= errors.get((atoms - 1, nonzeros), 1.0) + 1e-12
 
@@ -177,12 +246,20 @@ def test_weighted_outputs_weigh_the_error_and_disappear_from_the_stored_weight()
     torch.testing.assert_close(basis.roots.square(), 0.9 * squares + 0.1 * squares.mean())
     full = len(basis.values)
     codes = coded(basis, full, full)
-    module = store(basis.dense, basis.roots, codes, torch.ones_like(codes, dtype=torch.bool), best_dictionary(codes, basis.weight))
+    module = store(
+        basis.dense,
+        basis.roots,
+        codes,
+        torch.ones_like(codes, dtype=torch.bool),
+        best_dictionary(codes, basis.weight),
+    )
     torch.testing.assert_close(module.to_dense(), basis.dense.weight, rtol=1e-4, atol=1e-4)
     codes = coded(basis)
     module = built(basis, codes)
     lost = (basis.dense.weight - module.to_dense()) * basis.roots[:, None]
-    assert basis.error(module) * basis.energy == pytest.approx(square(case.x @ lost.T) / len(case.x), rel=EXACT)
+    assert basis.error(module) * basis.energy == pytest.approx(
+        square(case.x @ lost.T) / len(case.x), rel=EXACT
+    )
     assert basis.error(module) == pytest.approx(fitted_error(codes, basis.coordinates.T), rel=1e-6)
 
 
@@ -190,7 +267,9 @@ def test_an_output_without_weight_gets_no_codes():
     case = cases.make("tall")
     grad_gram = case.stats.grad_gram.clone()
     grad_gram[5, 5] = 0
-    basis = basis_of("linear", case.dense, replace(case.stats, grad_gram=grad_gram), "weighted_gram", 0.0, 0.0)
+    basis = basis_of(
+        "linear", case.dense, replace(case.stats, grad_gram=grad_gram), "weighted_gram", 0.0, 0.0
+    )
     module = built(basis, coded(basis))
     assert torch.isfinite(module.to_dense()).all() and (module.to_dense()[5] == 0).all()
 
@@ -200,7 +279,9 @@ def test_shrinkage_is_that_of_the_metric():
     gram = case.stats.gram / len(case.x)
     shrunk = 0.8 * gram + 0.2 * gram.diagonal().mean() * torch.eye(44, dtype=torch.float64)
     basis = based(case, shrink=0.2)
-    assert basis.energy == pytest.approx(torch.trace(basis.weight @ shrunk @ basis.weight.T).item(), rel=EXACT)
+    assert basis.energy == pytest.approx(
+        torch.trace(basis.weight @ shrunk @ basis.weight.T).item(), rel=EXACT
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -211,12 +292,23 @@ def test_16_17_sizes_are_the_formula_and_the_mask_counts_the_codes(dtype, blocks
     codes = torch.randn(blocks, 6, height, generator=generator, dtype=torch.float64)
     mask = torch.cat([project_columns(3)(block) for block in codes])
     atoms = torch.randn(blocks * 6, width // blocks, generator=generator, dtype=torch.float64)
-    module = store(case.dense, torch.ones(height).double(), codes.flatten(0, 1) * mask, mask, atoms, blocks)
+    module = store(
+        case.dense, torch.ones(height).double(), codes.flatten(0, 1) * mask, mask, atoms, blocks
+    )
     numbers = 6 * width + blocks * 3 * height
     assert stored_size(case.dense, 6, 3, blocks) == (bits * numbers + height * blocks * 6, numbers)
     assert (module.bits(), module.stored_parameters()) == stored_size(case.dense, 6, 3, blocks)
-    assert unpack_mask(module.mask, height * blocks * 6).sum() == module.weight.numel() == 3 * height * blocks
-    products = [part.T @ rows for part, rows in zip((codes.flatten(0, 1) * mask).chunk(blocks), atoms.chunk(blocks), strict=True)]
+    assert (
+        unpack_mask(module.mask, height * blocks * 6).sum()
+        == module.weight.numel()
+        == 3 * height * blocks
+    )
+    products = [
+        part.T @ rows
+        for part, rows in zip(
+            (codes.flatten(0, 1) * mask).chunk(blocks), atoms.chunk(blocks), strict=True
+        )
+    ]
     close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 3e-2}
     torch.testing.assert_close(module.to_dense().double(), torch.cat(products, dim=1), **close)
 
@@ -227,12 +319,18 @@ def test_ridge_follows_the_mean_energy_of_an_atom():
     moment = codes @ codes.T
     damped = moment + 0.1 * moment.diagonal().mean() * torch.eye(ATOMS, dtype=torch.float64)
     expected = torch.linalg.solve(damped, codes @ basis.weight)
-    torch.testing.assert_close(best_dictionary(codes, basis.weight, 0.1), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        best_dictionary(codes, basis.weight, 0.1), expected, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_atoms_without_codes_or_with_the_same_codes_are_no_trouble():
     codes = torch.zeros(4, 6, dtype=torch.float64)
-    codes[0], codes[1, 2], codes[2, 2] = 1.0, 3.0, 2.0  # atoms 1 and 2 serve one output, atom 3 none
+    codes[0], codes[1, 2], codes[2, 2] = (
+        1.0,
+        3.0,
+        2.0,
+    )  # atoms 1 and 2 serve one output, atom 3 none
     targets = torch.randn(6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     atoms = best_dictionary(codes, targets)
     assert torch.isfinite(atoms).all() and (atoms[3] == 0).all()
@@ -240,14 +338,27 @@ def test_atoms_without_codes_or_with_the_same_codes_are_no_trouble():
 
 
 def test_impossible_settings_name_the_linear_and_the_bound():
-    for setting in ({"atoms": 25, "nonzeros": 3}, {"atoms": 4, "nonzeros": 5}, {"atoms": 4, "nonzeros": 0}):
-        with pytest.raises(ConfigError, match=r"model\.q: .* of .* atoms are not possible; .*24, the smaller side"):
+    for setting in (
+        {"atoms": 25, "nonzeros": 3},
+        {"atoms": 4, "nonzeros": 5},
+        {"atoms": 4, "nonzeros": 0},
+    ):
+        with pytest.raises(
+            ConfigError, match=r"model\.q: .* of .* atoms are not possible; .*24, the smaller side"
+        ):
             require_atoms("model.q", setting, 24)
 
 
 def test_missing_gradients_name_the_linear():
     with pytest.raises(DataError, match=r"model\.q: the statistics lack grad_gram"):
-        basis_of("model.q", cases.make("square").dense, LinearStats(tokens=1, gram=torch.eye(28)), "weighted_gram", 0.0, 0.1)
+        basis_of(
+            "model.q",
+            cases.make("square").dense,
+            LinearStats(tokens=1, gram=torch.eye(28)),
+            "weighted_gram",
+            0.0,
+            0.1,
+        )
 
 
 @pytest.mark.parametrize("name", ["rocket", "cospadi", "compot", "dsformer"])
@@ -258,7 +369,9 @@ def test_extreme_scales_and_zero_grams_complete(name, scale):
     plain = method.candidates(method.prepare("linear", case.dense, case.stats)).candidates
     state = method.prepare("linear", case.dense, cases.sums(case.x * scale**0.5, case.g))
     curve = method.candidates(state)
-    assert [one.error for one in curve.candidates] == pytest.approx([one.error for one in plain], rel=1e-2, abs=1e-6)
+    assert [one.error for one in curve.candidates] == pytest.approx(
+        [one.error for one in plain], rel=1e-2, abs=1e-6
+    )
     assert torch.isfinite(method.compress(state, curve.candidates[-1].setting).to_dense()).all()
     nothing = method.prepare("linear", case.dense, cases.sums(torch.zeros_like(case.x), case.g))
     curve = method.candidates(nothing)

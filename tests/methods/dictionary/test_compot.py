@@ -26,7 +26,9 @@ def orthonormal(*shape: int, seed: int = 0) -> Tensor:
 def prepared(kind: str, **options):
     """Method and state of a case in float64."""
     case, method = cases.make(kind), build("compot", options)
-    return method, method.prepare("linear", Dense(case.dense.weight.double(), None, torch.float64), case.stats)
+    return method, method.prepare(
+        "linear", Dense(case.dense.weight.double(), None, torch.float64), case.stats
+    )
 
 
 def test_procrustes_is_the_nearest_orthonormal_dictionary_and_9_its_value_is_closed_form():
@@ -35,11 +37,19 @@ def test_procrustes_is_the_nearest_orthonormal_dictionary_and_9_its_value_is_clo
     torch.testing.assert_close(rotation.T @ rotation, torch.eye(5, dtype=torch.float64))
     least = (targets - rotation @ codes).square().sum()
     singular = torch.linalg.svdvals(targets @ codes.T)
-    torch.testing.assert_close(least, targets.square().sum() + codes.square().sum() - 2 * singular.sum())
+    torch.testing.assert_close(
+        least, targets.square().sum() + codes.square().sum() - 2 * singular.sum()
+    )
     for seed in range(20):
         other = orthonormal(8, 5, seed=seed)
-        near = torch.linalg.qr(rotation + 1e-2 * other)[0] * torch.linalg.qr(rotation + 1e-2 * other)[1].diagonal().sign()
-        assert least < (targets - other @ codes).square().sum() and least < (targets - near @ codes).square().sum()
+        near = (
+            torch.linalg.qr(rotation + 1e-2 * other)[0]
+            * torch.linalg.qr(rotation + 1e-2 * other)[1].diagonal().sign()
+        )
+        assert (
+            least < (targets - other @ codes).square().sum()
+            and least < (targets - near @ codes).square().sum()
+        )
 
 
 def test_procrustes_by_hand():
@@ -70,21 +80,27 @@ def test_stored_atoms_are_orthonormal_in_the_gram(kind):
     atoms = method.compress(state, SETTING).atoms
     products = atoms @ (case.stats.gram / len(case.x)) @ atoms.T
     scale = products.diagonal().rsqrt()  # storage balances atoms and codes
-    torch.testing.assert_close(scale[:, None] * products * scale, torch.eye(14, dtype=torch.float64), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        scale[:, None] * products * scale, torch.eye(14, dtype=torch.float64), rtol=1e-6, atol=1e-6
+    )
 
 
 def test_order_and_signs_of_the_atoms_are_free():
     _, state = prepared("tall")
     rotation, codes = rotate(state.coordinates, **SETTING, rounds=3)
     order, signs = torch.randperm(14, generator=torch.Generator().manual_seed(0)), random(14).sign()
-    torch.testing.assert_close((rotation[:, order] * signs) @ (signs[:, None] * codes[order]), rotation @ codes)
+    torch.testing.assert_close(
+        (rotation[:, order] * signs) @ (signs[:, None] * codes[order]), rotation @ codes
+    )
 
 
 @pytest.mark.parametrize("kind", SHAPES)
 def test_all_codes_kept_is_the_truncated_svd(kind):
     method, state = prepared(kind)
     tail = 1 - state.values[:7].sum().item() / state.energy
-    assert method.measure(state, method.compress(state, {"atoms": 7, "nonzeros": 7})) == pytest.approx(tail, rel=1e-6)
+    assert method.measure(
+        state, method.compress(state, {"atoms": 7, "nonzeros": 7})
+    ) == pytest.approx(tail, rel=1e-6)
 
 
 def test_planted_orthonormal_dictionaries_are_recovered():
@@ -92,12 +108,17 @@ def test_planted_orthonormal_dictionaries_are_recovered():
     planted = random(15, 400)
     planted = (planted + planted.sign()) * (random(15, 400, seed=1).argsort(0) < 2)
     target = orthonormal(15, 15, seed=2) @ planted
-    before, after = (rotate(target, 15, 2, rounds)[1].square().sum() / target.square().sum() for rounds in (0, 300))
+    before, after = (
+        rotate(target, 15, 2, rounds)[1].square().sum() / target.square().sum()
+        for rounds in (0, 300)
+    )
     assert before < 0.8 and after > 0.98
 
 
 @pytest.mark.parametrize("kind", SHAPES)
-def test_the_papers_claim_rotations_beat_the_start_and_a_free_dictionary_at_the_end_is_better_still(kind):
+def test_the_papers_claim_rotations_beat_the_start_and_a_free_dictionary_at_the_end_is_better_still(
+    kind,
+):
     errors = []
     for options in ({"rounds": 0}, {}, {"free": True}):
         method, state = prepared(kind, **options)
@@ -110,4 +131,6 @@ def test_a_learned_dictionary_that_is_not_orthonormal_is_closer(kind):
     """Against CoSpaDi's fast solver at the same size: what orthonormality costs."""
     method, state = prepared(kind)
     free = build("cospadi", {})
-    assert free.measure(state, free.compress(state, SETTING)) < method.measure(state, method.compress(state, SETTING))
+    assert free.measure(state, free.compress(state, SETTING)) < method.measure(
+        state, method.compress(state, SETTING)
+    )

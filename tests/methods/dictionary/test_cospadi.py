@@ -35,7 +35,9 @@ def test_leading_codes_by_hand():
 def test_the_fast_solver_never_ends_above_its_start_and_more_rounds_never_hurt(kind, seed):
     target = coordinates(kind, seed)
     start = leading_codes(target, 12, 5)
-    errors = [fitted_error(alternate(target, start, 5, rounds), target.T) for rounds in (0, 1, 5, 20)]
+    errors = [
+        fitted_error(alternate(target, start, 5, rounds), target.T) for rounds in (0, 1, 5, 20)
+    ]
     assert errors[0] == pytest.approx(fitted_error(start, target.T))
     assert all(later <= earlier * (1 + 1e-9) for earlier, later in pairwise(errors))
     assert errors[-1] < 0.97 * errors[0]
@@ -43,11 +45,15 @@ def test_the_fast_solver_never_ends_above_its_start_and_more_rounds_never_hurt(k
 
 
 def test_planted_dictionaries_are_recovered():
-    """20: W = (D S)ᵀ with few nonzeros in each column and incoherent atoms, from a start near the planted codes."""
+    """20: W = (D S)ᵀ with few nonzeros in each column and incoherent atoms, from a start near the
+    planted codes.
+    """
     generator = torch.Generator().manual_seed(0)
     atoms = torch.randn(48, 16, generator=generator, dtype=torch.float64)
     planted = torch.randn(16, 90, generator=generator, dtype=torch.float64)
-    planted = (planted + planted.sign()) * project_columns(2)(torch.randn(16, 90, generator=generator))
+    planted = (planted + planted.sign()) * project_columns(2)(
+        torch.randn(16, 90, generator=generator)
+    )
     target = atoms @ planted
     start = planted + 0.8 * torch.randn(16, 90, generator=generator, dtype=torch.float64)
     start = start * project_columns(2)(start)
@@ -77,14 +83,21 @@ def test_the_fast_solver_is_no_worse_than_published_k_svd(kind):
 
 @pytest.mark.parametrize("kind", ["square", "tall"])
 def test_a_dictionary_is_closer_than_low_rank_at_equal_parameters(kind):
-    """The paper's claim against truncated SVD: equal or fewer stored numbers (masks apart), lower error, from half of the size on."""
+    """The paper's claim against truncated SVD: equal or fewer stored numbers (masks apart), lower
+    error, from half of the size on.
+    """
     case = cases.make(kind)
-    low_rank, method = build("low_rank", {"metric": "gram", "storage": "factors"}), build("cospadi", {})
+    low_rank, method = (
+        build("low_rank", {"metric": "gram", "storage": "factors"}),
+        build("cospadi", {}),
+    )
     ranks = low_rank.candidates(low_rank.prepare("linear", case.dense, case.stats)).candidates
     state = method.prepare("linear", case.dense, case.stats)
     sizes = method.candidates(state).candidates
     for rank in ranks[len(ranks) // 2 :: 3]:
-        size = min((one for one in sizes if one.parameters <= rank.parameters), key=lambda one: one.error)
+        size = min(
+            (one for one in sizes if one.parameters <= rank.parameters), key=lambda one: one.error
+        )
         assert method.measure(state, method.compress(state, size.setting)) < rank.error
 
 
@@ -93,21 +106,28 @@ def test_four_anchors_predict_the_fits_within_20_percent_on_average():
     case = cases.make("tall")
     method = build("cospadi", {"anchors": 4})
     state = method.prepare("linear", case.dense, case.stats)
-    middle = [one for one in method.candidates(state).candidates if 0.4 < one.bits / case.dense.bits < 0.9]
-    ratios = [method.measure(state, method.compress(state, one.setting)) / one.error for one in middle]
+    middle = [
+        one for one in method.candidates(state).candidates if 0.4 < one.bits / case.dense.bits < 0.9
+    ]
+    ratios = [
+        method.measure(state, method.compress(state, one.setting)) / one.error for one in middle
+    ]
     assert fmean(abs(ratio - 1) for ratio in ratios) < 0.2
 
 
 @pytest.mark.slow
 def test_the_law_predicts_fits_of_trained_weights_without_any():
-    """A block of the reference model on its own text: within 15 % on average, where the start is off by a factor of two."""
+    """A block of the reference model on its own text: within 15 % on average, where the start is
+    off by a factor of two.
+    """
     model, tokenizer = load(resolve("reference"))
     tokens = load_windows(str(bundled("calibration")), tokenizer, 256, 8).tokens
     seen = {}
     names = ["self_attn.q_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.down_proj"]
     linears = {name: model.get_submodule(f"model.layers.3.{name}") for name in names}
     handles = [
-        linear.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0]})) for name, linear in linears.items()
+        linear.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0]}))
+        for name, linear in linears.items()
     ]
     with torch.no_grad():
         model.float()(tokens)
@@ -117,7 +137,11 @@ def test_the_law_predicts_fits_of_trained_weights_without_any():
     for name, linear in linears.items():
         x = seen[name].flatten(0, 1).double()
         method = build("cospadi", {})
-        state = method.prepare(name, Dense(linear.weight.detach(), None, torch.bfloat16), LinearStats(tokens=len(x), gram=x.T @ x))
+        state = method.prepare(
+            name,
+            Dense(linear.weight.detach(), None, torch.bfloat16),
+            LinearStats(tokens=len(x), gram=x.T @ x),
+        )
         curve = method.candidates(state).candidates
         size = min(curve, key=lambda one: abs(one.bits - 0.6 * state.dense.bits))
         fitted = method.measure(state, method.compress(state, size.setting))
@@ -128,14 +152,20 @@ def test_the_law_predicts_fits_of_trained_weights_without_any():
 
 
 def test_weighting_outputs_lowers_the_weighted_error():
-    case, setting = cases.make("tall"), {"atoms": 6, "nonzeros": 6}  # all codes kept: the optimum of each metric
+    case, setting = (
+        cases.make("tall"),
+        {"atoms": 6, "nonzeros": 6},
+    )  # all codes kept: the optimum of each metric
     states, modules = {}, {}
     for metric in ("gram", "weighted_gram"):
         method = build("cospadi", {"metric": metric})
         states[metric] = method.prepare("linear", case.dense, case.stats)
         modules[metric] = method.compress(states[metric], setting)
     for state in states.values():
-        own, other = (state.error(modules[name]) for name in sorted(modules, key=lambda name: states[name] is not state))
+        own, other = (
+            state.error(modules[name])
+            for name in sorted(modules, key=lambda name: states[name] is not state)
+        )
         assert own < other
 
 
@@ -156,7 +186,9 @@ def test_k_svd_keeps_its_own_dictionary():
     module = method.compress(state, {"atoms": 10, "nonzeros": 5})
     whitened = torch.linalg.cholesky(case.stats.gram / len(case.x)).T @ module.atoms.T
     codes, dictionary = method.codes(state.coordinates, 10, 5)
-    direct = (state.coordinates - dictionary.double() @ codes.double()).square().sum().item() / state.energy
+    direct = (
+        state.coordinates - dictionary.double() @ codes.double()
+    ).square().sum().item() / state.energy
     assert method.measure(state, module) == pytest.approx(direct, rel=1e-5)
     products = (whitened / whitened.norm(dim=0)).T @ (whitened / whitened.norm(dim=0))
     torch.testing.assert_close(products, (dictionary.T @ dictionary).double(), rtol=1e-4, atol=1e-4)

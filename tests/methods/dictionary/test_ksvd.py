@@ -1,4 +1,6 @@
-"""The K-SVD reference: greedy pursuit, sweeps that never grow the error, and planted dictionaries, in float64."""
+"""The K-SVD reference: greedy pursuit, sweeps that never grow the error, and planted dictionaries,
+in float64.
+"""
 
 import pytest
 import torch
@@ -20,12 +22,16 @@ def error(targets: Tensor, dictionary: Tensor, codes: Tensor) -> float:
 
 
 def greedy(target: Tensor, dictionary: Tensor, count: int) -> Tensor:
-    """Orthogonal matching pursuit of one target as it is defined, by least squares from scratch at each step."""
+    """Orthogonal matching pursuit of one target as it is defined, by least squares from scratch at
+    each step.
+    """
     chosen: list[int] = []
     for _ in range(count):
         codes = torch.zeros(dictionary.shape[1], dtype=torch.float64)
         if chosen:
-            codes[chosen] = torch.linalg.lstsq(dictionary[:, chosen], target[:, None]).solution[:, 0]
+            codes[chosen] = torch.linalg.lstsq(dictionary[:, chosen], target[:, None]).solution[
+                :, 0
+            ]
         scores = (dictionary.T @ (target - dictionary @ codes)).abs()
         scores[chosen] = -1
         chosen.append(int(scores.argmax()))
@@ -41,7 +47,9 @@ def test_pursuit_is_the_greedy_definition(count):
     expected = torch.stack([greedy(target, dictionary, count) for target in targets.T], dim=1)
     torch.testing.assert_close(codes, expected, rtol=1e-8, atol=1e-8)
     residual = targets - dictionary @ codes
-    assert ((dictionary.T @ residual)[codes != 0].abs() < 1e-9).all()  # orthogonal to the atoms in use
+    assert (
+        (dictionary.T @ residual)[codes != 0].abs() < 1e-9
+    ).all()  # orthogonal to the atoms in use
 
 
 def test_pursuit_in_batches_is_pursuit(monkeypatch):
@@ -50,16 +58,22 @@ def test_pursuit_in_batches_is_pursuit(monkeypatch):
     dictionary, targets = unit(random(12, 9)), random(12, 15, seed=1)
     whole = omp_codes(dictionary.T @ dictionary, dictionary.T @ targets, 3)
     monkeypatch.setattr(module, "BATCH", 4)
-    torch.testing.assert_close(omp_codes(dictionary.T @ dictionary, dictionary.T @ targets, 3), whole)
+    torch.testing.assert_close(
+        omp_codes(dictionary.T @ dictionary, dictionary.T @ targets, 3), whole
+    )
 
 
 def test_pursuit_passes_over_dependent_and_absent_atoms():
     dictionary = torch.zeros(4, 5, dtype=torch.float64)
-    dictionary[0, 0] = dictionary[0, 1] = dictionary[1, 2] = dictionary[2, 3] = 1.0  # atoms 0 and 1 are the same, atom 4 is zero
+    dictionary[0, 0] = dictionary[0, 1] = dictionary[1, 2] = dictionary[2, 3] = (
+        1.0  # atoms 0 and 1 are the same, atom 4 is zero
+    )
     targets = torch.tensor([[5.0], [2.0], [1.0], [0.0]], dtype=torch.float64)
     codes = omp_codes(dictionary.T @ dictionary, dictionary.T @ targets, 5)
     assert codes.flatten().tolist() == pytest.approx([5.0, 0.0, 2.0, 1.0, 0.0])
-    assert (omp_codes(dictionary.T @ dictionary, torch.zeros(5, 3, dtype=torch.float64), 2) == 0).all()
+    assert (
+        omp_codes(dictionary.T @ dictionary, torch.zeros(5, 3, dtype=torch.float64), 2) == 0
+    ).all()
 
 
 def test_planted_codes_are_recovered():
@@ -86,19 +100,29 @@ def test_a_sweep_never_grows_the_error_and_keeps_the_supports():
 
 
 def test_one_atom_becomes_the_leading_direction():
-    """By hand: with every target on its only atom, a sweep is the power method, here for columns (3, 0) and (0, 1) and (3, 0)."""
+    """By hand: with every target on its only atom, a sweep is the power method, here for columns
+    (3, 0) and (0, 1) and (3, 0).
+    """
     targets = torch.tensor([[3.0, 0.0, 3.0], [0.0, 1.0, 0.0]], dtype=torch.float64)
     start = torch.tensor([[0.6], [0.8]], dtype=torch.float64)
-    dictionary, codes = sweep(targets, start, torch.ones(1, 3, dtype=torch.float64), power_iterations=30)
+    dictionary, codes = sweep(
+        targets, start, torch.ones(1, 3, dtype=torch.float64), power_iterations=30
+    )
     torch.testing.assert_close(dictionary[:, 0], torch.tensor([1.0, 0.0], dtype=torch.float64))
     torch.testing.assert_close(codes, torch.tensor([[3.0, 0.0, 3.0]], dtype=torch.float64))
 
 
 def test_unused_atoms_stay():
-    targets, dictionary, codes = random(5, 8), unit(random(5, 3, seed=1)), torch.ones(3, 8, dtype=torch.float64)
+    targets, dictionary, codes = (
+        random(5, 8),
+        unit(random(5, 3, seed=1)),
+        torch.ones(3, 8, dtype=torch.float64),
+    )
     codes[1] = 0
     swept, _ = sweep(targets, dictionary, codes)
-    assert torch.equal(swept[:, 1], dictionary[:, 1]) and not torch.equal(swept[:, 0], dictionary[:, 0])
+    assert torch.equal(swept[:, 1], dictionary[:, 1]) and not torch.equal(
+        swept[:, 0], dictionary[:, 0]
+    )
 
 
 def test_rounds_lower_the_error_and_the_seed_decides():
@@ -117,5 +141,7 @@ def test_rounds_lower_the_error_and_the_seed_decides():
 
 
 def test_zero_targets_are_no_trouble():
-    dictionary, codes = ksvd(torch.zeros(6, 9, dtype=torch.float64), 4, 2, 3, torch.Generator().manual_seed(0))
+    dictionary, codes = ksvd(
+        torch.zeros(6, 9, dtype=torch.float64), 4, 2, 3, torch.Generator().manual_seed(0)
+    )
     assert torch.isfinite(dictionary).all() and (codes == 0).all()

@@ -1,4 +1,6 @@
-"""ROCKET: its score, its reactivation, its closed form against brute force, and the published refinement against torch's own Adam."""
+"""ROCKET: its score, its reactivation, its closed form against brute force, and the published
+refinement against torch's own Adam.
+"""
 
 import itertools
 from itertools import pairwise
@@ -25,7 +27,9 @@ SHAPES = ["square", "tall", "wide"]
 def prepared(kind: str, **options):
     """Method and state of a case in float64."""
     case, method = cases.make(kind), build("rocket", options)
-    return method, method.prepare("linear", Dense(case.dense.weight.double(), None, torch.float64), case.stats)
+    return method, method.prepare(
+        "linear", Dense(case.dense.weight.double(), None, torch.float64), case.stats
+    )
 
 
 def weight_error(state: Basis, module) -> float:
@@ -38,13 +42,22 @@ def test_scores_are_the_published_product_without_a_whitening_factor(kind, expon
     case = cases.make(kind)
     method, state = prepared(kind, exponent=exponent)
     root = torch.linalg.cholesky(case.stats.gram / len(case.x)).T
-    left, values, right = torch.linalg.svd(root @ state.weight.T, full_matrices=False)  # A = L Wᵀ = B Σ Vᵀ
-    coordinates, impact = values[:, None] * right, torch.linalg.solve_triangular(root, left, upper=True).norm(dim=0)
-    torch.testing.assert_close(method.scores(state), coordinates.abs() * impact[:, None] ** exponent, rtol=1e-6, atol=1e-9)
+    left, values, right = torch.linalg.svd(
+        root @ state.weight.T, full_matrices=False
+    )  # A = L Wᵀ = B Σ Vᵀ
+    coordinates, impact = (
+        values[:, None] * right,
+        torch.linalg.solve_triangular(root, left, upper=True).norm(dim=0),
+    )
+    torch.testing.assert_close(
+        method.scores(state), coordinates.abs() * impact[:, None] ** exponent, rtol=1e-6, atol=1e-9
+    )
 
 
 def test_reactivation_by_hand():
-    """Each column first keeps its best entry, then 2 · 2 − 2 places go to the best of the rest: both are in the first column."""
+    """Each column first keeps its best entry, then 2 · 2 − 2 places go to the best of the rest:
+    both are in the first column.
+    """
     scores = torch.tensor([[9.0, 3.0], [8.0, 2.0], [7.0, 1.0], [0.0, 0.0]])
     assert reactivated(scores, 2, 0.25).int().tolist() == [[1, 1], [1, 0], [1, 0], [0, 0]]
     assert reactivated(scores, 2, 0.0).int().tolist() == [[1, 1], [1, 1], [0, 0], [0, 0]]
@@ -53,7 +66,9 @@ def test_reactivation_by_hand():
 
 
 def test_every_column_keeps_almost_its_share_and_all_together_exactly():
-    scores = torch.rand(40, 50, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, 1, 50)
+    scores = torch.rand(40, 50, generator=torch.Generator().manual_seed(0)) * torch.logspace(
+        0, 1, 50
+    )
     counts = reactivated(scores, 12, 0.05).sum(0)
     assert counts.sum() == 12 * 50
     assert counts.min() == 10 and counts.max() > 12  # ⌈0.05 · 40⌉ = 2 given up
@@ -63,13 +78,22 @@ def test_every_column_keeps_almost_its_share_and_all_together_exactly():
 
 
 def test_without_exponent_and_margin_no_mask_is_better():
-    """(0.2) by brute force: all pairs of three atoms for each column, the dictionary orthonormal."""
+    """(0.2) by brute force: all pairs of three atoms for each column, the dictionary
+    orthonormal.
+    """
     case = cases.make("tall")
     method = build("rocket", {"exponent": 0.0, "margin": 0.0})
-    state = method.prepare("linear", Dense(case.dense.weight[:6].double(), None, torch.float64), case.stats)
+    state = method.prepare(
+        "linear", Dense(case.dense.weight[:6].double(), None, torch.float64), case.stats
+    )
     codes, mask = method.codes(state, method.scores(state), 3, 2)
-    kept = [torch.tensor([index in pair for index in range(3)]) for pair in itertools.combinations(range(3), 2)]
-    best = max((state.coordinates[:3] * pattern[:, None]).square().sum(0) for pattern in kept[:1])  # shape (6,), the first pattern
+    kept = [
+        torch.tensor([index in pair for index in range(3)])
+        for pair in itertools.combinations(range(3), 2)
+    ]
+    best = max(
+        (state.coordinates[:3] * pattern[:, None]).square().sum(0) for pattern in kept[:1]
+    )  # shape (6,), the first pattern
     for pattern in kept[1:]:
         best = torch.maximum(best, (state.coordinates[:3] * pattern[:, None]).square().sum(0))
     torch.testing.assert_close(codes.square().sum(0), best)
@@ -87,7 +111,9 @@ def test_constants_of_columns_change_nothing_without_a_margin():
 def test_all_codes_kept_is_the_truncated_svd(kind):
     method, state = prepared(kind, ridge=0.0)
     tail = 1 - state.values[:7].sum().item() / state.energy
-    assert method.measure(state, method.compress(state, {"atoms": 7, "nonzeros": 7})) == pytest.approx(tail, rel=1e-5)
+    assert method.measure(
+        state, method.compress(state, {"atoms": 7, "nonzeros": 7})
+    ) == pytest.approx(tail, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", SHAPES)
@@ -116,7 +142,9 @@ def test_the_papers_claim_closer_than_svd_llm_at_equal_parameters(kind):
     ranks = low_rank.candidates(low_rank.prepare("linear", case.dense, case.stats)).candidates
     sizes = method.candidates(state).candidates
     for rank in ranks[len(ranks) // 2 :: 3]:
-        size = min((one for one in sizes if one.parameters <= rank.parameters), key=lambda one: one.error)
+        size = min(
+            (one for one in sizes if one.parameters <= rank.parameters), key=lambda one: one.error
+        )
         assert method.measure(state, method.compress(state, size.setting)) < rank.error
 
 
@@ -124,18 +152,29 @@ def test_published_profile_is_the_error_of_the_weights():
     method, state = prepared("tall", profile="weight", anchors=None)
     curve = method.candidates(state)
     assert curve.energy == pytest.approx(state.weight.square().sum().item())
-    assert all(later.error < earlier.error and later.bits > earlier.bits for earlier, later in pairwise(curve.candidates))
+    assert all(
+        later.error < earlier.error and later.bits > earlier.bits
+        for earlier, later in pairwise(curve.candidates)
+    )
     for candidate in curve.candidates[::9]:
         module = method.compress(state, candidate.setting)
-        assert candidate.error == pytest.approx((state.weight - module.to_dense()).norm().item() / state.weight.norm().item(), rel=1e-6)
+        assert candidate.error == pytest.approx(
+            (state.weight - module.to_dense()).norm().item() / state.weight.norm().item(), rel=1e-6
+        )
 
 
 @pytest.mark.parametrize("profile", ["gram", "weight"])
 @pytest.mark.parametrize("kind", SHAPES)
 def test_four_anchors_predict_every_fit(kind, profile):
     method, state = prepared(kind, profile=profile)
-    curve = [one for one in method.candidates(state).candidates if 0.4 < one.parameters / state.dense.parameters < 0.95]
-    ratios = [method.measure(state, method.compress(state, one.setting)) / one.error for one in curve]
+    curve = [
+        one
+        for one in method.candidates(state).candidates
+        if 0.4 < one.parameters / state.dense.parameters < 0.95
+    ]
+    ratios = [
+        method.measure(state, method.compress(state, one.setting)) / one.error for one in curve
+    ]
     assert sum(abs(ratio - 1) for ratio in ratios) / len(ratios) < 0.05
 
 
@@ -151,7 +190,9 @@ def test_refinement_lowers_the_error_and_more_steps_lower_it_further(kind):
 def test_a_refinement_that_diverges_is_not_taken():
     plain, state = prepared("tall")
     wild, _ = prepared("tall", refine_steps=3, refine_rate=1e3)
-    assert_same_output(wild.compress(state, SETTING).to_dense(), plain.compress(state, SETTING).to_dense())
+    assert_same_output(
+        wild.compress(state, SETTING).to_dense(), plain.compress(state, SETTING).to_dense()
+    )
 
 
 def test_refinement_is_adam_on_the_relative_error():
@@ -163,7 +204,9 @@ def test_refinement_is_adam_on_the_relative_error():
         return (factor * goal / entries.square().mean().sqrt()).requires_grad_()
 
     free, sparse = scaled(atoms, atoms), scaled(codes, codes[mask])
-    target = (state.coordinates * (free.norm() / atoms.norm() * sparse.norm() / codes.norm())).detach()
+    target = (
+        state.coordinates * (free.norm() / atoms.norm() * sparse.norm() / codes.norm())
+    ).detach()
     optimiser = torch.optim.Adam([free, sparse], lr=1e-3)
     for _ in range(7):
         optimiser.zero_grad()
@@ -176,6 +219,8 @@ def test_refinement_is_adam_on_the_relative_error():
 
 def test_more_atoms_than_the_smaller_side_is_one_clear_error():
     method, state = prepared("wide")
-    with pytest.raises(ConfigError, match=r"linear: 5 nonzeros of 21 atoms are not possible; choose .* <= 20") as caught:
+    with pytest.raises(
+        ConfigError, match=r"linear: 5 nonzeros of 21 atoms are not possible; choose .* <= 20"
+    ) as caught:
         method.compress(state, {"atoms": 21, "nonzeros": 5})
     assert "\n" not in str(caught.value)

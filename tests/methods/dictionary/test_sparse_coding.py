@@ -26,9 +26,15 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def problem(seed: int = 0, height: int = 12, atoms: int = 8, targets: int = 20, correlated: float = 0.5):
-    """Targets A (height, n), dictionary D (height, k) of correlated atoms with unequal norms, H and R."""
-    dictionary = (random(height, atoms, seed=seed) + correlated * random(height, 1, seed=seed + 1)) * torch.linspace(0.5, 3, atoms).double()
+def problem(
+    seed: int = 0, height: int = 12, atoms: int = 8, targets: int = 20, correlated: float = 0.5
+):
+    """Targets A (height, n), dictionary D (height, k) of correlated atoms with unequal norms, H and
+    R.
+    """
+    dictionary = (
+        random(height, atoms, seed=seed) + correlated * random(height, 1, seed=seed + 1)
+    ) * torch.linspace(0.5, 3, atoms).double()
     target = random(height, targets, seed=seed + 2)
     return target, dictionary, dictionary.T @ dictionary, dictionary.T @ target
 
@@ -92,13 +98,17 @@ def test_masked_least_squares_is_stationary_on_the_mask_and_zero_off_it():
 def test_masked_least_squares_survives_singular_and_empty_problems():
     _, _, gram, correlations = problem(height=4)  # 8 atoms in 4 dimensions
     everywhere = torch.ones(8, 20, dtype=torch.bool)
-    codes = masked_cg(gram, correlations, everywhere, torch.zeros(8, 20).double(), steps=100, tolerance=1e-12)
+    codes = masked_cg(
+        gram, correlations, everywhere, torch.zeros(8, 20).double(), steps=100, tolerance=1e-12
+    )
     torch.testing.assert_close(gram @ codes, correlations, rtol=1e-8, atol=1e-8)
     nothing = torch.zeros(8, 20).double()
     assert torch.equal(masked_cg(gram, nothing, everywhere, nothing), nothing)
     assert torch.equal(masked_cg(torch.zeros_like(gram), nothing, everywhere, nothing), nothing)
     for coder in (admm_codes, htp_codes):
-        assert torch.equal(coder(torch.zeros_like(gram), nothing, project_columns(2), nothing), nothing)
+        assert torch.equal(
+            coder(torch.zeros_like(gram), nothing, project_columns(2), nothing), nothing
+        )
 
 
 def test_unit_atoms_change_the_codes_by_their_norms_and_the_errors_not_at_all():
@@ -107,7 +117,9 @@ def test_unit_atoms_change_the_codes_by_their_norms_and_the_errors_not_at_all():
     scaled, moved, norms = unit_atoms(gram, correlations)
     assert scaled.diagonal().tolist() == pytest.approx([0.0] + [1.0] * 7)
     codes = random(8, 20, seed=9)
-    torch.testing.assert_close(column_errors(scaled, moved, norms * codes), column_errors(gram, correlations, codes))
+    torch.testing.assert_close(
+        column_errors(scaled, moved, norms * codes), column_errors(gram, correlations, codes)
+    )
     torch.testing.assert_close(norms[1:, 0], dictionary[:, 1:].norm(dim=0))
 
 
@@ -123,23 +135,34 @@ def test_column_errors_are_the_errors_up_to_the_energy():
 def test_orthonormal_atoms_are_coded_exactly(coder, count):
     """Largest coefficients are optimal for orthonormal atoms: card equation (0.2)."""
     target, basis = random(12, 30), torch.linalg.qr(random(12, 8, seed=1))[0]
-    codes = coder(basis.T @ basis, basis.T @ target, project_columns(count), torch.zeros(8, 30).double())
+    codes = coder(
+        basis.T @ basis, basis.T @ target, project_columns(count), torch.zeros(8, 30).double()
+    )
     kept = (basis.T @ target).abs().sort(0, descending=True).values[:count].square().sum(0)
-    torch.testing.assert_close((target - basis @ codes).square().sum(0), target.square().sum(0) - kept)
+    torch.testing.assert_close(
+        (target - basis @ codes).square().sum(0), target.square().sum(0) - kept
+    )
     assert (codes != 0).sum(0).tolist() == [count] * 30
 
 
 @pytest.mark.parametrize(("coder", "slack"), [(admm_codes, 1.05), (htp_codes, 1.15)])
 def test_codes_come_close_to_the_best_of_all_supports(coder, slack):
-    """Sum over 20 targets of at most `slack` times the least error possible, never below it, and below thresholding's."""
+    """Sum over 20 targets of at most `slack` times the least error possible, never below it, and
+    below thresholding's.
+    """
     target, dictionary, gram, correlations = problem(correlated=0.3)
     scaled, moved, norms = unit_atoms(gram, correlations)
     start = moved * project_columns(3)(moved)
     codes = coder(scaled, moved, project_columns(3), start, iterations=20, refit=30) / norms
-    found, least = (target - dictionary @ codes).square().sum(0), best_by_enumeration(target, dictionary, 3)
+    found, least = (
+        (target - dictionary @ codes).square().sum(0),
+        best_by_enumeration(target, dictionary, 3),
+    )
     assert (found >= least * (1 - EXACT)).all()
     assert found.sum() <= slack * least.sum()
-    assert found.sum() < error(target, dictionary, masked_cg(gram, correlations, project_columns(3)(moved), start, 50))
+    assert found.sum() < error(
+        target, dictionary, masked_cg(gram, correlations, project_columns(3)(moved), start, 50)
+    )
 
 
 @pytest.mark.parametrize("coder", [admm_codes, htp_codes])
@@ -151,7 +174,14 @@ def test_planted_codes_are_recovered(coder):
     planted = (planted + planted.sign()) * project_columns(3)(random(40, 25, seed=2))
     target = dictionary @ planted
     start = torch.zeros(40, 25).double()
-    found = coder(dictionary.T @ dictionary, dictionary.T @ target, project_columns(3), start, iterations=20, refit=30)
+    found = coder(
+        dictionary.T @ dictionary,
+        dictionary.T @ target,
+        project_columns(3),
+        start,
+        iterations=20,
+        refit=30,
+    )
     assert error(target, dictionary, found) < 1e-6 * target.square().sum()
 
 
@@ -163,21 +193,38 @@ def test_guarded_coding_never_grows_the_error_of_any_target(coder, project):
         codes = correlations * project(correlations) / gram.diagonal()[:, None]
         for _ in range(4):
             proposed = coder(gram, correlations, project, codes)
-            least = torch.minimum(column_errors(gram, correlations, codes), column_errors(gram, correlations, proposed))
+            least = torch.minimum(
+                column_errors(gram, correlations, codes),
+                column_errors(gram, correlations, proposed),
+            )
             codes = keep_better(gram, correlations, codes, proposed)
             assert torch.equal(column_errors(gram, correlations, codes), least)
-            assert torch.equal(project(codes) | (codes == 0), torch.ones_like(codes, dtype=torch.bool))
+            assert torch.equal(
+                project(codes) | (codes == 0), torch.ones_like(codes, dtype=torch.bool)
+            )
 
 
 def test_admm_penalty_growth_and_ramp_end_on_the_projection():
     _, _, gram, correlations = problem()
     start = torch.zeros(8, 20).double()
     ramp = [project_columns(8), project_columns(6), project_columns(4)]
-    codes = admm_codes(gram, correlations, project_columns(3), start, iterations=10, rho=0.1, growth=1.3, ramp=ramp, refit=30)
+    codes = admm_codes(
+        gram,
+        correlations,
+        project_columns(3),
+        start,
+        iterations=10,
+        rho=0.1,
+        growth=1.3,
+        ramp=ramp,
+        refit=30,
+    )
     assert (codes != 0).sum(0).tolist() == [3] * 20
     mask = codes != 0
     assert ((correlations - gram @ codes)[mask].abs() < 1e-4 * correlations.abs().max()).all()
-    whole = admm_codes(gram, correlations, project_columns(8), start, iterations=3, ramp=ramp[:1], refit=50)
+    whole = admm_codes(
+        gram, correlations, project_columns(8), start, iterations=3, ramp=ramp[:1], refit=50
+    )
     torch.testing.assert_close(gram @ whole, correlations, rtol=1e-5, atol=1e-5)
 
 
@@ -193,4 +240,6 @@ def test_a_coder_keeps_its_arguments_the_dtype_and_its_answer(coder):
     before = [argument.clone() for argument in arguments]
     first, second = (coder(gram, correlations, project_columns(3), start) for _ in range(2))
     assert first.dtype == torch.float32 and torch.equal(first, second)
-    assert all(torch.equal(argument, copy) for argument, copy in zip(arguments, before, strict=True))
+    assert all(
+        torch.equal(argument, copy) for argument, copy in zip(arguments, before, strict=True)
+    )

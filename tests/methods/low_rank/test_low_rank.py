@@ -1,4 +1,6 @@
-"""The low-rank family against the identities of its card (section 4, float64) and the papers' claims against their baselines."""
+"""The low-rank family against the identities of its card (section 4, float64) and the papers'
+claims against their baselines.
+"""
 
 import itertools
 
@@ -20,7 +22,9 @@ RANK = 7
 
 def prepared(case: cases.Case, metric: str, **options):
     method = build("low_rank", {"metric": metric, **options})
-    return method, method.prepare("linear", Dense(case.dense.weight.double(), case.dense.bias, torch.float64), case.stats)
+    return method, method.prepare(
+        "linear", Dense(case.dense.weight.double(), case.dense.bias, torch.float64), case.stats
+    )
 
 
 def approximation(state, rank: int) -> Tensor:
@@ -45,7 +49,9 @@ def test_identity_1_error_is_the_tail_of_the_whitened_spectrum_and_energy_splits
     assert lost == pytest.approx(whitened[RANK:].square().sum().item(), rel=EXACT)
     assert lost == pytest.approx(errors(method, state)[RANK - 1], rel=EXACT)
     kept = (case.x @ close.T).square().sum().item() / tokens
-    assert kept + lost == pytest.approx((case.x @ weight.T).square().sum().item() / tokens, rel=EXACT)
+    assert kept + lost == pytest.approx(
+        (case.x @ weight.T).square().sum().item() / tokens, rel=EXACT
+    )
 
 
 @pytest.mark.parametrize("kind", ["square", "tall", "wide"])
@@ -54,17 +60,26 @@ def test_identity_2_all_routes_give_the_same_weight(kind):
     _, state = prepared(case, "gram")
     weight, gram = case.dense.weight.double(), case.stats.gram / len(case.x)
     values, basis = torch.linalg.eigh(gram)
-    for root in (torch.linalg.cholesky(gram), basis * values.sqrt(), basis * values.sqrt() @ basis.T):
+    for root in (
+        torch.linalg.cholesky(gram),
+        basis * values.sqrt(),
+        basis * values.sqrt() @ basis.T,
+    ):
         left, sigma, right = torch.linalg.svd(weight @ root, full_matrices=False)
         route = (left[:, :RANK] * sigma[:RANK]) @ right[:RANK] @ torch.linalg.inv(root)
         torch.testing.assert_close(approximation(state, RANK), route, rtol=1e-7, atol=1e-7)
 
 
-@pytest.mark.parametrize("metric", ["identity", "fisher", "mean_abs", "gram_diagonal", "gram", "centred_gram", "two_sided"])
+@pytest.mark.parametrize(
+    "metric",
+    ["identity", "fisher", "mean_abs", "gram_diagonal", "gram", "centred_gram", "two_sided"],
+)
 def test_identity_3_full_rank_is_exact_and_16_smaller_ranks_are_leading_slices(metric):
     case = cases.make("wide")
     _, state = prepared(case, metric)
-    torch.testing.assert_close(approximation(state, 20), case.dense.weight.double(), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(
+        approximation(state, 20), case.dense.weight.double(), rtol=1e-8, atol=1e-8
+    )
     up, down = state.factors(20)
     torch.testing.assert_close(state.factors(RANK)[0], up[:, :RANK], rtol=EXACT, atol=EXACT)
     torch.testing.assert_close(state.factors(RANK)[1], down[:RANK], rtol=EXACT, atol=EXACT)
@@ -73,10 +88,15 @@ def test_identity_3_full_rank_is_exact_and_16_smaller_ranks_are_leading_slices(m
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("kind", ["square", "tall", "wide", "dead_inputs", "few_tokens"])
 def test_identity_4_each_metric_is_best_at_its_own_error(kind, seed):
-    """SVD-LLM, FWSVD, ASVD and AWSVD against plain SVD: each paper's claim, measured in the norm it minimises."""
+    """SVD-LLM, FWSVD, ASVD and AWSVD against plain SVD: each paper's claim, measured in the norm it
+    minimises.
+    """
     case = cases.make(kind, seed)
     weight, gram = case.dense.weight.double(), case.stats.gram / len(case.x)
-    close = {name: approximation(prepared(case, name)[1], RANK) for name in ("identity", "fisher", "mean_abs", "gram_diagonal", "gram")}
+    close = {
+        name: approximation(prepared(case, name)[1], RANK)
+        for name in ("identity", "fisher", "mean_abs", "gram_diagonal", "gram")
+    }
     metrics = {
         "identity": None,
         "fisher": case.stats.fisher,
@@ -103,7 +123,9 @@ def test_identity_5_centring_gains_at_most_one_rank_and_its_bias_keeps_the_mean_
     module = method.compress(state, {"rank": RANK})
     expected = case.x @ case.dense.weight.double().T + case.dense.bias.double()
     lost = module(case.x) - expected
-    torch.testing.assert_close(lost.mean(0), torch.zeros(28, dtype=torch.float64), rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        lost.mean(0), torch.zeros(28, dtype=torch.float64), rtol=0, atol=1e-9
+    )
     assert lost.square().sum().item() / len(case.x) == pytest.approx(centred[RANK - 1], rel=1e-6)
 
 
@@ -111,12 +133,26 @@ def test_identity_6_isotropic_whitening_is_plain_svd_and_rescaled_inputs_change_
     case = cases.make("square")
     scaled = LinearStats(tokens=1, gram=4 * torch.eye(28, dtype=torch.float64))
     method = build("low_rank", {"metric": "gram"})
-    isotropic = method.prepare("linear", Dense(case.dense.weight.double(), None, torch.float64), scaled)
-    torch.testing.assert_close(approximation(isotropic, RANK), approximation(prepared(case, "identity")[1], RANK), rtol=1e-8, atol=1e-8)
+    isotropic = method.prepare(
+        "linear", Dense(case.dense.weight.double(), None, torch.float64), scaled
+    )
+    torch.testing.assert_close(
+        approximation(isotropic, RANK),
+        approximation(prepared(case, "identity")[1], RANK),
+        rtol=1e-8,
+        atol=1e-8,
+    )
     scale = torch.linspace(0.2, 3, 28, dtype=torch.float64)
     moved = cases.sums(case.x * scale, case.g)
-    state = method.prepare("linear", Dense(case.dense.weight.double() / scale, None, torch.float64), moved)
-    torch.testing.assert_close(approximation(state, RANK) * scale, approximation(prepared(case, "gram")[1], RANK), rtol=1e-7, atol=1e-7)
+    state = method.prepare(
+        "linear", Dense(case.dense.weight.double() / scale, None, torch.float64), moved
+    )
+    torch.testing.assert_close(
+        approximation(state, RANK) * scale,
+        approximation(prepared(case, "gram")[1], RANK),
+        rtol=1e-7,
+        atol=1e-7,
+    )
 
 
 def test_identity_7_refitting_either_factor_on_the_same_inputs_changes_nothing():
@@ -136,15 +172,26 @@ def test_identity_9_two_sided_error_is_the_tail_and_reduces_to_one_sided(kind):
     method, state = prepared(case, "two_sided", shrink_gram=0.0, shrink_grad_gram=0.05)
     weight, gram = case.dense.weight.double(), case.stats.gram / len(case.x)
     moment = linalg.shrink(case.stats.grad_gram / len(case.g), 0.05)
-    sigma = torch.linalg.svdvals(torch.linalg.cholesky(moment).T @ weight @ torch.linalg.cholesky(gram))
+    sigma = torch.linalg.svdvals(
+        torch.linalg.cholesky(moment).T @ weight @ torch.linalg.cholesky(gram)
+    )
     lost = weight - approximation(state, RANK)
     direct = torch.trace(moment @ lost @ gram @ lost.T).item()
     assert direct == pytest.approx(sigma[RANK:].square().sum().item(), rel=EXACT)
     assert direct == pytest.approx(errors(method, state)[RANK - 1], rel=EXACT)
     flat = cases.sums(case.x, torch.zeros(1, weight.shape[0], dtype=torch.float64))
-    flat = LinearStats(**{**vars(flat), "grad_gram": torch.eye(weight.shape[0], dtype=torch.float64)})
-    same = build("low_rank", {"metric": "two_sided", "shrink_gram": 0.0}).prepare("linear", Dense(weight, None, torch.float64), flat)
-    torch.testing.assert_close(approximation(same, RANK), approximation(prepared(case, "gram")[1], RANK), rtol=1e-7, atol=1e-7)
+    flat = LinearStats(
+        **{**vars(flat), "grad_gram": torch.eye(weight.shape[0], dtype=torch.float64)}
+    )
+    same = build("low_rank", {"metric": "two_sided", "shrink_gram": 0.0}).prepare(
+        "linear", Dense(weight, None, torch.float64), flat
+    )
+    torch.testing.assert_close(
+        approximation(same, RANK),
+        approximation(prepared(case, "gram")[1], RANK),
+        rtol=1e-7,
+        atol=1e-7,
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -178,10 +225,17 @@ def test_identity_15_dead_and_duplicated_inputs_leave_calibrated_outputs_alone(m
     case = cases.make("square")
     weight = case.dense.weight.double()
     x = torch.cat([case.x, torch.zeros(len(case.x), 4, dtype=torch.float64)], 1)
-    wider = Dense(torch.cat([weight, torch.ones(28, 4, dtype=torch.float64)], 1), None, torch.float64)
+    wider = Dense(
+        torch.cat([weight, torch.ones(28, 4, dtype=torch.float64)], 1), None, torch.float64
+    )
     state = build("low_rank", {"metric": metric}).prepare("linear", wider, cases.sums(x, case.g))
     narrow = prepared(case, metric)[1]
-    torch.testing.assert_close(x @ approximation(state, RANK).T, case.x @ approximation(narrow, RANK).T, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(
+        x @ approximation(state, RANK).T,
+        case.x @ approximation(narrow, RANK).T,
+        rtol=1e-7,
+        atol=1e-7,
+    )
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1e20])
@@ -211,7 +265,9 @@ def test_f20_weight_with_nan_names_the_linear():
     weight = case.dense.weight.clone()
     weight[3, 4] = float("nan")
     with pytest.raises(NumericalError, match=r"blocks\.3\.q"):
-        build("low_rank", {"metric": "gram"}).prepare("blocks.3.q", Dense(weight, None, torch.float32), case.stats)
+        build("low_rank", {"metric": "gram"}).prepare(
+            "blocks.3.q", Dense(weight, None, torch.float32), case.stats
+        )
 
 
 @pytest.mark.parametrize(
@@ -235,4 +291,6 @@ def test_welore_thresholds_are_min_max_normalised_singular_values():
     sigma = torch.linalg.svdvals(case.dense.weight.double())
     normalised = (sigma - sigma[-1]) / (sigma[0] - sigma[-1])
     curve = method.candidates(state)
-    assert curve.thresholds == pytest.approx(normalised[: len(curve.candidates) + 1].tolist(), rel=1e-7, abs=1e-9)
+    assert curve.thresholds == pytest.approx(
+        normalised[: len(curve.candidates) + 1].tolist(), rel=1e-7, abs=1e-9
+    )

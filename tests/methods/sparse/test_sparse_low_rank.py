@@ -1,4 +1,6 @@
-"""Sparse plus low rank: the papers' claims against sparsity alone, planted recovery, the low-rank part, the stored form."""
+"""Sparse plus low rank: the papers' claims against sparsity alone, planted recovery, the low-rank
+part, the stored form.
+"""
 
 from statistics import fmean
 
@@ -22,7 +24,9 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def planted(seed: int, height: int = 48, width: int = 64, rank: int = 3, share: float = 0.05) -> tuple[Tensor, Tensor]:
+def planted(
+    seed: int, height: int = 48, width: int = 64, rank: int = 3, share: float = 0.05
+) -> tuple[Tensor, Tensor]:
     """A low-rank and a spiky matrix of equal energy, (out, in) each."""
     low = random(height, rank, seed=seed) @ random(rank, width, seed=seed + 100)
     spikes = random(height, width, seed=seed + 200) * (
@@ -41,16 +45,23 @@ def case_of(weight: Tensor, seed: int = 0) -> cases.Case:
 
 
 def errors_at(name: str, case: cases.Case, parameters: int, **options) -> float:
-    """Gram error of the largest candidate of at most so many numbers; masks cost the same in both engines."""
+    """Gram error of the largest candidate of at most so many numbers; masks cost the same in both
+    engines.
+    """
     method = build(name, options)
     state = method.prepare("linear", case.dense, case.stats)
-    best = max((size for size in method.sizes(case.dense) if size.parameters <= parameters), key=lambda size: size.bits)
+    best = max(
+        (size for size in method.sizes(case.dense) if size.parameters <= parameters),
+        key=lambda size: size.bits,
+    )
     module = method.compress(state, best.setting)
     return linalg.relative_error(case.dense.weight, module.to_dense(), Metric(case.stats.gram))
 
 
 def test_a_low_rank_part_pays_where_outputs_share_directions():
-    """The claim of OATS and 3BASiL at equal bits, each against the sparse solver of its own kind, on weights like those they describe."""
+    """The claim of OATS and 3BASiL at equal bits, each against the sparse solver of its own kind,
+    on weights like those they describe.
+    """
     found: dict[str, list[float]] = {"oats": [], "wanda": [], "both": [], "admm": []}
     for seed in range(3):
         low, spikes = planted(seed)
@@ -67,13 +78,23 @@ def test_a_low_rank_part_pays_where_outputs_share_directions():
     assert mean["both"] < 0.8 * mean["oats"]  # the full metric against its diagonal
 
 
-@pytest.mark.parametrize(("solver", "metric"), [("oats", "gram"), ("admm", "gram"), ("admm", "two_sided")])
+@pytest.mark.parametrize(
+    ("solver", "metric"), [("oats", "gram"), ("admm", "gram"), ("admm", "two_sided")]
+)
 def test_invariant_20_planted_parts_are_recovered(solver, metric):
     """Well conditioned inputs, twice the nonzeros that were planted."""
     low, spikes = planted(0, share=0.02)
     weight, x = low + spikes, random(800, 64, seed=1)
-    case = cases.Case(Dense(weight.float(), None, torch.float32), x, random(800, 48, seed=2), cases.sums(x, random(800, 48, seed=2)))
-    method = build("sparse_low_rank", {"solver": solver, "metric": metric, "pattern": "layer", "iterations": 80})
+    case = cases.Case(
+        Dense(weight.float(), None, torch.float32),
+        x,
+        random(800, 48, seed=2),
+        cases.sums(x, random(800, 48, seed=2)),
+    )
+    method = build(
+        "sparse_low_rank",
+        {"solver": solver, "metric": metric, "pattern": "layer", "iterations": 80},
+    )
     state = method.prepare("linear", case.dense, case.stats)
     module = method.compress(state, {"rank": 3, "nonzeros": 2 * int((spikes != 0).sum())})
     assert method.measure(state, module) < 1e-4
@@ -82,7 +103,9 @@ def test_invariant_20_planted_parts_are_recovered(solver, metric):
 
 
 def test_oats_by_hand():
-    """Identity Gram, one iteration, rank 1 of diag(4, 2, 1): the leading direction is e₁, then the largest entry of what is left, 2."""
+    """Identity Gram, one iteration, rank 1 of diag(4, 2, 1): the leading direction is e₁, then the
+    largest entry of what is left, 2.
+    """
     weight = torch.diag(torch.tensor([4.0, 2.0, 1.0]))
     stats = LinearStats(tokens=1, gram=torch.eye(3, dtype=torch.float64))
     options = {"solver": "oats", "metric": "gram", "pattern": "layer", "iterations": 1}
@@ -95,18 +118,28 @@ def test_oats_by_hand():
 
 
 def test_oats_scales_inputs_by_their_norms():
-    """The same case seen through inputs of norms (1, 2, 4): weights divided by them give scaled factors and the same mask."""
+    """The same case seen through inputs of norms (1, 2, 4): weights divided by them give scaled
+    factors and the same mask.
+    """
     norms = torch.tensor([1.0, 2.0, 4.0])
     weight = torch.diag(torch.tensor([4.0, 2.0, 1.0])) / norms
     stats = LinearStats(tokens=1, gram=torch.diag(norms.square()).double())
-    method = build("sparse_low_rank", {"solver": "oats", "metric": "gram", "pattern": "layer", "iterations": 1})
-    module = method.compress(method.prepare("linear", Dense(weight, None, torch.float32), stats), {"rank": 1, "nonzeros": 1})
+    method = build(
+        "sparse_low_rank", {"solver": "oats", "metric": "gram", "pattern": "layer", "iterations": 1}
+    )
+    module = method.compress(
+        method.prepare("linear", Dense(weight, None, torch.float32), stats),
+        {"rank": 1, "nonzeros": 1},
+    )
     torch.testing.assert_close(module.to_dense(), torch.diag(torch.tensor([4.0, 1.0, 0.0])))
 
 
 @pytest.mark.parametrize("two_sided", [False, True])
 def test_the_low_rank_part_is_the_best_in_its_metric_and_its_warm_steps_approach_it(two_sided):
-    gram, root = random(30, 24, seed=1), torch.linalg.cholesky(random(40, 20, seed=2).T @ random(40, 20, seed=2))
+    gram, root = (
+        random(30, 24, seed=1),
+        torch.linalg.cholesky(random(40, 20, seed=2).T @ random(40, 20, seed=2)),
+    )
     gram, root = gram.T @ gram, root if two_sided else None
     residuals = random(2, 20, 24, seed=3)
 
@@ -136,7 +169,9 @@ def test_the_sparse_part_is_least_squares_beside_the_low_rank_part():
     state = method.prepare("linear", case.dense, case.stats)
     values, mask, up, down = method.solve(state, [{"rank": 3, "nonzeros": 400}])
     scale = state.problem.outputs * state.problem.inputs
-    gradient = state.problem.weigh((case.dense.weight.double() - values[0] - up[0] @ down[0]) * scale)
+    gradient = state.problem.weigh(
+        (case.dense.weight.double() - values[0] - up[0] @ down[0]) * scale
+    )
     pull = state.problem.weigh((case.dense.weight.double() - up[0] @ down[0]) * scale)
     assert (gradient * mask[0]).norm() < 2e-5 * (pull * mask[0]).norm() < gradient.norm()
 
@@ -147,7 +182,9 @@ def test_stored_as_a_sparse_base_with_a_pair():
     method = build("sparse_low_rank", {"pattern": "2:4", "metric": "gram"})
     state = method.prepare("linear", dense, case.stats)
     curve = method.candidates(state)
-    assert [candidate.setting["rank"] for candidate in curve.candidates] == list(range(1, 1 + len(curve.candidates)))
+    assert [candidate.setting["rank"] for candidate in curve.candidates] == list(
+        range(1, 1 + len(curve.candidates))
+    )
     module = method.compress(state, curve.candidates[1].setting)
     assert isinstance(module, Adapted) and isinstance(module.base, Sparse)
     assert (unpack_mask(module.mask, 48 * 64).view(48, -1, 4).sum(2) == 2).all()
@@ -168,7 +205,10 @@ def test_rank_share_is_kept(share):
 def test_screened_errors_are_near():
     case = case_of(random(48, 64))
     options = {"step": 0.05, "metric": "gram"}
-    method, exact = build("sparse_low_rank", options | {"anchors": 4}), build("sparse_low_rank", options | {"anchors": None})
+    method, exact = (
+        build("sparse_low_rank", options | {"anchors": 4}),
+        build("sparse_low_rank", options | {"anchors": None}),
+    )
     state = method.prepare("linear", case.dense, case.stats)
     known = {candidate.bits: candidate.error for candidate in exact.candidates(state).candidates}
     found = {candidate.bits: candidate.error for candidate in method.candidates(state).candidates}

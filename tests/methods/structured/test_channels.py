@@ -1,4 +1,6 @@
-"""Feed-forward channels: function-preserving removals, papers' scores by hand, nested widths, whole models."""
+"""Feed-forward channels: function-preserving removals, papers' scores by hand, nested widths, whole
+models.
+"""
 
 import pytest
 import torch
@@ -29,14 +31,26 @@ def parts_of(weights, x, biases=None) -> dict[str, Part]:
     for role, weight in weights.items():
         inputs = hidden if role == "down" else x
         gradients = random(len(x), len(weight), seed=5)
-        stats = LinearStats(tokens=len(x), gram=inputs.T @ inputs, sum=inputs.sum(0), grad_gram=gradients.T @ gradients, grad_tokens=len(x))
-        found[role] = Part(f"mlp.{role}", Dense(weight, None if biases is None else biases.get(role), torch.float64), stats)
+        stats = LinearStats(
+            tokens=len(x),
+            gram=inputs.T @ inputs,
+            sum=inputs.sum(0),
+            grad_gram=gradients.T @ gradients,
+            grad_tokens=len(x),
+        )
+        found[role] = Part(
+            f"mlp.{role}",
+            Dense(weight, None if biases is None else biases.get(role), torch.float64),
+            stats,
+        )
     return found
 
 
 @pytest.fixture
 def block():
-    return {role: random(*shape, seed=seed) for seed, (role, shape) in enumerate(SHAPES.items())}, random(300, 6, seed=9)
+    return {
+        role: random(*shape, seed=seed) for seed, (role, shape) in enumerate(SHAPES.items())
+    }, random(300, 6, seed=9)
 
 
 OPTIONS = pytest.mark.parametrize(
@@ -62,26 +76,43 @@ def test_contract(block, options):
     method, parts = build("channels", options), parts_of(*block)
     state = method.prepare("mlp", parts)
     curve = method.candidates(state)
-    assert [size.setting["channels"] for size in curve.candidates] == list(range(1, 1 + len(curve.candidates)))
-    assert all(one.error >= two.error - 1e-12 for one, two in zip(curve.candidates, curve.candidates[1:], strict=False)) or "none" in str(
-        options
+    assert [size.setting["channels"] for size in curve.candidates] == list(
+        range(1, 1 + len(curve.candidates))
     )
+    assert all(
+        one.error >= two.error - 1e-12
+        for one, two in zip(curve.candidates, curve.candidates[1:], strict=False)
+    ) or "none" in str(options)
     dense = {role: part.dense for role, part in parts.items()}
     offered = {size.setting["channels"]: size for size in method.sizes(dense)}
     for candidate in curve.candidates:
         modules = method.compress(state, candidate.setting)
-        assert candidate.bits == sum(module.bits() for module in modules.values()) == offered[candidate.setting["channels"]].bits
-        assert candidate.parameters == sum(module.stored_parameters() for module in modules.values())
+        assert (
+            candidate.bits
+            == sum(module.bits() for module in modules.values())
+            == offered[candidate.setting["channels"]].bits
+        )
+        assert candidate.parameters == sum(
+            module.stored_parameters() for module in modules.values()
+        )
         assert candidate.multiply_adds == sum(module.multiply_adds() for module in modules.values())
         assert method.measure(state, modules) == pytest.approx(candidate.error, rel=1e-8, abs=1e-12)
-        kept = {role: set(module.places("columns" if role == "down" else "rows").tolist()) for role, module in modules.items()}
-        assert kept["gate"] == kept["up"] == kept["down"] and len(kept["down"]) == candidate.setting["channels"]
+        kept = {
+            role: set(module.places("columns" if role == "down" else "rows").tolist())
+            for role, module in modules.items()
+        }
+        assert (
+            kept["gate"] == kept["up"] == kept["down"]
+            and len(kept["down"]) == candidate.setting["channels"]
+        )
     for part, (role, weight) in zip(parts.values(), weights.items(), strict=True):
         assert torch.equal(part.dense.weight, weight), role
 
 
 def outputs(method, block, channels: int, parts=None):
-    """Hidden activations of the pruned block through its last linear, and those of the dense one."""
+    """Hidden activations of the pruned block through its last linear, and those of the dense
+    one.
+    """
     weights, x = block
     state = method.prepare("mlp", parts or parts_of(*block))
     modules = method.compress(state, {"channels": channels})
@@ -97,7 +128,9 @@ def test_a_duplicated_channel_is_removed_at_no_cost_and_the_other_doubles(block)
     found, wanted, modules = outputs(method, (weights, x), 11)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     left = ({2, 7} & set(modules["down"].places("columns").tolist())).pop()
-    torch.testing.assert_close(modules["down"].to_dense()[:, left], 2 * weights["down"][:, 2], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        modules["down"].to_dense()[:, left], 2 * weights["down"][:, 2], rtol=1e-4, atol=1e-4
+    )
 
 
 def test_a_constant_channel_is_removed_at_no_cost_by_the_affine_refit_alone(block):
@@ -105,7 +138,9 @@ def test_a_constant_channel_is_removed_at_no_cost_by_the_affine_refit_alone(bloc
     x = torch.cat([x[:, :5], torch.ones(len(x), 1, dtype=torch.float64)], dim=1)
     weights["gate"][4], weights["up"][4] = 0.0, 0.0
     weights["gate"][4, 5], weights["up"][4, 5] = 2.0, 3.0  # depends on the constant input alone
-    found, wanted, modules = outputs(build("channels", {"refit": "affine", "ridge": 1e-12}), (weights, x), 11)
+    found, wanted, modules = outputs(
+        build("channels", {"refit": "affine", "ridge": 1e-12}), (weights, x), 11
+    )
     assert 4 not in modules["down"].places("columns").tolist()
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
     without = outputs(build("channels", {"refit": "linear", "ridge": 1e-12}), (weights, x), 11)[0]
@@ -125,8 +160,16 @@ def test_lorap_scores_by_hand_and_the_least_important_are_kept(block):
     by_score = sorted(range(12), key=lambda c: float(score[c]))
     method = build("channels", {"score": "lorap", "refit": "none"})
     assert method.prepare("mlp", parts_of(*block)).order.tolist() == by_score
-    wide = {"gate": random(200, 6, seed=1), "up": random(200, 6, seed=2), "down": random(6, 200, seed=3)}
-    kept = build("channels", {"score": "lorap", "refit": "none", "keep_least": True}).prepare("mlp", parts_of(wide, x)).order.tolist()
+    wide = {
+        "gate": random(200, 6, seed=1),
+        "up": random(200, 6, seed=2),
+        "down": random(6, 200, seed=3),
+    }
+    kept = (
+        build("channels", {"score": "lorap", "refit": "none", "keep_least": True})
+        .prepare("mlp", parts_of(wide, x))
+        .order.tolist()
+    )
     plain = method.prepare("mlp", parts_of(wide, x)).order.tolist()
     assert kept == plain[2:] + plain[:2]  # 1 % of 200
 
@@ -143,8 +186,14 @@ def test_transact_goes_by_the_norm_of_the_activations_and_refits_the_rest(block)
 
 
 def test_the_refit_never_loses_to_dropping(block):
-    with_refit, without = (build("channels", {"score": "wanda", "refit": refit, "ridge": 0.0}) for refit in ("linear", "none"))
-    one, two = (method.candidates(method.prepare("mlp", parts_of(*block))).candidates for method in (with_refit, without))
+    with_refit, without = (
+        build("channels", {"score": "wanda", "refit": refit, "ridge": 0.0})
+        for refit in ("linear", "none")
+    )
+    one, two = (
+        method.candidates(method.prepare("mlp", parts_of(*block))).candidates
+        for method in (with_refit, without)
+    )
     assert all(a.error <= b.error * (1 + 1e-9) for a, b in zip(one, two, strict=True))
     assert any(a.error < 0.9 * b.error for a, b in zip(one, two, strict=True))
 
@@ -180,7 +229,9 @@ def test_what_is_no_feed_forward_block_is_refused(block):
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2", "phi3", "gpt2", "opt", "gpt_neox"])
 @torch.no_grad()
 def test_a_pruned_model_is_the_model_with_its_channels_masked(kind, tmp_path):
-    """Through a whole run: logits equal those of the dense model with zeros, also token by token with a cache."""
+    """Through a whole run: logits equal those of the dense model with zeros, also token by token
+    with a cache.
+    """
     import compressor
     from compressor.models.linears import dense_of, linears
     from compressor.pipeline import run
@@ -188,13 +239,27 @@ def test_a_pruned_model_is_the_model_with_its_channels_masked(kind, tmp_path):
 
     source, model = save_tiny(tmp_path / kind, kind), tiny_model(kind)
     save_file(
-        {"windows": torch.randint(3, VOCABULARY, (12, 32), generator=torch.Generator().manual_seed(0))}, tmp_path / "tokens.safetensors"
+        {
+            "windows": torch.randint(
+                3, VOCABULARY, (12, 32), generator=torch.Generator().manual_seed(0)
+            )
+        },
+        tmp_path / "tokens.safetensors",
     )
-    small = ["calibration.windows=8", "calibration.length=32", "calibration.heldout=2", "evaluation.enabled=false", "model.device=cpu"]
+    small = [
+        "calibration.windows=8",
+        "calibration.length=32",
+        "calibration.heldout=2",
+        "evaluation.enabled=false",
+        "model.device=cpu",
+    ]
     recipe = load_recipe(
         "channels",
         [*small, "allocation.keep=0.6"],
-        {"model.name": str(source), "calibration.source": f"{tmp_path / 'tokens.safetensors'}:windows"},
+        {
+            "model.name": str(source),
+            "calibration.source": f"{tmp_path / 'tokens.safetensors'}:windows",
+        },
     )
     run.compress(recipe, tmp_path / "out")
     pruned, _ = compressor.load(tmp_path / "out")
@@ -207,7 +272,9 @@ def test_a_pruned_model_is_the_model_with_its_channels_masked(kind, tmp_path):
             info.module.weight.copy_(dense.T if info.conv1d else dense)
             rows = torch.arange(info.out_features) if module.rows is None else module.places("rows")
             bias = torch.zeros(len(rows)) if module.bias is None else module.bias
-            info.module.bias = torch.nn.Parameter(torch.zeros(info.out_features).index_copy(0, rows, bias))
+            info.module.bias = torch.nn.Parameter(
+                torch.zeros(info.out_features).index_copy(0, rows, bias)
+            )
             assert dense_of(info, torch.float32).bias is not None
     assert any(hasattr(module, "places") for module in pruned.modules())
     torch.testing.assert_close(logits, model(ids).logits, rtol=1e-4, atol=1e-5)
@@ -227,18 +294,43 @@ def test_uniform_widths_export_as_a_smaller_stock_model(kind, tmp_path):
     from compressor.recipe.load import load_recipe
 
     save_file(
-        {"windows": torch.randint(3, VOCABULARY, (12, 32), generator=torch.Generator().manual_seed(0))}, tmp_path / "tokens.safetensors"
+        {
+            "windows": torch.randint(
+                3, VOCABULARY, (12, 32), generator=torch.Generator().manual_seed(0)
+            )
+        },
+        tmp_path / "tokens.safetensors",
     )
-    small = ["calibration.windows=8", "calibration.length=32", "calibration.heldout=2", "evaluation.enabled=false", "model.device=cpu"]
-    named = {"model.name": str(save_tiny(tmp_path / kind, kind)), "calibration.source": f"{tmp_path / 'tokens.safetensors'}:windows"}
-    recipe = load_recipe("channels", [*small, "allocation.kind=uniform", "allocation.keep=0.6"], named)
+    small = [
+        "calibration.windows=8",
+        "calibration.length=32",
+        "calibration.heldout=2",
+        "evaluation.enabled=false",
+        "model.device=cpu",
+    ]
+    named = {
+        "model.name": str(save_tiny(tmp_path / kind, kind)),
+        "calibration.source": f"{tmp_path / 'tokens.safetensors'}:windows",
+    }
+    recipe = load_recipe(
+        "channels", [*small, "allocation.kind=uniform", "allocation.keep=0.6"], named
+    )
     run.compress(recipe, tmp_path / "out")
     note = run.export(tmp_path / "out", tmp_path / "dense")["note"]
     model, _ = compressor.load(tmp_path / "dense")
     ids = torch.arange(3, 19).view(1, -1)
-    torch.testing.assert_close(model(ids).logits, compressor.load(tmp_path / "out")[0](ids).logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        model(ids).logits, compressor.load(tmp_path / "out")[0](ids).logits, rtol=1e-4, atol=1e-5
+    )
     config = model.config
-    width = next(getattr(config, field) for field in ("intermediate_size", "ffn_dim", "n_inner") if getattr(config, field, None))
+    width = next(
+        getattr(config, field)
+        for field in ("intermediate_size", "ffn_dim", "n_inner")
+        if getattr(config, field, None)
+    )
     assert f"feed-forward blocks of {width} channels" in note
-    size = [sum(path.stat().st_size for path in (tmp_path / name).glob("*.safetensors")) for name in ("dense", kind)]
+    size = [
+        sum(path.stat().st_size for path in (tmp_path / name).glob("*.safetensors"))
+        for name in ("dense", kind)
+    ]
     assert size[0] < 0.97 * size[1]

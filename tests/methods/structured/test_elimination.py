@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from compressor.errors import NumericalError
-from compressor.methods.structured.elimination import PANEL, dropped_errors, eliminate, refit, removals
+from compressor.methods.structured.elimination import (
+    PANEL,
+    dropped_errors,
+    eliminate,
+    refit,
+    removals,
+)
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
 
@@ -69,19 +75,28 @@ def test_errors_without_a_refit_are_those_of_masking():
     order = torch.tensor([3, 0, 2, 1])
     errors = dropped_errors(weight, moment, order, size=2)
     for count in range(1, 5):
-        torch.testing.assert_close(errors[count - 1], error(weight, weight * mask_of(order, count, 8, 2), moment), **EXACT)
+        torch.testing.assert_close(
+            errors[count - 1], error(weight, weight * mask_of(order, count, 8, 2), moment), **EXACT
+        )
     assert torch.all(eliminate(weight, moment, 2, order)[1] <= errors * (1 + 1e-12))
 
 
 def naive(weight, moment, size: int) -> tuple[list[int], torch.Tensor]:
-    """Groups and costs, one at a time, every step from the inverse of the moment of what is left."""
+    """Groups and costs, one at a time, every step from the inverse of the moment of what is
+    left.
+    """
     names, order, costs = list(range(len(moment) // size)), [], []
     while names:
         places = (torch.tensor(names)[:, None] * size + torch.arange(size)).flatten()
         left = torch.linalg.inv(moment[places][:, places])
         now = (weight @ moment)[:, places] @ left  # the refit on what is left
         blocks = [slice(start, start + size) for start in range(0, len(places), size)]
-        prices = torch.stack([(now[:, block] @ torch.linalg.solve(left[block, block], now[:, block].T)).trace() for block in blocks])
+        prices = torch.stack(
+            [
+                (now[:, block] @ torch.linalg.solve(left[block, block], now[:, block].T)).trace()
+                for block in blocks
+            ]
+        )
         costs.append(prices.min())
         order.append(names.pop(prices.argmin().item()))
     return order, torch.stack(costs).cumsum(0)
@@ -93,7 +108,11 @@ def test_panels_give_the_order_and_the_errors_of_one_at_a_time(size, condition):
     width = 6 * (PANEL // 2)
     generator = torch.Generator().manual_seed(11)
     basis = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))[0]
-    moment = basis * torch.logspace(0, -torch.tensor(condition).log10().item(), width, dtype=torch.float64) @ basis.T
+    moment = (
+        basis
+        * torch.logspace(0, -torch.tensor(condition).log10().item(), width, dtype=torch.float64)
+        @ basis.T
+    )
     weight = torch.randn(20, width, generator=generator, dtype=torch.float64)
     order, errors = eliminate(weight, (moment + moment.T) / 2, size)
     wanted, costs = naive(weight, (moment + moment.T) / 2, size)
@@ -115,4 +134,9 @@ def test_the_first_groups_are_those_of_the_whole_order(size):
 def test_a_singular_moment_is_one_clear_line(options):
     weight, moment = case(1)
     with pytest.raises(NumericalError, match=r"mlp: the moment .* raise the option 'ridge'"):
-        eliminate(weight, moment - 2 * torch.eye(8) * moment.diagonal().max(), what="mlp: the moment of its inputs", **options)
+        eliminate(
+            weight,
+            moment - 2 * torch.eye(8) * moment.diagonal().max(),
+            what="mlp: the moment of its inputs",
+            **options,
+        )

@@ -33,18 +33,38 @@ runs:
 """)
     assert len(found) == 2 * 2 * 2 + 2
     assert found[0].name == "svd,keep=0.8,seed=1,windows=8"
-    assert found[0].settings == {"config": "svd", "allocation.keep": 0.8, "seed": 1, "calibration.windows": 8}
+    assert found[0].settings == {
+        "config": "svd",
+        "allocation.keep": 0.8,
+        "seed": 1,
+        "calibration.windows": 8,
+    }
     assert [point.recipe.allocation.keep for point in found[:4]] == [0.8, 0.8, 0.6, 0.6]
-    assert [(point.recipe.seed, point.recipe.calibration.windows) for point in found[:2]] == [(1, 8), (2, 16)]
+    assert [(point.recipe.seed, point.recipe.calibration.windows) for point in found[:2]] == [
+        (1, 8),
+        (2, 16),
+    ]
     assert all(point.recipe.model.name == "reference" for point in found)
-    assert found[0].recipe.allocation.count == "parameters" and found[8].recipe.allocation.kind == "fixed"
+    assert (
+        found[0].recipe.allocation.count == "parameters"
+        and found[8].recipe.allocation.kind == "fixed"
+    )
     assert found[8].name == "four_bits" and found[8].recipe.allocation.count == "bits"
-    assert found[9].recipe.method[0].candidates[0].options["metric"] == "gram" and found[9].recipe.allocation.keep == 0.8
+    assert (
+        found[9].recipe.method[0].candidates[0].options["metric"] == "gram"
+        and found[9].recipe.allocation.keep == 0.8
+    )
 
 
 def test_names_use_the_shortest_end_that_tells_keys_apart():
-    assert name_of({"calibration.batch_size": 2, "evaluation.batch_size": 4}) == "calibration.batch_size=2,evaluation.batch_size=4"
-    assert name_of({"config": "dir/my.yaml", "calibration.source": "a b/c.txt"}) == "my,source=a-b-c.txt"
+    assert (
+        name_of({"calibration.batch_size": 2, "evaluation.batch_size": 4})
+        == "calibration.batch_size=2,evaluation.batch_size=4"
+    )
+    assert (
+        name_of({"config": "dir/my.yaml", "calibration.source": "a b/c.txt"})
+        == "my,source=a-b-c.txt"
+    )
 
 
 REFUSED = {
@@ -77,6 +97,9 @@ def test_refused_with_the_line(points, text):
 
 
 def test_a_million_points_are_counted_not_made(points):
-    lists = "\n".join(f"  {key}: {list(range(1, 101))}" for key in ("seed", "calibration.windows", "calibration.length"))
+    lists = "\n".join(
+        f"  {key}: {list(range(1, 101))}"
+        for key in ("seed", "calibration.windows", "calibration.length")
+    )
     with pytest.raises(ConfigError, match=rf"1,000,000 points, {MOST:,} are the most"):
         points(f"grid:\n{lists}")
