@@ -64,7 +64,7 @@ def pipeline(monkeypatch):
     recorder = Recorder("compressor.pipeline.run")
     recorder.calls, recorder.returns = {}, {"verify": []}
     monkeypatch.setitem(sys.modules, "compressor.pipeline.run", recorder)
-    monkeypatch.setattr("compressor.pipeline.run", recorder)
+    monkeypatch.setattr("compressor.pipeline.run", recorder, raising=False)
     monkeypatch.setattr(report, "render", lambda found: f"table of {sorted(found)}")
     return recorder
 
@@ -371,7 +371,7 @@ def test_lm_eval_passes_everything_on(monkeypatch):
     bridge = types.ModuleType("compressor.evaluation.lm_eval")
     bridge.run_cli = lambda arguments: seen.append(arguments) or 3
     monkeypatch.setitem(sys.modules, "compressor.evaluation.lm_eval", bridge)
-    monkeypatch.setattr("compressor.evaluation.lm_eval", bridge)
+    monkeypatch.setattr("compressor.evaluation.lm_eval", bridge, raising=False)
     result = run("lm-eval", "run", "--model", "hf", "--tasks", "a,b", "-h", "--json")
     assert seen == [["run", "--model", "hf", "--tasks", "a,b", "-h", "--json"]]
     assert result.exit_code == 3
