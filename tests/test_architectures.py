@@ -1,7 +1,7 @@
 """Which structured methods work on which architectures: whole runs on tiny models, and the table of
-them in the README.
+them in docs/reference/architectures.md.
 
-    UPDATE_README=1 python -m pytest -m slow tests/test_architectures.py
+    UPDATE_PAGE=1 python -m pytest -m slow tests/test_architectures.py
 
 writes the table; without it a table that is not what the runs say fails. A method works if the
 compressed model gives the same logits token by token with its cache as in one pass, and these are
@@ -28,7 +28,7 @@ from compressor.runtime.stopwatch import Stopwatch
 
 pytestmark = pytest.mark.slow
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "reference" / "architectures.md"
 START, END = (
     "<!-- architectures: written by tests/test_architectures.py -->\n",
     "<!-- end of architectures -->\n",
@@ -131,7 +131,7 @@ def reason(message: str) -> str:
 
 
 def table(outcome) -> str:
-    """The section of the README: a row for each architecture, and what the letters mean."""
+    """The table of the page: a row for each architecture, and what the letters mean."""
     found = {kind: {column: outcome.of(kind, column) for column in METHODS} for kind in KINDS}
     reasons = sorted({why for row in found.values() for why in row.values() if why})
     letters = {why: chr(ord("a") + index) for index, why in enumerate(reasons)}
@@ -166,12 +166,12 @@ def test_keeping_everything_changes_nothing(column, outcome):
     )
 
 
-def test_the_readme_says_what_the_runs_say(outcome):
-    before, _, rest = README.read_text().partition(START)
+def test_the_page_says_what_the_runs_say(outcome):
+    before, _, rest = PAGE.read_text().partition(START)
     written, _, after = rest.partition(END)
-    if os.environ.get("UPDATE_README"):
-        README.write_text(before + START + table(outcome) + END + after)
+    if os.environ.get("UPDATE_PAGE"):
+        PAGE.write_text(before + START + table(outcome) + END + after)
     else:
         assert written == table(outcome), (
-            "run UPDATE_README=1 python -m pytest -m slow tests/test_architectures.py"
+            "run UPDATE_PAGE=1 python -m pytest -m slow tests/test_architectures.py"
         )
