@@ -1,9 +1,10 @@
-# make run    install, compress the bundled reference checkpoint with the default recipe, print the before/after table
-# make test   install and run the tests          make slow    the tests that take minutes
-# make check  style of the code                  make bench   time and memory against their floors
-# make sweep  twelve recipes on the bundled reference checkpoint, with a plot of divergence against bytes in out/sweep/report.html
+# make run    install, compress the bundled model with the default recipe, print the table
+# make test   install and run the tests        make slow    the tests that take minutes
+# make check  style, spelling, imports, docs   make bench   time and memory against their floors
+# make docs   build the documentation into site/; a broken link fails
+# make sweep  twelve recipes on the bundled model, with a plot in out/sweep/report.html
 # make faults one test for each fault in docs/reliability.md
-# make gate   compress the reference checkpoint for CI and hold its report against benchmarks/gate/baseline.json
+# make gate   compress the bundled model and hold its report against benchmarks/gate/baseline.json
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-.PHONY: install run sweep test slow faults check gate bench clean
+.PHONY: install run sweep test slow faults check docs gate bench clean
 
 install: $(INSTALLED)
 
@@ -36,11 +37,15 @@ slow: install
 faults: install
 	$(PYTEST) -m faults
 
-check: install
+check: install docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/codespell
+
+# The variable silences a notice about a next major version of mkdocs.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 gate: install
 	$(BIN)/compressor compress reference out/ci -c ci --overwrite --quiet
@@ -50,4 +55,4 @@ bench: install
 	$(BIN)/python -m benchmarks.run
 
 clean:
-	rm -rf $(VENV) build dist out *.egg-info
+	rm -rf $(VENV) build dist out site *.egg-info

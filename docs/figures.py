@@ -1,6 +1,7 @@
-"""Draw the figures of README and docs from docs/assets/figures.json: `python docs/figures.py [FOLDER]`.
+"""Draw the figures of README and docs from docs/assets/figures.json.
 
-`python docs/figures.py --curves CHECKPOINT` first takes three error curves of a checkpoint into that file.
+`python docs/figures.py [FOLDER]` draws; `python docs/figures.py --curves CHECKPOINT` first takes
+three error curves of a checkpoint into that file.
 """
 
 import json
@@ -12,7 +13,11 @@ ASSETS = Path(__file__).parent / "assets"
 DATA = ASSETS / "figures.json"
 INK, ACCENT, GREY = "#222222", "#3949ab", "#8d8d8d"
 COLOURS = ("#c0612b", "#2e7d32", "#8d6e63", "#7b1fa2", "#00838f", "#9e9d24", "#ad1457", "#546e7a")
-LINEARS = ("model.layers.0.self_attn.q_proj", "model.layers.14.self_attn.o_proj", "model.layers.20.mlp.down_proj")
+LINEARS = (
+    "model.layers.0.self_attn.q_proj",
+    "model.layers.14.self_attn.o_proj",
+    "model.layers.20.mlp.down_proj",
+)
 
 
 def draw(folder: Path) -> list[Path]:
@@ -22,7 +27,11 @@ def draw(folder: Path) -> list[Path]:
     matplotlib.use("svg")
     matplotlib.rcParams.update(STYLE)
     data = json.loads(DATA.read_text(encoding="utf-8"))
-    figures = {"smollm2": draw_divergence(data["smollm2"]), "curves": draw_curves(data["curves"]), "pivoted": draw_pivoted()}
+    figures = {
+        "smollm2": draw_divergence(data["smollm2"]),
+        "curves": draw_curves(data["curves"]),
+        "pivoted": draw_pivoted(),
+    }
     paths = []
     for name, figure in figures.items():
         paths.append(folder / f"{name}.svg")
@@ -60,7 +69,14 @@ def draw_divergence(data: dict[str, Any]) -> Any:
     for series, colour in zip(data["series"], (ACCENT, *COLOURS), strict=True):
         kept, divergence = zip(*series["points"], strict=True)
         ours = series.get("ours", False)
-        axes.plot(kept, divergence, "o-", color=colour, linewidth=2.6 if ours else 1.4, markersize=9 if ours else 6)
+        axes.plot(
+            kept,
+            divergence,
+            "o-",
+            color=colour,
+            linewidth=2.6 if ours else 1.4,
+            markersize=9 if ours else 6,
+        )
         left = kept[0] < 0.6
         axes.annotate(
             series["name"],
@@ -74,7 +90,10 @@ def draw_divergence(data: dict[str, Any]) -> Any:
         )
     axes.set_yscale("log")
     axes.set_xlim(0.47, 0.95)
-    axes.set_xticks([0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85], ["55 %", "60 %", "65 %", "70 %", "75 %", "80 %", "85 %"])
+    axes.set_xticks(
+        [0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85],
+        ["55 %", "60 %", "65 %", "70 %", "75 %", "80 %", "85 %"],
+    )
     axes.set_yticks([0.2, 0.5, 1, 2, 5, 10], ["0.2", "0.5", "1", "2", "5", "10"])
     axes.minorticks_off()
     axes.set_xlabel("kept of the linears, masks included")
@@ -87,7 +106,14 @@ def draw_curves(data: dict[str, Any]) -> Any:
     """Error against size for a few linears; the chosen sizes are marked."""
     figure, axes = panel(7, 3.6)
     for (name, linear), colour in zip(data["linears"].items(), (ACCENT, *COLOURS), strict=False):
-        axes.plot(linear["kept"], linear["error"], "-", color=colour, linewidth=1.8, label=name.removeprefix("model.layers."))
+        axes.plot(
+            linear["kept"],
+            linear["error"],
+            "-",
+            color=colour,
+            linewidth=1.8,
+            label=name.removeprefix("model.layers."),
+        )
         if linear["chosen"] is not None:
             axes.plot(*linear["chosen"], "o", color=colour, markersize=9)
     axes.set_yscale("log")
@@ -103,8 +129,20 @@ def draw_pivoted() -> Any:
     """Numbers stored for a square weight at every rank, in units of the dense weight."""
     figure, axes = panel(7, 3.2)
     ranks = [step / 100 for step in range(101)]
-    axes.plot(ranks, [2 * rank for rank in ranks], color=COLOURS[0], linewidth=2, label="a pair of factors: r (m + n)")
-    axes.plot(ranks, [rank * (2 - rank) for rank in ranks], color=ACCENT, linewidth=2.4, label="pivoted: r (m + n − r)")
+    axes.plot(
+        ranks,
+        [2 * rank for rank in ranks],
+        color=COLOURS[0],
+        linewidth=2,
+        label="a pair of factors: r (m + n)",
+    )
+    axes.plot(
+        ranks,
+        [rank * (2 - rank) for rank in ranks],
+        color=ACCENT,
+        linewidth=2.4,
+        label="pivoted: r (m + n − r)",
+    )
     axes.axhline(1, color=GREY, linewidth=1.2, linestyle="--")
     axes.annotate("dense", (0.02, 1), xytext=(0, 5), textcoords="offset points", color=GREY)
     axes.set_xlim(0, 1)
@@ -118,13 +156,24 @@ def draw_pivoted() -> Any:
 def take_curves(checkpoint: Path) -> None:
     """Copy the curves and choices of three linears of a checkpoint into figures.json."""
     data = json.loads(DATA.read_text(encoding="utf-8"))
-    curves = {curve["linear"]: curve for curve in json.loads((checkpoint / "curves.json").read_text(encoding="utf-8"))["curves"]}
+    curves = {
+        curve["linear"]: curve
+        for curve in json.loads((checkpoint / "curves.json").read_text(encoding="utf-8"))["curves"]
+    }
     choices = json.loads((checkpoint / "plan.json").read_text(encoding="utf-8"))["linears"]
     linears = {}
     for name in LINEARS:
         choice = choices[name]
-        chosen = None if choice["method"] == "dense" else [choice["bits"] / choice["dense_bits"], choice["measured"]]
-        linears[name] = {"kept": curves[name]["kept"], "error": curves[name]["error"], "chosen": chosen}
+        chosen = (
+            None
+            if choice["method"] == "dense"
+            else [choice["bits"] / choice["dense_bits"], choice["measured"]]
+        )
+        linears[name] = {
+            "kept": curves[name]["kept"],
+            "error": curves[name]["error"],
+            "chosen": chosen,
+        }
     data["curves"]["linears"] = linears
     DATA.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

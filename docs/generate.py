@@ -1,7 +1,7 @@
-"""Write the reference pages that the code itself knows: command line, recipe, presets, method options, Python API, changelog.
+"""Write the reference pages that the code knows: command line, recipe, presets, options, API.
 
-As a hook of mkdocs (`hooks` in mkdocs.yml) it adds them to the site at every build, so they cannot be stale. For other builders
-`python docs/generate.py FOLDER` writes the same pages as plain Markdown.
+As a hook of mkdocs (`hooks` in mkdocs.yml) it adds them to the site at every build, so they cannot
+be stale. For other builders `python docs/generate.py FOLDER` writes the same pages as Markdown.
 """
 
 import ast
@@ -45,14 +45,20 @@ def table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """Return a Markdown table; bars inside cells are escaped."""
     lines = [list(headings), *map(list, rows)]
     lines.insert(1, ["---"] * len(lines[0]))
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines) + "\n"
+    return (
+        "\n".join(
+            "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |"
+            for line in lines
+        )
+        + "\n"
+    )
 
 
 # Command line
 
 
 def cli_page() -> str:
-    """Return a section for each command: what it does, how it is called, its arguments and options."""
+    """Return a section for each command: what it does, its arguments and options."""
     import typer
 
     from compressor.cli.app import app
@@ -63,12 +69,30 @@ def cli_page() -> str:
     shared = shared_options([command for _, command in commands if command.params])
     lines += ["Every command takes these options besides its own:", "", option_table(shared), ""]
     for name, command in commands:
-        own = [option for option in command.params if option.name not in {each.name for each in shared}]
+        own = [
+            option for option in command.params if option.name not in {each.name for each in shared}
+        ]
         arguments = [option for option in own if not option.opts[0].startswith("-")]
-        usage = " ".join([name, *(option.metavar or option.name.upper() for option in arguments), *(["[OPTIONS]"] if len(own) > len(arguments) else [])])
-        lines += [f"## {name.removeprefix('compressor ')}", "", f"{command.help}", "", f"    {usage}", ""]
+        usage = " ".join(
+            [
+                name,
+                *(option.metavar or option.name.upper() for option in arguments),
+                *(["[OPTIONS]"] if len(own) > len(arguments) else []),
+            ]
+        )
+        lines += [
+            f"## {name.removeprefix('compressor ')}",
+            "",
+            f"{command.help}",
+            "",
+            f"    {usage}",
+            "",
+        ]
         if arguments:
-            rows = [(f"`{option.metavar or option.name.upper()}`", option.help or "") for option in arguments]
+            rows = [
+                (f"`{option.metavar or option.name.upper()}`", option.help or "")
+                for option in arguments
+            ]
             lines += [table(("Argument", "Meaning"), rows), ""]
         if options := [option for option in own if option not in arguments]:
             lines += [option_table(options), ""]
@@ -94,7 +118,11 @@ def option_table(options: Iterable[Any]) -> str:
     for option in options:
         flag = getattr(option, "is_flag", False)
         value = "" if flag else f" {option.metavar or option.name.upper()}"
-        default = "" if flag or option.default in (None, [], ()) or callable(option.default) else f"`{option.default}`"
+        default = (
+            ""
+            if flag or option.default in (None, [], ()) or callable(option.default)
+            else f"`{option.default}`"
+        )
         required = "required" if option.required else default
         rows.append(("`" + ", ".join(option.opts) + value + "`", option.help or "", required))
     return table(("Option", "Meaning", "Default"), rows)
@@ -104,7 +132,7 @@ def option_table(options: Iterable[Any]) -> str:
 
 
 def recipe_page() -> str:
-    """Return a table of fields for each section of a recipe, from the docstrings under the fields."""
+    """Return a table for each section of a recipe, from the docstrings under its fields."""
     from compressor.recipe.load import schema
 
     data = schema()
@@ -112,13 +140,18 @@ def recipe_page() -> str:
     lines = [
         "# Recipe",
         "",
-        "A recipe is a YAML file. Sections and fields that are left out have their defaults; an unknown key is an error that names the",
-        "nearest valid one. `--set a.b=value` sets any field, list items by number: `--set method.0.candidates.0.options.bits=[3]`.",
-        "Strength: defaults < file or preset < `--set` < named option such as `--keep`. `compressor schema` prints the JSON Schema.",
+        "A recipe is a YAML file. Sections and fields that are left out have their defaults; an",
+        "unknown key is an error that names the nearest valid one. `--set a.b=value` sets any",
+        "field, list items by number: `--set method.0.candidates.0.options.bits=[3]`. Strength:",
+        "defaults < file or preset < `--set` < named option such as `--keep`.",
+        "`compressor schema` prints the JSON Schema.",
         "",
         "## The recipe itself",
         "",
-        field_table({name: field for name, field in data["properties"].items() if not target(field)}, definitions),
+        field_table(
+            {name: field for name, field in data["properties"].items() if not target(field)},
+            definitions,
+        ),
     ]
     seen: set[str] = set()
     for name, field in data["properties"].items():
@@ -128,12 +161,19 @@ def recipe_page() -> str:
 
 
 def section(path: str, name: str, definitions: dict[str, Any], seen: set[str]) -> list[str]:
-    """Return the lines of a section and of those below it; `path` is how its fields are set."""
+    """Return the lines of a section and those below it; `path` is how its fields are set."""
     if name in seen:
         return []
     seen.add(name)
     model = definitions[name]
-    lines = ["", f"## {path}", "", model.get("description", ""), "", field_table(model["properties"], definitions)]
+    lines = [
+        "",
+        f"## {path}",
+        "",
+        model.get("description", ""),
+        "",
+        field_table(model["properties"], definitions),
+    ]
     for key, field in model["properties"].items():
         if inner := target(field):
             lines += section(f"{path}.{key}", inner, definitions, seen)
@@ -141,7 +181,7 @@ def section(path: str, name: str, definitions: dict[str, Any], seen: set[str]) -
 
 
 def target(field: dict[str, Any]) -> str | None:
-    """Return the name of the section that a field holds, or a list of which it holds; None for a plain value."""
+    """Return the section that a field holds, or a list of which it holds; None for a value."""
     for schema in (field, field.get("items", {}), *field.get("allOf", ()), *field.get("anyOf", ())):
         if "$ref" in schema:
             return schema["$ref"].rpartition("/")[2]
@@ -152,8 +192,12 @@ def field_table(properties: dict[str, Any], definitions: dict[str, Any]) -> str:
     rows = []
     for name, field in properties.items():
         inner = target(field)
-        described = field.get("description") or (definitions[inner].get("description", "") if inner else "")
-        default = "" if inner else f"`{shown(field['default'])}`" if "default" in field else "required"
+        described = field.get("description") or (
+            definitions[inner].get("description", "") if inner else ""
+        )
+        default = (
+            "" if inner else f"`{shown(field['default'])}`" if "default" in field else "required"
+        )
         rows.append((f"`{name}`", kind(field), default, " ".join(described.split())))
     return table(("Field", "Value", "Default", "Meaning"), rows)
 
@@ -171,7 +215,12 @@ def kind(field: dict[str, Any]) -> str:
     name = field.get("type", "value")
     if name == "array":
         inner_kind = kind(field.get("items", {}))
-        return "list of " + {"string": "strings", "number": "numbers", "integer": "integers", "object": "maps"}.get(inner_kind, inner_kind)
+        return "list of " + {
+            "string": "strings",
+            "number": "numbers",
+            "integer": "integers",
+            "object": "maps",
+        }.get(inner_kind, inner_kind)
     if name == "object":
         return "map"
     bounds = [f"{sign} {shown(field[key])}" for key, sign in BOUNDS.items() if key in field]
@@ -196,7 +245,7 @@ def shown(value: Any) -> str:
 
 
 def presets_page() -> str:
-    """Return every preset with its header, which cites the paper and lists the deviations, and what it sets."""
+    """Return every preset: its header, with paper and deviations, and what it sets."""
     from compressor.files.yaml import read_text
     from compressor.recipe.presets import preset_titles, presets
 
@@ -204,10 +253,13 @@ def presets_page() -> str:
     lines = [
         "# Presets",
         "",
-        f"{len(files)} recipes with a name: `--config NAME`. `compressor presets NAME` prints one with all its defaults. Which one to take is",
-        "the subject of [Choose a preset](../guides/choose-a-preset.md).",
+        f"{len(files)} recipes with a name: `--config NAME`. `compressor presets NAME` prints one",
+        "with all its defaults. [Choose a preset](../guides/choose-a-preset.md) helps to choose.",
         "",
-        table(("Preset", "In one line"), ((f"[`{name}`](#{name})", title) for name, title in titles.items())),
+        table(
+            ("Preset", "In one line"),
+            ((f"[`{name}`](#{name})", title) for name, title in titles.items()),
+        ),
     ]
     for name, path in files.items():
         header, body = split_header(read_text(path))
@@ -216,7 +268,7 @@ def presets_page() -> str:
 
 
 def split_header(text: str) -> tuple[list[str], str]:
-    """Return the comment at the head of a preset as Markdown, its title as a sentence, and the YAML below it."""
+    """Return the comment at the head of a preset as Markdown, and the YAML below it."""
     lines = text.splitlines()
     count = next(index for index, line in enumerate(lines) if not line.startswith("#"))
     comments = [line.removeprefix("#").removeprefix(" ") for line in lines[:count]]
@@ -238,30 +290,46 @@ def methods_page() -> str:
     lines = [
         "# Method options",
         "",
-        "What `name` and `options` of a candidate may be; `compressor methods` prints the same. The pages under",
-        "[Methods](../methods/index.md) say what the options do.",
+        "What `name` and `options` of a candidate may be; `compressor methods` prints the same.",
+        "The pages under [Methods](../methods/index.md) have the equations.",
     ]
     for name, method in sorted(METHODS.items()):
         notes = comments_on_fields(method)
         rows = [
-            (f"`{field.name}`", annotation(field.type), f"`{shown(field.default)}`", notes.get(field.name, ""))
+            (
+                f"`{field.name}`",
+                annotation(field.type),
+                f"`{shown(field.default)}`",
+                notes.get(field.name, ""),
+            )
             for field in fields(method)
         ]
         about = inspect.cleandoc(method.__doc__ or "").partition("\n")[0]
         lines += ["", f"## {name}", "", about, "", f"Source: {method.paper}.", ""]
-        lines.append(table(("Option", "Value", "Default", "Meaning"), rows) if rows else "It has no options.\n")
+        lines.append(
+            table(("Option", "Value", "Default", "Meaning"), rows)
+            if rows
+            else "It has no options.\n"
+        )
     return "\n".join(lines)
 
 
 def comments_on_fields(method: type) -> dict[str, str]:
-    """Return what stands beside each field in the source, as a comment behind it or a docstring below it."""
+    """Return the comment behind each field in the source, or the docstring below it."""
     notes: dict[str, str] = {}
-    for owner in reversed([owner for owner in method.__mro__ if owner.__module__.startswith("compressor.")]):
+    for owner in reversed(
+        [owner for owner in method.__mro__ if owner.__module__.startswith("compressor.")]
+    ):
         source = textwrap.dedent(inspect.getsource(owner))
         lines, body = source.splitlines(), ast.parse(source).body[0].body
         for node, below in zip(body, [*body[1:], None], strict=True):
             if isinstance(node, ast.AnnAssign):
-                comment = lines[node.end_lineno - 1][node.end_col_offset :].strip().removeprefix("#").strip()
+                comment = (
+                    lines[node.end_lineno - 1][node.end_col_offset :]
+                    .strip()
+                    .removeprefix("#")
+                    .strip()
+                )
                 if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
                     comment = " ".join(str(below.value.value).split())
                 if comment:
@@ -273,7 +341,12 @@ def annotation(hint: Any) -> str:
     """Return a type annotation in words, with the bounds that pydantic checks."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
-        bounds = [text for extra in hint.__metadata__ for item in getattr(extra, "metadata", ()) if (text := bound(item))]
+        bounds = [
+            text
+            for extra in hint.__metadata__
+            for item in getattr(extra, "metadata", ())
+            if (text := bound(item))
+        ]
         return " ".join([annotation(inner[0]), ", ".join(bounds)]).strip()
     if origin is typing.Literal:
         return ", ".join(f"`{value}`" for value in inner)
@@ -283,12 +356,20 @@ def annotation(hint: Any) -> str:
         return f"list of {annotation(inner[0])}"
     if hint is type(None):
         return "null"
-    return {bool: "true or false", int: "integer", float: "number", str: "string"}.get(hint, str(hint))
+    return {bool: "true or false", int: "integer", float: "number", str: "string"}.get(
+        hint, str(hint)
+    )
 
 
 def bound(item: Any) -> str:
     """Return one constraint of annotated_types as a sign and a number; empty for others."""
-    for key, sign in {"ge": "≥", "gt": ">", "le": "≤", "lt": "<", "multiple_of": "multiple of"}.items():
+    for key, sign in {
+        "ge": "≥",
+        "gt": ">",
+        "le": "≤",
+        "lt": "<",
+        "multiple_of": "multiple of",
+    }.items():
         if getattr(item, key, None) is not None:
             return f"{sign} {shown(getattr(item, key))}"
     return ""
@@ -305,8 +386,9 @@ def api_page() -> str:
     lines = [
         "# Python API",
         "",
-        "`import compressor` imports nothing heavy; torch comes with the first use of a name below. The names of the first section are the",
-        "stable ones. `import compressor.hf` registers the checkpoint format with transformers.",
+        "`import compressor` imports nothing heavy; torch comes with the first use of a name.",
+        "The names of the first section are the stable ones. `import compressor.hf` registers the",
+        "checkpoint format with transformers.",
         "",
         "```python",
         "from compressor import compress, evaluate, load",

@@ -1,8 +1,9 @@
-"""Add a method of your own: drop the inputs of a linear that carry least, and compress the bundled model with it.
+"""Add a method of your own and compress the bundled model with it.
 
     python examples/custom_method.py [OUTPUT]
 
-Input j is worth ‖W[:, j]‖² E x²_j. Nothing is refitted, so expect it to lose to `channels` and `low_rank`.
+Drops the inputs of a linear that carry least; input j is worth ‖W[:, j]‖² E x²_j. Nothing is
+refitted, so expect it to lose to `channels` and `low_rank`.
 """
 
 import math
@@ -22,7 +23,9 @@ from compressor.methods.registry import register
 from compressor.plan import Candidate, Curve
 from compressor.statistics import LinearStats
 
-State = tuple[str, Dense, Metric, Tensor]  # name, weight, metric, inputs from the most to the least important
+State = tuple[
+    str, Dense, Metric, Tensor
+]  # name, weight, metric, inputs from the most to the least important
 
 
 @register
@@ -38,11 +41,16 @@ class KeepInputs(Method[State]):
     def sizes(self, dense: Dense) -> list[Candidate]:
         height, width = dense.weight.shape
         bias = 0 if dense.bias is None else height
-        counts = sorted({max(1, width * step // self.sizes_offered) for step in range(1, self.sizes_offered)})
+        counts = sorted(
+            {max(1, width * step // self.sizes_offered) for step in range(1, self.sizes_offered)}
+        )
         numbers = {count: height * count + bias for count in counts}
         mask = 8 * math.ceil(width / 8)
         bits = dense.dtype.itemsize * 8
-        return [Candidate(self.name, {"inputs": k}, n * bits + mask, n, math.nan, height * k) for k, n in numbers.items()]
+        return [
+            Candidate(self.name, {"inputs": k}, n * bits + mask, n, math.nan, height * k)
+            for k, n in numbers.items()
+        ]
 
     def prepare(self, linear: str, dense: Dense, stats: LinearStats) -> State:
         stats.require(linear, self.needs)
@@ -53,7 +61,9 @@ class KeepInputs(Method[State]):
         linear, dense, metric, _ = state
         built = [(size, self.compress(state, size.setting)) for size in self.sizes(dense)]
         offered = tuple(replace(size, error=self.measure(state, module)) for size, module in built)
-        return Curve(linear, self.name, offered, dense.bits, dense.parameters, metric.energy(dense.weight))
+        return Curve(
+            linear, self.name, offered, dense.bits, dense.parameters, metric.energy(dense.weight)
+        )
 
     def compress(self, state: State, setting: dict[str, Any]) -> Pruned:
         _, dense, _, order = state
@@ -66,7 +76,15 @@ class KeepInputs(Method[State]):
 
 
 if __name__ == "__main__":
-    settings = ["calibration.windows=16", "calibration.length=128", "evaluation.windows=8", "allocation.damage=relative_error"]
-    recipe = load_recipe(overrides=settings, options={"method": "keep_inputs", "allocation.keep": 0.9, "output.overwrite": True})
+    settings = [
+        "calibration.windows=16",
+        "calibration.length=128",
+        "evaluation.windows=8",
+        "allocation.damage=relative_error",
+    ]
+    recipe = load_recipe(
+        overrides=settings,
+        options={"method": "keep_inputs", "allocation.keep": 0.9, "output.overwrite": True},
+    )
     report = compress(recipe, sys.argv[1] if len(sys.argv) > 1 else "out/custom")
     print(f"kept {report['kept']['targets']:.3f} of the bits, KL {report['kl']:.4f} nats per token")
