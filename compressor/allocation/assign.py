@@ -7,14 +7,12 @@ import torch
 
 from compressor.errors import ConfigError
 from compressor.methods import build
-from compressor.methods.base import Engine, Method, ModuleMethod
+from compressor.methods.base import LINEAR, PAIR, Method
 from compressor.methods.low_rank import compensate
 from compressor.models.linears import LinearInfo, linears, selects
 from compressor.models.roles import GROUPS
 from compressor.recipe.sections import Recipe
 
-# the one kind of group whose linears lie in several blocks; all of them have the same role
-PAIR = "pair"
 ALWAYS = frozenset({"gram"})  # what the reported error of every linear is measured with
 
 
@@ -29,12 +27,12 @@ class Assignment:
     keep_dense: bool
     dtype: torch.dtype  # of the stored result
     shared: tuple[
-        tuple[str, Engine], ...
+        tuple[str, Method], ...
     ] = ()  # kind of group and method: those that decompose the linear with others
     residual_needs: frozenset[str] = frozenset()  # fields of the statistics for its residual
 
     @property
-    def competing(self) -> tuple[Engine, ...]:
+    def competing(self) -> tuple[Method, ...]:
         return self.methods + tuple(method for _, method in self.shared)
 
     @property
@@ -60,7 +58,7 @@ class Group:
 
     name: str
     members: tuple[str, ...]  # names, in the order of the model
-    methods: tuple[Engine, ...]  # that decompose all of them together
+    methods: tuple[Method, ...]  # that decompose all of them together
     tied: bool  # whether apart from these only equal methods and settings are allowed
 
 
@@ -84,14 +82,14 @@ def assign(recipe: Recipe, model: torch.nn.Module) -> dict[str, Assignment]:
         )
         alone, shared = [], []
         for engine, method in zip(entry.candidates, methods, strict=True):
-            kinds = [method.unit] if isinstance(method, ModuleMethod) else engine.share
-            if isinstance(method, ModuleMethod) and engine.share:
+            kinds = engine.share if method.unit == LINEAR else [method.unit]
+            if method.unit != LINEAR and engine.share:
                 raise ConfigError(
                     f"method '{method.name}' works on whole modules; take 'share' off it"
                 )
             if inside := [kind for kind in kinds if info.role in GROUPS[kind]]:
                 shared.append((inside[0], method))
-            elif not isinstance(method, ModuleMethod):
+            elif method.unit == LINEAR:
                 alone.append(method)
         if not alone and not shared:
             units = ", ".join(
@@ -220,14 +218,6 @@ def pairs(assignments: dict[str, Assignment]) -> dict[str, list[str]]:
     return found
 
 
-def keys_of(method: Engine, group: Group, assignments: dict[str, Assignment]) -> dict[str, str]:
-    """What a method of several linears knows each one of a group by: its role, in a pair its
-    name.
-    """
-    paired = isinstance(method, ModuleMethod) and method.unit == PAIR
-    return {name: name if paired else assignments[name].info.role for name in group.members}
-
-
 def check_group(group: Group, kind: str, members: Sequence[Assignment]) -> None:
     """Raise ConfigError unless the members of a group have the same methods and, where these stack
     them, read the same inputs.
@@ -241,7 +231,7 @@ def check_group(group: Group, kind: str, members: Sequence[Assignment]) -> None:
             f"{group.name}: linears that share or are tied must belong to one entry of the "
             "recipe; give them one target"
         )
-    if all(isinstance(method, ModuleMethod) for method in group.methods) and not group.tied:
+    if all(method.unit != LINEAR for method in group.methods) and not group.tied:
         return
     if len({member.info.feeds for member in members}) > 1:
         raise ConfigError(
@@ -249,7 +239,7 @@ def check_group(group: Group, kind: str, members: Sequence[Assignment]) -> None:
             "leave them out of share and tie"
         )
     if single := [
-        method.name for method in group.methods if isinstance(method, Method) and not method.shares
+        method.name for method in group.methods if method.unit == LINEAR and not method.shares
     ]:
         raise ConfigError(
             f"{group.name}: method '{single[0]}' decomposes single linears; take 'share' off it"

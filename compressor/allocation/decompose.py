@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from compressor import linalg
-from compressor.allocation.assign import Assignment, Group, keys_of
+from compressor.allocation.assign import Assignment, Group
 from compressor.errors import ConfigError
 from compressor.linears import CompressedLinear, Dense
-from compressor.methods.base import Engine, ModuleMethod, Part
+from compressor.methods.base import Member, Method
 from compressor.models.linears import dense_of
 from compressor.plan import Candidate, Choice, Curve
 from compressor.resume.store import NOWHERE, Store, digest
@@ -26,12 +26,10 @@ class Decomposition:
     point of it is built from.
     """
 
-    method: Engine
+    method: Method
     state: Any
     curve: Curve
-    members: dict[
-        str, Any
-    ]  # linear → what tells it apart: its number of outputs among stacked ones, its key in a module
+    members: dict[str, int]  # linear → its number of outputs
     # digest of method, options, linears and stored dtype, which pieces of work are kept under
     key: str = ""
 
@@ -43,16 +41,13 @@ class Decomposition:
 
 
 def built(
-    method: Engine, state: Any, setting: dict[str, Any], members: Mapping[str, Any]
+    method: Method, state: Any, setting: dict[str, Any], outputs: Mapping[str, int]
 ) -> tuple[dict[str, CompressedLinear], float]:
-    """Module of every linear for a setting, as it will be stored, and the error of all in the
-    method's metric.
+    """Build the module of every linear for a setting, as it will be stored, and measure the error
+    of all in the method's metric.
     """
-    made = method.compress(state, setting)
-    error = method.measure(state, made)
-    if isinstance(method, ModuleMethod):
-        return {name: made[role] for name, role in members.items()}, error
-    return (dict.fromkeys(members, made) if len(members) == 1 else made.split(members)), error
+    modules = method.compress_unit(state, setting, outputs)
+    return modules, method.measure_unit(state, modules)
 
 
 def options_as_json(part: Decomposition) -> dict[str, Any]:
@@ -121,25 +116,6 @@ def dense_weight(assignment: Assignment) -> Dense:
     return dense_of(assignment.info, assignment.dtype)
 
 
-def stacked(denses: Sequence[Dense]) -> Dense:
-    """Linears with the same inputs as one, outputs below each other."""
-    bias = None if denses[0].bias is None else torch.cat([dense.bias for dense in denses])
-    heights = tuple(len(dense.weight) for dense in denses)
-    return Dense(torch.cat([dense.weight for dense in denses]), bias, denses[0].dtype, heights)
-
-
-def stacked_stats(stats: Sequence[LinearStats]) -> LinearStats:
-    """Statistics of stacked linears: their common inputs, and the gradients of each; products
-    across linears are unknown and count as 0.
-    """
-    joined = {}
-    if stats[0].grad_gram is not None:
-        joined["grad_gram"] = torch.block_diag(*(one.grad_gram for one in stats))
-    if stats[0].fisher is not None:
-        joined["fisher"] = torch.cat([one.fisher for one in stats])
-    return replace(stats[0], **joined)
-
-
 def beside(
     assignments: Mapping[str, Assignment], stats: dict[str, LinearStats]
 ) -> dict[str, LinearStats]:
@@ -164,15 +140,17 @@ def beside(
     return found
 
 
+def member_of(name: str, assignment: Assignment, stats: LinearStats) -> Member:
+    """Describe a target and its statistics as a method takes them."""
+    return Member(name, dense_weight(assignment), stats, assignment.info.role)
+
+
 def decompose_one(
     name: str, assignment: Assignment, stats: LinearStats, store: Store = NOWHERE
 ) -> list[Decomposition]:
     """Prepare every method that competes for one linear alone."""
-    members, inputs = {name: assignment.info.out_features}, (dense_weight(assignment), stats)
-    return [
-        decompose(name, method, inputs, members, assignment.dtype, store)
-        for method in assignment.methods
-    ]
+    members = {name: member_of(name, assignment, stats)}
+    return [decompose(name, method, members, store) for method in assignment.methods]
 
 
 def decompose_group(
@@ -182,46 +160,23 @@ def decompose_group(
     store: Store = NOWHERE,
 ) -> list[Decomposition]:
     """Prepare every method that decomposes the linears of a group together."""
-    infos = {name: assignments[name].info for name in group.members}
-    denses = {name: dense_weight(assignments[name]) for name in group.members}
-    found = []
-    for method in group.methods:
-        if isinstance(method, ModuleMethod):
-            keys = keys_of(method, group, assignments)
-            inputs, members = (
-                ({key: Part(name, denses[name], stats[name]) for name, key in keys.items()},),
-                keys,
-            )
-        else:
-            inputs = (
-                stacked(list(denses.values())),
-                stacked_stats([stats[name] for name in group.members]),
-            )
-            members = {name: info.out_features for name, info in infos.items()}
-        found.append(
-            decompose(group.name, method, inputs, members, next(iter(denses.values())).dtype, store)
-        )
-    return found
+    members = {name: member_of(name, assignments[name], stats[name]) for name in group.members}
+    return [decompose(group.name, method, members, store) for method in group.methods]
 
 
-def decompose(
-    name: str,
-    method: Engine,
-    inputs: Any,
-    members: dict[str, Any],
-    dtype: torch.dtype,
-    store: Store,
-) -> Decomposition:
-    """Prepare one method. inputs: what its `prepare` takes behind the name."""
-    key = digest([method.name, asdict(method), members, str(dtype)])
+def decompose(unit: str, method: Method, members: dict[str, Member], store: Store) -> Decomposition:
+    """Prepare one method for one unit."""
+    outputs = {name: len(member.dense.weight) for name, member in members.items()}
+    dtype = next(iter(members.values())).dense.dtype
+    key = digest([method.name, asdict(method), outputs, str(dtype)])
     state, curve = store.recall(
-        "decomposition", key, partial(_prepare, method, name, inputs), known=inputs
+        "decomposition", key, partial(_prepare, method, unit, members), known=members
     )
-    return Decomposition(method, state, curve, members, key)
+    return Decomposition(method, state, curve, outputs, key)
 
 
-def _prepare(method: Engine, name: str, inputs: Any) -> tuple[Any, Curve]:
-    state = method.prepare(name, *inputs)
+def _prepare(method: Method, unit: str, members: dict[str, Member]) -> tuple[Any, Curve]:
+    state = method.prepare_unit(unit, members)
     return state, method.candidates(state)
 
 

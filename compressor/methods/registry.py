@@ -1,7 +1,7 @@
 """Registry of decompositions by name."""
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -11,7 +11,10 @@ from compressor.methods.base import Method
 METHODS: dict[str, type[Method]] = {}
 
 
-def register(method: type[Method]) -> type[Method]:
+AnyMethod = TypeVar("AnyMethod", bound=Method)
+
+
+def register(method: type[AnyMethod]) -> type[AnyMethod]:
     """Class decorator: make a method available to recipes under its `name`."""
     if method.name in METHODS:
         raise ValueError(f"two methods are called {method.name!r}")

@@ -22,7 +22,7 @@ from compressor.allocation.solve import (
 from compressor.checkpoint.weights import stored_tensors
 from compressor.errors import BudgetError, ConfigError
 from compressor.linears import CompressedLinear
-from compressor.methods.base import Engine, ModuleMethod
+from compressor.methods.base import LINEAR, Method
 from compressor.models import linears
 from compressor.pipeline.builder import Workshop
 from compressor.pipeline.job import Job
@@ -90,11 +90,11 @@ def choose(
     return to_plan(*best, contest), best.modules
 
 
-def teams(methods: Mapping[str, Engine]) -> dict[str, set[str]]:
+def teams(methods: Mapping[str, Method]) -> dict[str, set[str]]:
     """Names of the methods of each entrant of the contest but the last, which has all: each alone,
     and those of single linears.
     """
-    single = {name for name, method in methods.items() if not isinstance(method, ModuleMethod)}
+    single = {name for name, method in methods.items() if method.unit == LINEAR}
     several = {"single linears": single} if 1 < len(single) < len(methods) else {}
     return {name: {name} for name in sorted(methods)} | several
 

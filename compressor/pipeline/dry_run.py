@@ -8,16 +8,15 @@ from typing import Any
 
 import torch
 
-from compressor.allocation.assign import Assignment, Group, assign, groups, keys_of
+from compressor.allocation.assign import Assignment, Group, assign, groups
 from compressor.allocation.budgets import budgets, reserved
-from compressor.allocation.decompose import stacked
 from compressor.allocation.knapsack import Row, check_budget
 from compressor.calibrate.collect import GRADIENT_FIELDS
 from compressor.calibrate.windows import heldout_count
 from compressor.checkpoint.weights import DTYPES
 from compressor.files.model_folder import ModelFolder
 from compressor.linears import Dense
-from compressor.methods.base import Engine, ModuleMethod
+from compressor.methods.base import Member, Method
 from compressor.models.linears import blocks, covered_share, fused
 from compressor.models.load import skeleton
 from compressor.pipeline.stages import other_bytes, output_dtype
@@ -50,7 +49,11 @@ def outline(recipe: Recipe, source: ModelFolder) -> dict[str, Any]:
         for name, assignment in assignments.items()
     }
     sizes = {
-        name: [size for method in assignments[name].methods for size in method.sizes(dense)]
+        name: [
+            size
+            for method in assignments[name].methods
+            for size in method.sizes_of_unit({name: Member(name, dense)})
+        ]
         for name, dense in denses.items()
     }
     bits = recipe.allocation.count == "bits"
@@ -150,14 +153,15 @@ def rows_of(
 
 
 def sizes_of(
-    method: Engine, group: Group, assignments: dict[str, Assignment], denses: dict[str, Dense]
+    method: Method, group: Group, assignments: dict[str, Assignment], denses: dict[str, Dense]
 ) -> list[Candidate]:
     """Sizes that a method offers for a group."""
-    if isinstance(method, ModuleMethod):
-        return method.sizes(
-            {key: denses[name] for name, key in keys_of(method, group, assignments).items()}
-        )
-    return method.sizes(stacked([denses[name] for name in group.members]))
+    return method.sizes_of_unit(
+        {
+            name: Member(name, denses[name], role=assignments[name].info.role)
+            for name in group.members
+        }
+    )
 
 
 def costs_of(sizes: list[Candidate], whole: int, keep_dense: bool, bits: bool) -> tuple[int, ...]:

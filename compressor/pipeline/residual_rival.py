@@ -9,7 +9,7 @@ inputs of the dense model, whatever the run does later.
 
 from dataclasses import replace
 
-from compressor.allocation.decompose import built, dense_weight, offering
+from compressor.allocation.decompose import dense_weight, offering
 from compressor.allocation.probe import Prober
 from compressor.allocation.solve import Found
 from compressor.linears import CompressedLinear
@@ -105,9 +105,7 @@ def finest(
     best = max(fitting, key=fineness)
     if fineness(best) <= (base.setting["bits"], -base.setting["group"]):
         return None
-    return built(
-        method, method.prepare(name, dense, stats), best.setting, {name: len(dense.weight)}
-    )[0][name]
+    return method.compress(method.prepare(name, dense, stats), best.setting)
 
 
 def fineness(candidate: Candidate) -> tuple[int, int]:

@@ -4,30 +4,26 @@ and given low-rank residuals.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from compressor import linalg
-from compressor.allocation.assign import PAIR
 from compressor.allocation.decompose import (
     Decomposition,
     built,
     dense_weight,
     offering,
     setting_of,
-    stacked,
-    stacked_stats,
 )
 from compressor.allocation.solve import Found
 from compressor.calibrate.streams import Streams, solve_block, solve_in_order
 from compressor.errors import ConfigError
-from compressor.linears import CompressedLinear, Dense
+from compressor.linears import Dense
 from compressor.linears.base import Modules
-from compressor.methods.base import ModuleMethod, Part
+from compressor.methods.base import LINEAR, PAIR, Member
 from compressor.methods.low_rank import compensate
 from compressor.pipeline.job import Job
 from compressor.pipeline.residuals import ranks_of
@@ -109,16 +105,6 @@ def in_order(
     return Run(job, plan, modules, found, stats, ranks, store)
 
 
-@dataclass(frozen=True)
-class Stack:
-    """Linears that were decomposed together, as what their method measures."""
-
-    modules: Sequence[CompressedLinear]
-
-    def to_dense(self) -> Tensor:
-        return torch.cat([module.to_dense() for module in self.modules])
-
-
 class Run:
     """The modules and choices of a plan, replaced group by group."""
 
@@ -138,7 +124,8 @@ class Run:
         self.store = store.within(
             plan.to_json(), ranks, [self.section.anchor, *self.section.anchor_damping]
         )
-        self.waiting: dict[str, Part] = {}  # linears of modules whose last one has not been reached
+        # linears of modules whose last one has not been reached
+        self.waiting: dict[str, Member] = {}
 
     @property
     def plan(self) -> Plan:
@@ -200,7 +187,7 @@ class Run:
         """
         members = self.choices[name].setting.get("shared")
         part = None if members is None else next(self.parts(members))
-        return part if part is not None and isinstance(part.method, ModuleMethod) else None
+        return part if part is not None and part.method.unit != LINEAR else None
 
     def solve_modules(
         self,
@@ -223,14 +210,14 @@ class Run:
                 found[name] = self.modules[name]
                 continue
             stats = self.stats[name] if sums is None else over(self.stats[name], sums)
-            anchored = shift if self.job.assignments[name].info.role in READERS else None
-            self.waiting[name] = Part(name, self.target(name, anchored), stats)
+            role = self.job.assignments[name].info.role
+            anchored = shift if role in READERS else None
+            self.waiting[name] = Member(name, self.target(name, anchored), stats, role)
             if not part.members.keys() <= self.waiting.keys():
                 continue
             if sums is not None:
-                state = part.method.prepare(
-                    part.curve.linear,
-                    {part.members[each]: self.waiting[each] for each in part.members},
+                state = part.method.prepare_unit(
+                    part.curve.linear, {each: self.waiting[each] for each in part.members}
                 )
                 modules, error = built(
                     part.method, state, setting_of(self.choices[name]), part.members
@@ -280,14 +267,9 @@ class Run:
         """Solve one linear, or several that share what they store, at the setting of the plan;
         return the state of the method.
         """
-        name, alone = next(iter(part.members)), len(part.members) == 1
-        dense, sums = (
-            (targets[name], stats[name])
-            if alone
-            else (stacked([*targets.values()]), stacked_stats([*stats.values()]))
-        )
-        setting = setting_of(self.choices[name])
-        state = part.method.prepare(part.curve.linear, dense, sums)
+        setting = setting_of(self.choices[next(iter(part.members))])
+        members = {name: Member(name, targets[name], stats[name]) for name in part.members}
+        state = part.method.prepare_unit(part.curve.linear, members)
         modules, error = built(part.method, state, setting, part.members)
         if (
             "damping" in setting
@@ -350,12 +332,12 @@ class Run:
                     self.job.recipe.compensation.metric,
                 )
                 self.modules[name] = compensate.extend(self.modules[name], fit, rank)
-        modules = [self.modules[name] for name in part.members]
+        modules = {name: self.modules[name] for name in part.members}
         if any(self.ranks.get(name, 0) for name in part.members):
-            error = part.method.measure(state, modules[0] if len(modules) == 1 else Stack(modules))
+            error = part.method.measure_unit(state, modules)
             for name in part.members:
                 self.choices[name] = replace(self.choices[name], measured=error)
-        for name, module in zip(part.members, modules, strict=True):
+        for name, module in modules.items():
             sizes = {"bits": module.bits(), "parameters": module.stored_parameters()}
             self.choices[name] = replace(self.choices[name], residual=self.ranks.get(name), **sizes)
 

@@ -19,13 +19,12 @@ from compressor.errors import NumericalError
 from compressor.evaluation.perplexity import in_float32
 from compressor.linears import CompressedLinear
 from compressor.linears.base import Modules
-from compressor.methods.base import ModuleMethod
 from compressor.models.install import installed
 from compressor.models.linears import blocks
 from compressor.models.partial_forward import recomputing
 from compressor.pipeline import job as jobs
 from compressor.pipeline.job import Job
-from compressor.pipeline.sequential_solve import Run, Stack
+from compressor.pipeline.sequential_solve import Run
 from compressor.pipeline.stages import output_dtype
 from compressor.plan import Choice, Plan
 from compressor.recipe.sections import Recipe
@@ -383,9 +382,5 @@ def _errors(
         else next(group.name for group in job.groups.values() if [*group.members] == members)
     )
     part = offering(name, choice, found[unit])[0]
-    made: Any = [modules[each] for each in part.members]
-    if isinstance(part.method, ModuleMethod):
-        made = {key: modules[each] for each, key in part.members.items()}
-    else:
-        made = made[0] if len(made) == 1 else Stack(made)
-    return dict.fromkeys(part.members, part.method.measure(part.state, made))
+    error = part.method.measure_unit(part.state, {each: modules[each] for each in part.members})
+    return dict.fromkeys(part.members, error)

@@ -37,7 +37,7 @@ from compressor.errors import ConfigError
 from compressor.linalg import Metric
 from compressor.linears import Dense, Dictionary
 from compressor.linears.masks import pack_mask
-from compressor.methods.base import Method
+from compressor.methods.base import Approximation, LinearMethod
 from compressor.methods.dictionary.sparse_coding import ascending
 from compressor.plan import Candidate, Curve
 from compressor.statistics import LinearStats
@@ -376,7 +376,7 @@ def store(
 
 
 @dataclass(frozen=True)
-class DictionaryMethod(Method[Basis]):
+class DictionaryMethod(LinearMethod[Basis]):
     """What methods with one dictionary for a linear have in common: their options, their sizes,
     their metric.
     """
@@ -406,5 +406,5 @@ class DictionaryMethod(Method[Basis]):
     def prepare(self, linear: str, dense: Dense, stats: LinearStats) -> Basis:
         return basis_of(linear, dense, stats, self.metric, self.shrink_gram, self.shrink_grad_gram)
 
-    def measure(self, state: Basis, module: Dictionary) -> float:
+    def measure(self, state: Basis, module: Approximation) -> float:
         return state.error(module)

@@ -31,7 +31,7 @@ from compressor.errors import ConfigError
 from compressor.linalg import Metric
 from compressor.linears import Dense, Dictionary
 from compressor.methods import register
-from compressor.methods.base import Method
+from compressor.methods.base import Approximation, LinearMethod
 from compressor.methods.dictionary.base import (
     RATIOS,
     Fraction,
@@ -92,7 +92,7 @@ class Slices:
 
 @register
 @dataclass(frozen=True)
-class DSFormer(Method[Slices]):
+class DSFormer(LinearMethod[Slices]):
     """A small dictionary for each slice of the inputs, with a fixed number of atoms for each output
     and slice.
     """
@@ -202,7 +202,7 @@ class DSFormer(Method[Slices]):
             state.dense, state.roots, torch.cat(codes), torch.cat(mask), atoms, len(state.parts)
         )
 
-    def measure(self, state: Slices, module: Dictionary) -> float:
+    def measure(self, state: Slices, module: Approximation) -> float:
         lost = torch.cat(state.parts, dim=1) - state.roots[:, None] * module.to_dense()
         parts = lost.split(state.parts[0].shape[1], dim=1)
         whole = state.energy

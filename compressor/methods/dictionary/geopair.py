@@ -40,7 +40,7 @@ from compressor.errors import ConfigError
 from compressor.linalg import Metric
 from compressor.linears import CompressedLinear, Dense
 from compressor.methods import register
-from compressor.methods.base import ModuleMethod, Part
+from compressor.methods.base import Approximation, Member, Method, stack_denses
 from compressor.methods.dictionary.base import (
     RATIOS,
     Fraction,
@@ -66,7 +66,7 @@ class Pair:
     """Two linears, or one that is left over, and what all their dictionaries start from."""
 
     name: str
-    parts: tuple[Part, ...]
+    parts: tuple[Member, ...]
     dense: Dense  # the linears stacked
     grams: tuple[Tensor, ...]  # ω_i G_i (in, in), per token, shrunk, float64
     basis: tuple[Tensor, Tensor] | None  # of two different Grams, see `sylvester.gram_basis`
@@ -83,11 +83,9 @@ class Pair:
         return self.coordinates.square().sum().item()
 
 
-def stacked(denses: Mapping[str, Dense]) -> Dense:
-    """Linears below each other. Raises ConfigError naming them if they cannot have one
-    dictionary.
-    """
-    names, found = list(denses), list(denses.values())
+def stack_pair(members: Mapping[str, Member]) -> Dense:
+    """Stack linears. Raises ConfigError naming them if they cannot have one dictionary."""
+    names, found = list(members), [member.dense for member in members.values()]
     if len({dense.weight.shape[1] for dense in found}) > 1:
         widths = " and ".join(str(dense.weight.shape[1]) for dense in found)
         raise ConfigError(
@@ -99,18 +97,12 @@ def stacked(denses: Mapping[str, Dense]) -> Dense:
             f"{' and '.join(names)}: one has a bias and one has none; leave one of them out of "
             "the targets"
         )
-    bias = None if found[0].bias is None else torch.cat([dense.bias for dense in found])
-    return Dense(
-        torch.cat([dense.weight for dense in found]),
-        bias,
-        found[0].dtype,
-        tuple(len(dense.weight) for dense in found),
-    )
+    return stack_denses(found)
 
 
 @register
 @dataclass(frozen=True)
-class GeoPair(ModuleMethod[Pair]):
+class GeoPair(Method[Pair]):
     """Dictionaries that linears of the same role in consecutive blocks share."""
 
     name: ClassVar[str] = "geopair"
@@ -136,20 +128,20 @@ class GeoPair(ModuleMethod[Pair]):
     def needs(self) -> frozenset[str]:
         return frozenset({"gram"})
 
-    def sizes(self, denses: Mapping[str, Dense]) -> list[Candidate]:
-        return self.offered(stacked(denses))
+    def sizes_of_unit(self, members: Mapping[str, Member]) -> list[Candidate]:
+        return self.offered(stack_pair(members))
 
     def offered(self, dense: Dense) -> list[Candidate]:
         return grid(self.name, dense, self.ratios, self.atom_step, min(dense.weight.shape))
 
-    def prepare(self, module: str, parts: Mapping[str, Part]) -> Pair:
-        dense = stacked({name: part.dense for name, part in parts.items()})
-        for part in parts.values():
+    def prepare_unit(self, unit: str, members: Mapping[str, Member]) -> Pair:
+        dense = stack_pair(members)
+        for part in members.values():
             part.stats.require(part.linear, self.needs)
-        weights = [part.dense.weight.double() for part in parts.values()]
+        weights = [part.dense.weight.double() for part in members.values()]
         grams = [
             linalg.shrink(part.stats.gram.double() / part.stats.tokens, self.shrink_gram)
-            for part in parts.values()
+            for part in members.values()
         ]
         if self.relative:
             grams = [
@@ -158,11 +150,11 @@ class GeoPair(ModuleMethod[Pair]):
             ]
         roots = [
             linalg.cholesky(gram, f"{part.linear}: the Gram", "shrink_gram")
-            for gram, part in zip(grams, parts.values(), strict=True)
+            for gram, part in zip(grams, members.values(), strict=True)
         ]
         whole = torch.cat(weights)
         values, vectors = linalg.principal_outputs(
-            whole, Metric(sum(grams) if self.start == "whitened" else None), module
+            whole, Metric(sum(grams) if self.start == "whitened" else None), unit
         )
         scales = torch.where(
             values > 1e-12 * values[0], values.rsqrt(), 0.0
@@ -171,10 +163,10 @@ class GeoPair(ModuleMethod[Pair]):
         coordinates = [
             coordinates_of(start, root, weight) for root, weight in zip(roots, weights, strict=True)
         ]
-        basis = None if len(grams) == 1 or torch.equal(*grams) else gram_basis(tuple(grams), module)
+        basis = None if len(grams) == 1 or torch.equal(*grams) else gram_basis(tuple(grams), unit)
         return Pair(
-            module,
-            tuple(parts.values()),
+            unit,
+            tuple(members.values()),
             dense,
             tuple(grams),
             basis,
@@ -231,15 +223,17 @@ class GeoPair(ModuleMethod[Pair]):
                 break
         return best
 
-    def compress(self, state: Pair, setting: dict[str, Any]) -> dict[str, CompressedLinear]:
+    def compress_unit(
+        self, state: Pair, setting: dict[str, Any], outputs: Mapping[str, int]
+    ) -> dict[str, CompressedLinear]:
         atoms, nonzeros = require_atoms(state.name, setting, len(state.start))
         rows, codes, _ = self.fit(state, atoms, nonzeros)
         module = store(
             state.dense, torch.ones_like(codes[0]), codes, project_columns(nonzeros)(codes), rows
         )
-        return module.split({part.linear: len(part.dense.weight) for part in state.parts})
+        return module.split(outputs)
 
-    def measure(self, state: Pair, modules: Mapping[str, CompressedLinear]) -> float:
+    def measure_unit(self, state: Pair, modules: Mapping[str, Approximation]) -> float:
         lost = [
             Metric(gram).energy(weight - modules[part.linear].to_dense().double())
             for gram, weight, part in zip(state.grams, state.weights, state.parts, strict=True)

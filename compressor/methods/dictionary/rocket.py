@@ -32,6 +32,7 @@ from compressor import linalg
 from compressor.linalg import Metric
 from compressor.linears import Dictionary
 from compressor.methods import register
+from compressor.methods.base import Approximation
 from compressor.methods.dictionary.base import (
     Basis,
     DictionaryMethod,
@@ -176,7 +177,7 @@ class Rocket(DictionaryMethod):
             state.dense, state.roots, codes, mask, best_dictionary(codes, state.weight, self.ridge)
         )
 
-    def measure(self, state: Basis, module: Dictionary) -> float:
+    def measure(self, state: Basis, module: Approximation) -> float:
         if self.profile == "gram":
             return state.error(module)
         return (

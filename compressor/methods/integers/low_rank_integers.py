@@ -37,7 +37,7 @@ from compressor.linalg import Metric
 from compressor.linears import Chained, Dense, Packed
 from compressor.linears.packed import packed_size
 from compressor.methods import register
-from compressor.methods.base import Method
+from compressor.methods.base import Approximation, LinearMethod
 from compressor.methods.integers.quantize import (
     Bits,
     Group,
@@ -85,7 +85,7 @@ def refit(weight: Tensor, down: Tensor, metric: Metric) -> tuple[Tensor, Tensor]
 
 @register
 @dataclass(frozen=True)
-class LowRankIntegers(Method[Rounded]):
+class LowRankIntegers(LinearMethod[Rounded]):
     """Best rank-r weight in a chosen metric, both factors stored as integer codes."""
 
     name: ClassVar[str] = "low_rank_integers"
@@ -217,5 +217,5 @@ class LowRankIntegers(Method[Rounded]):
             ).module,
         )
 
-    def measure(self, state: Rounded, module: Chained) -> float:
+    def measure(self, state: Rounded, module: Approximation) -> float:
         return self.exact.measure(state.factors, module)

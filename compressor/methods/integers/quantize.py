@@ -40,7 +40,7 @@ from compressor.errors import ConfigError
 from compressor.linears import Adapted, CompressedLinear, Dense, Packed
 from compressor.linears.packed import packed_size
 from compressor.methods import register
-from compressor.methods.base import Method
+from compressor.methods.base import Approximation, LinearMethod
 from compressor.methods.integers.coordinate_descent import descend
 from compressor.methods.integers.error_feedback import (
     Entries,
@@ -148,7 +148,7 @@ class Prepared:
 
 @register
 @dataclass(frozen=True)
-class QuantizeMethod(Method[Prepared]):
+class QuantizeMethod(LinearMethod[Prepared]):
     """Integer codes with group scales, alone or with a low-rank residual."""
 
     name: ClassVar[str] = "quantize"
@@ -448,5 +448,5 @@ class QuantizeMethod(Method[Prepared]):
             ),
         )
 
-    def measure(self, state: Prepared, module: CompressedLinear) -> float:
+    def measure(self, state: Prepared, module: Approximation) -> float:
         return state.weighed.error(module.to_dense())

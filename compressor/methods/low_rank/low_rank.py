@@ -37,7 +37,7 @@ from compressor.linalg import Metric
 from compressor.linears import Dense, LowRank
 from compressor.linears.masks import pack_mask
 from compressor.methods import register
-from compressor.methods.base import Method
+from compressor.methods.base import Approximation, LinearMethod
 from compressor.plan import Candidate, Curve
 from compressor.statistics import LinearStats
 
@@ -137,7 +137,7 @@ def store(
 
 @register
 @dataclass(frozen=True)
-class LowRankMethod(Method[Factors]):
+class LowRankMethod(LinearMethod[Factors]):
     """Best rank-r weight in a chosen metric, stored as a factor pair or pivoted."""
 
     name: ClassVar[str] = "low_rank"
@@ -246,7 +246,7 @@ class LowRankMethod(Method[Factors]):
             bias = lost if bias is None else bias.double() + lost
         return store(up, down, bias, state.dense.dtype, self.storage == "pivoted")
 
-    def measure(self, state: Factors, module: LowRank) -> float:
+    def measure(self, state: Factors, module: Approximation) -> float:
         whole = state.values.clamp(min=0).sum().item()
         return linalg.relative_error(
             state.dense.weight, module.to_dense(), state.metric, state.root, whole

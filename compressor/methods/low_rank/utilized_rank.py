@@ -26,7 +26,7 @@ from compressor import linalg
 from compressor.linalg import Metric
 from compressor.linears import Dense, LowRank
 from compressor.methods import register
-from compressor.methods.base import Method
+from compressor.methods.base import Approximation, LinearMethod
 from compressor.methods.low_rank.low_rank import candidate, pair_size, saves, store
 from compressor.plan import Candidate, Curve
 from compressor.statistics import LinearStats
@@ -47,7 +47,7 @@ class Subspaces:
 
 @register
 @dataclass(frozen=True)
-class UtilizedRank(Method[Subspaces]):
+class UtilizedRank(LinearMethod[Subspaces]):
     """Keep the directions that carry a share p of the energy, on the input and on the output
     side.
     """
@@ -151,5 +151,5 @@ class UtilizedRank(Method[Subspaces]):
         )
         return store(up, down, state.dense.bias, state.dense.dtype, self.storage == "pivoted")
 
-    def measure(self, state: Subspaces, module: LowRank) -> float:
+    def measure(self, state: Subspaces, module: Approximation) -> float:
         return linalg.relative_error(state.dense.weight, module.to_dense(), state.metric)

@@ -29,7 +29,7 @@ from torch import Tensor
 from compressor.linears import Dense
 from compressor.linears.wrapped import Wrapped
 from compressor.methods import register
-from compressor.methods.base import Method
+from compressor.methods.base import Approximation, LinearMethod
 from compressor.methods.sparse.admm import Problem, admm, projection, refit
 from compressor.methods.sparse.base import (
     NEEDS,
@@ -81,7 +81,7 @@ class Started:
 
 @register
 @dataclass(frozen=True)
-class Armor(Method[Started]):
+class Armor(LinearMethod[Started]):
     """Two of four entries of a core between block-diagonal wrappers."""
 
     name: ClassVar[str] = "armor"
@@ -162,7 +162,7 @@ class Armor(Method[Started]):
             key=lambda module: self.measure(state, module),
         )
 
-    def measure(self, state: Started, module: Wrapped) -> float:
+    def measure(self, state: Started, module: Approximation) -> float:
         return state.weighed.error(module.to_dense())
 
 

@@ -32,7 +32,7 @@ from torch import Tensor
 from compressor.errors import NumericalError
 from compressor.linears import Dense, Sparse
 from compressor.methods import register
-from compressor.methods.base import Method
+from compressor.methods.base import Approximation, LinearMethod
 from compressor.methods.sparse.admm import admm, n_of_m, projection, refit
 from compressor.methods.sparse.base import (
     NEEDS,
@@ -126,7 +126,7 @@ class Prepared:
 
 @register
 @dataclass(frozen=True)
-class SparseMethod(Method[Prepared]):
+class SparseMethod(LinearMethod[Prepared]):
     """A weight with most entries at zero, stored as the others and a bit mask."""
 
     name: ClassVar[str] = "sparse"
@@ -234,5 +234,5 @@ class SparseMethod(Method[Prepared]):
         values, mask = self.solve(state, [setting["nonzeros"]])
         return store(state.weighed, values[0], mask[0])
 
-    def measure(self, state: Prepared, module: Sparse) -> float:
+    def measure(self, state: Prepared, module: Approximation) -> float:
         return state.weighed.error(module.to_dense())

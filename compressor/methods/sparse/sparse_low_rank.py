@@ -35,7 +35,7 @@ from compressor import linalg
 from compressor.linalg import Metric
 from compressor.linears import Adapted, Dense
 from compressor.methods import register
-from compressor.methods.base import Method
+from compressor.methods.base import Approximation, LinearMethod
 from compressor.methods.sparse.admm import admm, projection, refit
 from compressor.methods.sparse.base import (
     NEEDS,
@@ -110,7 +110,7 @@ class LowRankPart:
 
 @register
 @dataclass(frozen=True)
-class SparseLowRankMethod(Method[Weighed]):
+class SparseLowRankMethod(LinearMethod[Weighed]):
     """A sparse weight, stored as values and a bit mask, plus a low-rank pair."""
 
     name: ClassVar[str] = "sparse_low_rank"
@@ -265,5 +265,5 @@ class SparseLowRankMethod(Method[Weighed]):
         )
         return Adapted(store(state, values[0], mask[0]), *pair)
 
-    def measure(self, state: Weighed, module: Adapted) -> float:
+    def measure(self, state: Weighed, module: Approximation) -> float:
         return state.error(module.to_dense())

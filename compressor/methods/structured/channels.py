@@ -38,7 +38,7 @@ from compressor.errors import ConfigError
 from compressor.linalg import Metric
 from compressor.linears import CompressedLinear, Dense, Pruned
 from compressor.methods import register
-from compressor.methods.base import ModuleMethod, Part
+from compressor.methods.base import Approximation, Member, Method, by_role, dense_size
 from compressor.methods.structured.elimination import dropped_errors, eliminate, refit
 from compressor.plan import Candidate, Curve
 
@@ -52,7 +52,7 @@ class Block:
     """One feed-forward block: the order in which channels leave, and the metric of its consumer."""
 
     module: str
-    parts: dict[str, Part]
+    parts: dict[str, Member]
     consumer: str  # its role
     metric: Metric  # of the hidden activations, with mean and ridge as the refit wants them
     root: (
@@ -85,7 +85,7 @@ def consumer_of(module: str, roles: Mapping[str, Any]) -> str:
 
 @register
 @dataclass(frozen=True)
-class Channels(ModuleMethod[Block]):
+class Channels(Method[Block]):
     """Feed-forward blocks of fewer channels."""
 
     name: ClassVar[str] = "channels"
@@ -113,16 +113,15 @@ class Channels(ModuleMethod[Block]):
             {"gram"} | centred | ({"grad_gram"} if self.metric == "two_sided" else set())
         )
 
-    def sizes(self, denses: Mapping[str, Dense]) -> list[Candidate]:
-        consumer = consumer_of("a target", denses)
+    def sizes_of_unit(self, members: Mapping[str, Member]) -> list[Candidate]:
+        parts = by_role(members)
+        consumer = consumer_of("a target", parts)
+        denses = {role: part.dense for role, part in parts.items()}
         hidden = denses[consumer].weight.shape[1]
         step = self.step or max(1, hidden // 128)
         found = [self.size(denses, consumer, width) for width in range(step, hidden, step)]
-        whole = (
-            sum(dense.bits for dense in denses.values()),
-            sum(dense.parameters for dense in denses.values()),
-        )
-        return [size for size in found if size.bits < whole[0] and size.parameters < whole[1]]
+        bits, parameters = dense_size(members)
+        return [size for size in found if size.bits < bits and size.parameters < parameters]
 
     def size(self, denses: Mapping[str, Dense], consumer: str, width: int) -> Candidate:
         """What a block of `width` channels stores: small matrices, a mask for each linear,
@@ -152,8 +151,9 @@ class Channels(ModuleMethod[Block]):
             bits += (numbers + biases) * dense.dtype.itemsize * 8 + 8 * ((mask + 7) // 8)
         return Candidate(self.name, {"channels": width}, bits, parameters, math.nan, multiply_adds)
 
-    def prepare(self, module: str, parts: Mapping[str, Part]) -> Block:
-        consumer = consumer_of(module, parts)
+    def prepare_unit(self, unit: str, members: Mapping[str, Member]) -> Block:
+        parts = by_role(members)
+        consumer = consumer_of(unit, parts)
         dense, stats = parts[consumer].dense, parts[consumer].stats
         for part in parts.values():
             part.stats.require(part.linear, self.needs)
@@ -173,10 +173,10 @@ class Channels(ModuleMethod[Block]):
             else torch.zeros_like(squares, dtype=torch.bool)
         )
         moment = moment + torch.diag(torch.full_like(squares, ridge)) + torch.diag(dead.double())
-        order, errors = self.eliminated(module, parts, consumer, weight * ~dead, moment)
+        order, errors = self.eliminated(unit, parts, consumer, weight * ~dead, moment)
         return Block(
-            module,
-            dict(parts),
+            unit,
+            parts,
             consumer,
             metric,
             root,
@@ -187,7 +187,12 @@ class Channels(ModuleMethod[Block]):
         )
 
     def eliminated(
-        self, module: str, parts: Mapping[str, Part], consumer: str, weight: Tensor, moment: Tensor
+        self,
+        module: str,
+        parts: Mapping[str, Member],
+        consumer: str,
+        weight: Tensor,
+        moment: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Order in which channels leave, and the error after each."""
         what = f"{module}: the moment of the hidden activations"
@@ -203,7 +208,7 @@ class Channels(ModuleMethod[Block]):
         return eliminate(weight, moment, order=order, what=what)
 
     def scores(
-        self, parts: Mapping[str, Part], consumer: str, weight: Tensor, moment: Tensor
+        self, parts: Mapping[str, Member], consumer: str, weight: Tensor, moment: Tensor
     ) -> Tensor:
         """Worth of every channel, (m,); `obs` without a refit is that of the first step."""
         stats = parts[consumer].stats
@@ -228,18 +233,14 @@ class Channels(ModuleMethod[Block]):
         return found
 
     def candidates(self, state: Block) -> Curve:
-        denses = {role: part.dense for role, part in state.parts.items()}
         errors = (
             (state.errors / state.energy).tolist() if state.energy > 0 else [0.0] * state.hidden
         )
         found = [
             replace(size, error=errors[state.hidden - size.setting["channels"] - 1])
-            for size in self.sizes(denses)
+            for size in self.sizes_of_unit(state.parts)
         ]
-        bits, parameters = (
-            sum(dense.bits for dense in denses.values()),
-            sum(dense.parameters for dense in denses.values()),
-        )
+        bits, parameters = dense_size(state.parts)
         return Curve(state.module, self.name, tuple(found), bits, parameters, state.energy)
 
     def kept(self, state: Block, width: int) -> Tensor:
@@ -248,16 +249,18 @@ class Channels(ModuleMethod[Block]):
         kept[state.order[: state.hidden - width]] = False
         return kept
 
-    def compress(self, state: Block, setting: dict[str, Any]) -> dict[str, CompressedLinear]:
+    def compress_unit(
+        self, state: Block, setting: dict[str, Any], outputs: Mapping[str, int]
+    ) -> dict[str, CompressedLinear]:
         kept = self.kept(state, setting["channels"])
         modules: dict[str, CompressedLinear] = {}
         for role, part in state.parts.items():
             dense = part.dense
             if role == state.consumer:
-                modules[role] = self.consumer(state, dense, kept)
+                modules[part.linear] = self.consumer(state, dense, kept)
             else:
                 rows = kept.repeat(len(dense.weight) // state.hidden)
-                modules[role] = Pruned.of(dense.weight, dense.bias, rows, None, dense.dtype)
+                modules[part.linear] = Pruned.of(dense.weight, dense.bias, rows, None, dense.dtype)
         return modules
 
     def consumer(self, state: Block, dense: Dense, kept: Tensor) -> Pruned:
@@ -271,8 +274,9 @@ class Channels(ModuleMethod[Block]):
             bias = lost if bias is None else bias.double() + lost
         return Pruned.of(new, bias, None, kept, dense.dtype)
 
-    def measure(self, state: Block, modules: Mapping[str, CompressedLinear]) -> float:
-        weight = state.parts[state.consumer].dense.weight
+    def measure_unit(self, state: Block, modules: Mapping[str, Approximation]) -> float:
+        consumer = state.parts[state.consumer]
+        stored = modules[consumer.linear].to_dense()
         return linalg.relative_error(
-            weight, modules[state.consumer].to_dense(), state.metric, state.root, state.energy
+            consumer.dense.weight, stored, state.metric, state.root, state.energy
         )

@@ -41,9 +41,9 @@ from torch import Tensor
 from compressor import linalg
 from compressor.errors import ConfigError
 from compressor.linalg import Metric
-from compressor.linears import CompressedLinear, Dense, Pruned
+from compressor.linears import CompressedLinear, Pruned
 from compressor.methods import register
-from compressor.methods.base import ModuleMethod, Part
+from compressor.methods.base import Approximation, Member, Method, by_role, dense_size
 from compressor.methods.structured.elimination import eliminate, refit
 from compressor.plan import Candidate, Curve
 
@@ -57,18 +57,19 @@ class Shape:
     group: int  # g, query heads of a key–value head
 
 
-def shape_of(module: str, denses: Mapping[str, Dense], roles: tuple[str, ...]) -> Shape:
+def shape_of(module: str, parts: Mapping[str, Member], roles: tuple[str, ...]) -> Shape:
     """Layout from shapes. Raises ConfigError naming the module if projections are fused or missing,
     or heads are not known.
     """
     few, many = ("k", "q") if "q" in roles else ("v", "o")
-    if not set(roles) <= denses.keys():
+    if not set(roles) <= parts.keys():
         raise ConfigError(
             f"{module}: needs separate projections {', '.join(roles)}; leave it out of the "
             "targets of this method"
         )
-    dim = denses[few].head_dim
-    rows, columns = len(denses[few].weight), denses[many].weight.shape[1 if many == "o" else 0]
+    dim = parts[few].dense.head_dim
+    rows = len(parts[few].dense.weight)
+    columns = parts[many].dense.weight.shape[1 if many == "o" else 0]
     if not dim or dim % 2 or rows % dim or columns % rows:
         raise ConfigError(
             f"{module}: its heads are not known, or its queries and keys are normalised; leave it "
@@ -84,7 +85,7 @@ class Mixed:
     """
 
     module: str
-    parts: dict[str, Part]
+    parts: dict[str, Member]
     shape: Shape
     basis: Tensor  # (k, hd, hd): z' = basis · z of each head; the identity for whole heads
     weight: Tensor  # o_proj in that basis (d, k · g · hd), float64
@@ -113,7 +114,7 @@ def unchanged(shape: Shape, like: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Values(ModuleMethod[Mixed]):
+class _Values(Method[Mixed]):
     """What value dimensions and whole heads have in common."""
 
     score: Literal["obs", "transact"] = "obs"
@@ -143,19 +144,18 @@ class _Values(ModuleMethod[Mixed]):
     def units(self, shape: Shape) -> int:
         return shape.kv * shape.group * shape.dim // self.size_of_unit(shape)
 
-    def sizes(self, denses: Mapping[str, Dense]) -> list[Candidate]:
-        shape = shape_of("a target", denses, self.roles)
-        found = [self.size(denses, shape, kept) for kept in range(1, self.units(shape))]
-        whole = (
-            sum(dense.bits for dense in denses.values()),
-            sum(dense.parameters for dense in denses.values()),
-        )
-        return [size for size in found if size.bits < whole[0] and size.parameters < whole[1]]
+    def sizes_of_unit(self, members: Mapping[str, Member]) -> list[Candidate]:
+        parts = by_role(members)
+        shape = shape_of("a target", parts, self.roles)
+        found = [self.size(parts, shape, kept) for kept in range(1, self.units(shape))]
+        bits, parameters = dense_size(members)
+        return [size for size in found if size.bits < bits and size.parameters < parameters]
 
-    def size(self, denses: Mapping[str, Dense], shape: Shape, kept: int) -> Candidate:
+    def size(self, parts: Mapping[str, Member], shape: Shape, kept: int) -> Candidate:
         bits = parameters = multiply_adds = 0
         share = kept * self.size_of_unit(shape) / (shape.kv * shape.group * shape.dim)
-        for role, dense in denses.items():
+        for role, part in parts.items():
+            dense = part.dense
             height, width = dense.weight.shape
             numbers, mask = round(height * width * share), width if role == "o" else height
             biases = 0 if dense.bias is None else height if role == "o" else round(height * share)
@@ -163,13 +163,14 @@ class _Values(ModuleMethod[Mixed]):
             bits += (numbers + biases) * dense.dtype.itemsize * 8 + 8 * ((mask + 7) // 8)
         return Candidate(self.name, {self.key: kept}, bits, parameters, math.nan, multiply_adds)
 
-    def prepare(self, module: str, parts: Mapping[str, Part]) -> Mixed:
-        shape = shape_of(module, {role: part.dense for role, part in parts.items()}, self.roles)
+    def prepare_unit(self, unit: str, members: Mapping[str, Member]) -> Mixed:
+        parts = by_role(members)
+        shape = shape_of(unit, parts, self.roles)
         for part in parts.values():
             part.stats.require(part.linear, self.needs)
         output, stats, root = parts["o"].dense.weight.double(), parts["o"].stats, None
         moment = stats.gram.double() / stats.tokens
-        what = f"{module}: the moment of the mixed values"
+        what = f"{unit}: the moment of the mixed values"
         linalg.require_finite(moment, what)
         weighed = output
         if self.metric == "two_sided":
@@ -196,10 +197,9 @@ class _Values(ModuleMethod[Mixed]):
         order, errors = eliminate(
             weighed, moment[places][:, places], self.size_of_unit(shape), order, what
         )
-        return Mixed(module, dict(parts), shape, basis, output, moment, root, order, errors, energy)
+        return Mixed(unit, parts, shape, basis, output, moment, root, order, errors, energy)
 
     def candidates(self, state: Mixed) -> Curve:
-        denses = {role: part.dense for role, part in state.parts.items()}
         errors = (
             (state.errors / state.energy).tolist()
             if state.energy > 0
@@ -207,12 +207,9 @@ class _Values(ModuleMethod[Mixed]):
         )
         found = [
             replace(size, error=errors[len(errors) - size.setting[self.key] - 1])
-            for size in self.sizes(denses)
+            for size in self.sizes_of_unit(state.parts)
         ]
-        bits, parameters = (
-            sum(dense.bits for dense in denses.values()),
-            sum(dense.parameters for dense in denses.values()),
-        )
+        bits, parameters = dense_size(state.parts)
         return Curve(state.module, self.name, tuple(found), bits, parameters, state.energy)
 
     def kept(self, state: Mixed, setting: dict[str, Any]) -> Tensor:
@@ -225,7 +222,9 @@ class _Values(ModuleMethod[Mixed]):
         )
         return kept
 
-    def compress(self, state: Mixed, setting: dict[str, Any]) -> dict[str, CompressedLinear]:
+    def compress_unit(
+        self, state: Mixed, setting: dict[str, Any], outputs: Mapping[str, int]
+    ) -> dict[str, CompressedLinear]:
         kept, shape = self.kept(state, setting), state.shape
         heads = kept.view(shape.kv, shape.group, shape.dim)
         rows = heads[
@@ -235,23 +234,23 @@ class _Values(ModuleMethod[Mixed]):
         for role, part in state.parts.items():
             dense = part.dense
             if role == "o":
-                modules[role] = Pruned.of(
+                modules[part.linear] = Pruned.of(
                     refit(state.weight, state.moment, kept), dense.bias, None, kept, dense.dtype
                 )
             elif role == "v":
                 change = torch.block_diag(*state.basis)
                 bias = None if dense.bias is None else change @ dense.bias.double()
-                modules[role] = Pruned.of(
+                modules[part.linear] = Pruned.of(
                     change @ dense.weight.double(), bias, rows, None, dense.dtype
                 )
             else:  # queries and keys of heads that stay
-                modules[role] = Pruned.of(
+                modules[part.linear] = Pruned.of(
                     dense.weight, dense.bias, kept if role == "q" else rows, None, dense.dtype
                 )
         return modules
 
-    def measure(self, state: Mixed, modules: Mapping[str, CompressedLinear]) -> float:
-        found = modules["o"].to_dense().double()
+    def measure_unit(self, state: Mixed, modules: Mapping[str, Approximation]) -> float:
+        found = modules[state.parts["o"].linear].to_dense().double()
         return linalg.relative_error(
             state.weight, found, Metric(state.moment), state.root, state.energy
         )

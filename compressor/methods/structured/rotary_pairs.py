@@ -23,9 +23,9 @@ from torch import Tensor
 
 from compressor import linalg
 from compressor.linalg import Metric
-from compressor.linears import CompressedLinear, Dense, Pruned
+from compressor.linears import CompressedLinear, Pruned
 from compressor.methods import register
-from compressor.methods.base import ModuleMethod, Part
+from compressor.methods.base import Approximation, Member, Method, by_role, dense_size
 from compressor.methods.structured.heads import Shape, shape_of
 from compressor.plan import Candidate, Curve
 
@@ -35,14 +35,14 @@ class Scored:
     """Query and key projections of one module with the score of every pair."""
 
     module: str
-    parts: dict[str, Part]
+    parts: dict[str, Member]
     shape: Shape
     scores: Tensor  # (k, hd / 2)
 
 
 @register
 @dataclass(frozen=True)
-class RotaryPairs(ModuleMethod[Scored]):
+class RotaryPairs(Method[Scored]):
     """Queries and keys of fewer rotary pairs; a pair stays for all query heads of a key–value head,
     or for none.
     """
@@ -55,13 +55,15 @@ class RotaryPairs(ModuleMethod[Scored]):
     def needs(self) -> frozenset[str]:
         return frozenset({"gram"})
 
-    def sizes(self, denses: Mapping[str, Dense]) -> list[Candidate]:
-        shape = shape_of("a target", denses, ("q", "k"))
-        return [self.size(denses, shape, kept) for kept in range(1, shape.kv * shape.dim // 2)]
+    def sizes_of_unit(self, members: Mapping[str, Member]) -> list[Candidate]:
+        parts = by_role(members)
+        shape = shape_of("a target", parts, ("q", "k"))
+        return [self.size(parts, shape, kept) for kept in range(1, shape.kv * shape.dim // 2)]
 
-    def size(self, denses: Mapping[str, Dense], shape: Shape, kept: int) -> Candidate:
+    def size(self, parts: Mapping[str, Member], shape: Shape, kept: int) -> Candidate:
         bits = parameters = multiply_adds = 0
-        for role, dense in denses.items():
+        for role, part in parts.items():
+            dense = part.dense
             rows = 2 * kept * (shape.group if role == "q" else 1)
             numbers, biases = rows * dense.weight.shape[1], 0 if dense.bias is None else rows
             parameters, multiply_adds = parameters + numbers + biases, multiply_adds + numbers
@@ -70,8 +72,9 @@ class RotaryPairs(ModuleMethod[Scored]):
             )
         return Candidate(self.name, {"pairs": kept}, bits, parameters, math.nan, multiply_adds)
 
-    def prepare(self, module: str, parts: Mapping[str, Part]) -> Scored:
-        shape = shape_of(module, {role: part.dense for role, part in parts.items()}, ("q", "k"))
+    def prepare_unit(self, unit: str, members: Mapping[str, Member]) -> Scored:
+        parts = by_role(members)
+        shape = shape_of(unit, parts, ("q", "k"))
         energies = []
         for role, heads in (("q", shape.group), ("k", 1)):
             part = parts[role]
@@ -83,24 +86,22 @@ class RotaryPairs(ModuleMethod[Scored]):
             linalg.require_finite(squares, f"{part.linear}: its mean square outputs")
             energies.append(squares.view(shape.kv, heads, 2, shape.dim // 2).sum(2))
         queries, keys = energies
-        return Scored(module, dict(parts), shape, (queries * keys).sum(1))
+        return Scored(unit, parts, shape, (queries * keys).sum(1))
 
     def candidates(self, state: Scored) -> Curve:
-        denses = {role: part.dense for role, part in state.parts.items()}
         energy = state.scores.sum().item()
         lost = state.scores.flatten().sort().values.cumsum(0) / (energy or 1.0)
         found = [
             replace(size, error=lost[-1 - size.setting["pairs"]].item())
-            for size in self.sizes(denses)
+            for size in self.sizes_of_unit(state.parts)
         ]
-        whole = (
-            sum(dense.bits for dense in denses.values()),
-            sum(dense.parameters for dense in denses.values()),
-        )
-        found = [size for size in found if size.bits < whole[0] and size.parameters < whole[1]]
-        return Curve(state.module, self.name, tuple(found), *whole, energy)
+        bits, parameters = dense_size(state.parts)
+        found = [size for size in found if size.bits < bits and size.parameters < parameters]
+        return Curve(state.module, self.name, tuple(found), bits, parameters, energy)
 
-    def compress(self, state: Scored, setting: dict[str, Any]) -> dict[str, CompressedLinear]:
+    def compress_unit(
+        self, state: Scored, setting: dict[str, Any], outputs: Mapping[str, int]
+    ) -> dict[str, CompressedLinear]:
         order = state.scores.flatten().argsort(stable=True)
         kept = torch.ones(state.scores.numel(), dtype=torch.bool, device=order.device)
         kept[order[: len(kept) - setting["pairs"]]] = False
@@ -109,13 +110,13 @@ class RotaryPairs(ModuleMethod[Scored]):
         for role, part in state.parts.items():
             heads = state.shape.group if role == "q" else 1
             rows = kept.expand(-1, heads, 2, -1).flatten()
-            modules[role] = Pruned.of(
+            modules[part.linear] = Pruned.of(
                 part.dense.weight, part.dense.bias, rows, None, part.dense.dtype
             )
         return modules
 
-    def measure(self, state: Scored, modules: Mapping[str, CompressedLinear]) -> float:
-        rows = modules["k"].places("rows")
+    def measure_unit(self, state: Scored, modules: Mapping[str, Approximation]) -> float:
+        rows = modules[state.parts["k"].linear].places("rows")
         kept = torch.zeros(state.shape.kv * state.shape.dim, dtype=torch.bool, device=rows.device)
         kept[rows] = True
         kept = kept.view(state.shape.kv, 2, state.shape.dim // 2)[:, 0]

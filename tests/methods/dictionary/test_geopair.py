@@ -6,13 +6,14 @@ import pytest
 import torch
 from support.models import read_json, save_tiny
 from support.sameness import assert_same_output
+from support.units import compress_members
 from torch import Tensor
 
 import compressor
 from compressor.errors import ConfigError, NumericalError
 from compressor.linears import Dense, Dictionary
 from compressor.methods import build
-from compressor.methods.base import Part
+from compressor.methods.base import Member
 from compressor.methods.dictionary import geopair
 from compressor.methods.dictionary.base import basis_of
 from compressor.pipeline import run
@@ -33,7 +34,7 @@ def part(
     seed: int = 0,
     inputs: int | None = None,
     bias: bool = False,
-) -> Part:
+) -> Member:
     """A linear whose inputs are correlated; `inputs`: seed of these, by default another one for
     each linear.
     """
@@ -44,10 +45,10 @@ def part(
     dense = Dense(
         random(height, width, seed=seed), random(height, seed=30) if bias else None, torch.float64
     )
-    return Part(name, dense, LinearStats(tokens=150, gram=x.T @ x))
+    return Member(name, dense, LinearStats(tokens=150, gram=x.T @ x))
 
 
-def pair(**options) -> dict[str, Part]:
+def pair(**options) -> dict[str, Member]:
     return {
         name: part(name, height, seed=seed, **options)
         for seed, (name, height) in enumerate({"a.up": 20, "b.up": 26}.items())
@@ -69,17 +70,14 @@ def objective(weights, grams, atoms: Tensor, codes: Tensor) -> Tensor:
 def test_contract(options, bias):
     parts = pair(bias=bias)
     method = build("geopair", FINE | options | {"anchors": None, "rounds": 6})
-    state = method.prepare("pair", parts)
+    state = method.prepare_unit("pair", parts)
     curve = method.candidates(state)
-    offered = {
-        str(size.setting): size.bits
-        for size in method.sizes({name: each.dense for name, each in parts.items()})
-    }
+    offered = {str(size.setting): size.bits for size in method.sizes_of_unit(parts)}
     assert len(curve.candidates) > 5 and curve.dense_bits == sum(
         each.dense.bits for each in parts.values()
     )
     for candidate in curve.candidates[::3]:
-        modules = method.compress(state, candidate.setting)
+        modules = compress_members(method, state, candidate.setting, state.parts)
         assert [module.lender for module in modules.values()] == [None, "a.up"]
         assert (
             candidate.bits
@@ -90,7 +88,9 @@ def test_contract(options, bias):
             module.stored_parameters() for module in modules.values()
         )
         assert candidate.multiply_adds == sum(module.multiply_adds() for module in modules.values())
-        assert method.measure(state, modules) == pytest.approx(candidate.error, rel=1e-6, abs=1e-10)
+        assert method.measure_unit(state, modules) == pytest.approx(
+            candidate.error, rel=1e-6, abs=1e-10
+        )
         for name, module in modules.items():
             assert (module.codes() != 0).sum(1).max() <= candidate.setting["nonzeros"]
             assert bias == (module.bias is not None) and (
@@ -99,9 +99,7 @@ def test_contract(options, bias):
 
 
 def test_bits_by_hand():
-    sizes = build("geopair", {"atom_step": 8, "ratios": [2.0]}).sizes(
-        {name: each.dense for name, each in pair().items()}
-    )
+    sizes = build("geopair", {"atom_step": 8, "ratios": [2.0]}).sizes_of_unit(pair())
     size = next(size for size in sizes if size.setting == {"atoms": 8, "nonzeros": 4})
     assert size.parameters == 8 * 12 + 4 * 20 + 4 * 26
     assert size.bits == 64 * size.parameters + 8 * 20 + 8 * 26  # a mask of 8 bits for each output
@@ -113,7 +111,7 @@ def test_the_dictionary_is_the_least_squares_one_and_rounds_never_lose_to_the_st
     found = {}
     for rounds in (0, 1, 12):
         method = build("geopair", options | {"rounds": rounds})
-        state = method.prepare("pair", parts)
+        state = method.prepare_unit("pair", parts)
         atoms, codes, found[rounds] = method.fit(state, 7, 3)
         assert found[rounds] == pytest.approx(
             objective(state.weights, state.grams, atoms, codes).item(), rel=1e-9
@@ -137,7 +135,7 @@ def test_the_dictionary_is_the_least_squares_one_and_rounds_never_lose_to_the_st
 
 
 def test_the_best_round_is_kept_when_coding_goes_astray(monkeypatch):
-    state = build("geopair", {}).prepare("pair", pair())
+    state = build("geopair", {}).prepare_unit("pair", pair())
     wanted = build("geopair", {"rounds": 0}).fit(state, 7, 3)
     coded = geopair.coded
     monkeypatch.setattr(
@@ -154,7 +152,7 @@ def test_the_best_round_is_kept_when_coding_goes_astray(monkeypatch):
 
 def test_every_code_kept_is_the_best_subspace_of_the_first_directions():
     method = build("geopair", {"rounds": 0, "steps": 30})
-    state = method.prepare("pair", pair())
+    state = method.prepare_unit("pair", pair())
     lost = sum(
         (weight @ gram * weight).sum() - (torch.linalg.solve(h, r) * r).sum()
         for weight, gram in zip(state.weights, state.grams, strict=True)
@@ -171,7 +169,7 @@ def test_every_code_kept_is_the_best_subspace_of_the_first_directions():
 def test_equal_grams_are_the_problem_of_one_stacked_linear():
     parts = pair(inputs=0)
     method = build("geopair", {"shrink_gram": 0.01, "relative": False})
-    state = method.prepare("pair", parts)
+    state = method.prepare_unit("pair", parts)
     whole = Dense(torch.cat([each.dense.weight for each in parts.values()]), None, torch.float64)
     basis = basis_of("whole", whole, parts["a.up"].stats, "gram", 0.01, 0.1)
     assert state.basis is None
@@ -179,10 +177,10 @@ def test_equal_grams_are_the_problem_of_one_stacked_linear():
     torch.testing.assert_close(
         state.coordinates.square(), basis.coordinates.square(), rtol=1e-6, atol=1e-8
     )
-    modules = method.compress(state, {"atoms": 7, "nonzeros": 3})
+    modules = compress_members(method, state, {"atoms": 7, "nonzeros": 3}, state.parts)
     together = torch.cat([module.to_dense() for module in modules.values()])
     lost = basis.metric.energy(whole.weight - together) / basis.energy
-    assert method.measure(state, modules) == pytest.approx(lost, rel=1e-9)
+    assert method.measure_unit(state, modules) == pytest.approx(lost, rel=1e-9)
 
 
 def test_zero_weights_cost_nothing():
@@ -191,10 +189,10 @@ def test_zero_weights_cost_nothing():
         for name in names:
             parts[name].dense.weight.zero_()
         method = build("geopair", {"anchors": 2, "rounds": 3})
-        state = method.prepare("pair", parts)
-        modules = method.compress(state, {"atoms": 6, "nonzeros": 3})
+        state = method.prepare_unit("pair", parts)
+        modules = compress_members(method, state, {"atoms": 6, "nonzeros": 3}, state.parts)
         assert not modules["a.up"].to_dense().any() and method.candidates(state).candidates
-    assert method.measure(state, modules) == 0.0
+    assert method.measure_unit(state, modules) == 0.0
 
 
 def test_what_cannot_share_is_refused():
@@ -202,12 +200,12 @@ def test_what_cannot_share_is_refused():
     with pytest.raises(
         ConfigError, match=r"a\.up and b\.up: 12 and 14 inputs cannot share a dictionary"
     ):
-        method.sizes({"a.up": parts["a.up"].dense, "b.up": part("b.up", 26, 14).dense})
+        method.sizes_of_unit({"a.up": parts["a.up"], "b.up": part("b.up", 26, 14)})
     with pytest.raises(ConfigError, match=r"one has a bias and one has none"):
-        method.prepare("pair", parts | {"b.up": part("b.up", 26, bias=True)})
+        method.prepare_unit("pair", parts | {"b.up": part("b.up", 26, bias=True)})
     parts["a.up"].stats.gram.zero_()
     with pytest.raises(NumericalError, match=r"a\.up: the Gram .*shrink_gram"):
-        method.prepare("pair", parts)
+        method.prepare_unit("pair", parts)
 
 
 SMALL = [

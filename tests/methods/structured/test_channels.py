@@ -6,12 +6,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support.models import VOCABULARY, save_tiny, tiny_model
+from support.units import compress_members
 from torch.nn import functional
 
 from compressor.errors import ConfigError
 from compressor.linears import Dense
 from compressor.methods import build
-from compressor.methods.base import Part
+from compressor.methods.base import Member
 from compressor.statistics import LinearStats
 
 SHAPES = {"gate": (12, 6), "up": (12, 6), "down": (6, 12)}
@@ -25,7 +26,7 @@ def hidden_of(weights, x):
     return functional.silu(x @ weights["gate"].T) * (x @ weights["up"].T)
 
 
-def parts_of(weights, x, biases=None) -> dict[str, Part]:
+def parts_of(weights, x, biases=None) -> dict[str, Member]:
     """Parts with the statistics that a calibration on x would give."""
     hidden, found = hidden_of(weights, x), {}
     for role, weight in weights.items():
@@ -38,10 +39,11 @@ def parts_of(weights, x, biases=None) -> dict[str, Part]:
             grad_gram=gradients.T @ gradients,
             grad_tokens=len(x),
         )
-        found[role] = Part(
-            f"mlp.{role}",
+        found[role] = Member(
+            role,
             Dense(weight, None if biases is None else biases.get(role), torch.float64),
             stats,
+            role,
         )
     return found
 
@@ -74,7 +76,7 @@ OPTIONS = pytest.mark.parametrize(
 def test_contract(block, options):
     weights, _ = block
     method, parts = build("channels", options), parts_of(*block)
-    state = method.prepare("mlp", parts)
+    state = method.prepare_unit("mlp", parts)
     curve = method.candidates(state)
     assert [size.setting["channels"] for size in curve.candidates] == list(
         range(1, 1 + len(curve.candidates))
@@ -83,10 +85,9 @@ def test_contract(block, options):
         one.error >= two.error - 1e-12
         for one, two in zip(curve.candidates, curve.candidates[1:], strict=False)
     ) or "none" in str(options)
-    dense = {role: part.dense for role, part in parts.items()}
-    offered = {size.setting["channels"]: size for size in method.sizes(dense)}
+    offered = {size.setting["channels"]: size for size in method.sizes_of_unit(parts)}
     for candidate in curve.candidates:
-        modules = method.compress(state, candidate.setting)
+        modules = compress_members(method, state, candidate.setting, state.parts.values())
         assert (
             candidate.bits
             == sum(module.bits() for module in modules.values())
@@ -96,7 +97,9 @@ def test_contract(block, options):
             module.stored_parameters() for module in modules.values()
         )
         assert candidate.multiply_adds == sum(module.multiply_adds() for module in modules.values())
-        assert method.measure(state, modules) == pytest.approx(candidate.error, rel=1e-8, abs=1e-12)
+        assert method.measure_unit(state, modules) == pytest.approx(
+            candidate.error, rel=1e-8, abs=1e-12
+        )
         kept = {
             role: set(module.places("columns" if role == "down" else "rows").tolist())
             for role, module in modules.items()
@@ -114,8 +117,8 @@ def outputs(method, block, channels: int, parts=None):
     one.
     """
     weights, x = block
-    state = method.prepare("mlp", parts or parts_of(*block))
-    modules = method.compress(state, {"channels": channels})
+    state = method.prepare_unit("mlp", parts or parts_of(*block))
+    modules = compress_members(method, state, {"channels": channels}, state.parts.values())
     hidden = functional.silu(modules["gate"](x)) * modules["up"](x)
     return modules["down"](hidden), hidden_of(weights, x) @ weights["down"].T, modules
 
@@ -159,7 +162,7 @@ def test_lorap_scores_by_hand_and_the_least_important_are_kept(block):
     ]
     by_score = sorted(range(12), key=lambda c: float(score[c]))
     method = build("channels", {"score": "lorap", "refit": "none"})
-    assert method.prepare("mlp", parts_of(*block)).order.tolist() == by_score
+    assert method.prepare_unit("mlp", parts_of(*block)).order.tolist() == by_score
     wide = {
         "gate": random(200, 6, seed=1),
         "up": random(200, 6, seed=2),
@@ -167,19 +170,19 @@ def test_lorap_scores_by_hand_and_the_least_important_are_kept(block):
     }
     kept = (
         build("channels", {"score": "lorap", "refit": "none", "keep_least": True})
-        .prepare("mlp", parts_of(wide, x))
+        .prepare_unit("mlp", parts_of(wide, x))
         .order.tolist()
     )
-    plain = method.prepare("mlp", parts_of(wide, x)).order.tolist()
+    plain = method.prepare_unit("mlp", parts_of(wide, x)).order.tolist()
     assert kept == plain[2:] + plain[:2]  # 1 % of 200
 
 
 def test_transact_goes_by_the_norm_of_the_activations_and_refits_the_rest(block):
     hidden, down = hidden_of(*block), block[0]["down"]
     method = build("channels", {"score": "transact", "ridge": 1e-12})
-    state = method.prepare("mlp", parts_of(*block))
+    state = method.prepare_unit("mlp", parts_of(*block))
     assert state.order.tolist() == hidden.square().sum(0).argsort().tolist()
-    reader = method.compress(state, {"channels": 5})["down"]
+    reader = compress_members(method, state, {"channels": 5}, state.parts.values())["down"]
     kept = reader.places("columns")
     refitted = torch.linalg.lstsq(hidden[:, kept], hidden @ down.T).solution.T
     torch.testing.assert_close(reader.matrix(), refitted, rtol=1e-5, atol=1e-6)
@@ -191,7 +194,7 @@ def test_the_refit_never_loses_to_dropping(block):
         for refit in ("linear", "none")
     )
     one, two = (
-        method.candidates(method.prepare("mlp", parts_of(*block))).candidates
+        method.candidates(method.prepare_unit("mlp", parts_of(*block))).candidates
         for method in (with_refit, without)
     )
     assert all(a.error <= b.error * (1 + 1e-9) for a, b in zip(one, two, strict=True))
@@ -203,7 +206,7 @@ def test_dead_channels_leave_first_and_cost_nothing(block):
     weights["gate"][3], weights["up"][8] = 0.0, 0.0
     for options in ({}, {"ridge": 0.0}, {"refit": "affine", "ridge": 0.0}):
         method = build("channels", options)
-        state = method.prepare("mlp", parts_of(weights, x))
+        state = method.prepare_unit("mlp", parts_of(weights, x))
         assert set(state.order[:2].tolist()) == {3, 8}
         assert state.errors[1] < (1e-10 if "ridge" in options else 1e-2) * state.energy
 
@@ -213,7 +216,7 @@ def test_rescaling_up_against_down_changes_nothing(block):
     scale = torch.exp(random(12, seed=4))
     scaled = weights | {"up": weights["up"] * scale[:, None], "down": weights["down"] / scale}
     method = build("channels", {"ridge": 0.0})
-    one, two = (method.prepare("mlp", parts_of(each, x)) for each in (weights, scaled))
+    one, two = (method.prepare_unit("mlp", parts_of(each, x)) for each in (weights, scaled))
     assert one.order.tolist() == two.order.tolist()
     torch.testing.assert_close(one.errors, two.errors, rtol=1e-7, atol=1e-12)
 
@@ -221,9 +224,9 @@ def test_rescaling_up_against_down_changes_nothing(block):
 def test_what_is_no_feed_forward_block_is_refused(block):
     parts = parts_of(*block)
     with pytest.raises(ConfigError, match="mlp: not a feed-forward block"):
-        build("channels", {}).prepare("mlp", {"gate": parts["gate"], "up": parts["up"]})
+        build("channels", {}).prepare_unit("mlp", {"gate": parts["gate"], "up": parts["up"]})
     with pytest.raises(ConfigError, match="mlp: not a feed-forward block"):
-        build("channels", {}).prepare("mlp", {"down": parts["down"]})
+        build("channels", {}).prepare_unit("mlp", {"down": parts["down"]})
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2", "phi3", "gpt2", "opt", "gpt_neox"])

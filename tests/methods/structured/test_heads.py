@@ -6,12 +6,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support.models import VOCABULARY, save_tiny
+from support.units import compress_members
 
 import compressor
 from compressor.errors import ConfigError
 from compressor.linears import Dense
 from compressor.methods import build
-from compressor.methods.base import Part
+from compressor.methods.base import Member
 from compressor.pipeline import run
 from compressor.recipe.load import load_recipe
 from compressor.statistics import LinearStats
@@ -45,7 +46,7 @@ def mixed(weights, x, bias=None) -> torch.Tensor:
     return torch.einsum("hst,thd->shd", weight, values).flatten(1)
 
 
-def parts_of(weights, x, roles: str, biases=None) -> dict[str, Part]:
+def parts_of(weights, x, roles: str, biases=None) -> dict[str, Member]:
     found = {}
     for role in roles:
         inputs = mixed(weights, x, (biases or {}).get("v")) if role == "o" else x
@@ -57,7 +58,7 @@ def parts_of(weights, x, roles: str, biases=None) -> dict[str, Part]:
             grad_tokens=len(x),
         )
         dense = Dense(weights[role], (biases or {}).get(role), torch.float64, head_dim=DIM)
-        found[role] = Part(f"attn.{role}", dense, stats)
+        found[role] = Member(role, dense, stats, role)
     return found
 
 
@@ -80,18 +81,15 @@ def test_contract(attention, name, options, biased):
         {role: random(len(weight), seed=8) for role, weight in weights.items()} if biased else None
     )
     method, parts = build(name, options), parts_of(weights, x, METHODS[name], biases)
-    state = method.prepare("attn", parts)
+    state = method.prepare_unit("attn", parts)
     curve = method.candidates(state)
-    offered = {
-        tuple(size.setting.items()): size.bits
-        for size in method.sizes({role: part.dense for role, part in parts.items()})
-    }
+    offered = {tuple(size.setting.items()): size.bits for size in method.sizes_of_unit(parts)}
     assert curve.candidates and all(
         one.error >= two.error
         for one, two in zip(curve.candidates, curve.candidates[1:], strict=False)
     )
     for candidate in curve.candidates:
-        modules = method.compress(state, candidate.setting)
+        modules = compress_members(method, state, candidate.setting, state.parts.values())
         assert (
             candidate.bits
             == sum(module.bits() for module in modules.values())
@@ -101,7 +99,9 @@ def test_contract(attention, name, options, biased):
             module.stored_parameters() for module in modules.values()
         )
         assert candidate.multiply_adds == sum(module.multiply_adds() for module in modules.values())
-        assert method.measure(state, modules) == pytest.approx(candidate.error, rel=1e-7, abs=1e-12)
+        assert method.measure_unit(state, modules) == pytest.approx(
+            candidate.error, rel=1e-7, abs=1e-12
+        )
 
 
 def test_value_dimensions_that_carry_nothing_leave_at_no_cost(attention):
@@ -114,12 +114,12 @@ def test_value_dimensions_that_carry_nothing_leave_at_no_cost(attention):
         [random(WIDTH, 2, seed=13) @ random(2, DIM, seed=15)] * 2, dim=1
     )
     method = build("value_dims", {"ridge": 1e-12})
-    state = method.prepare("attn", parts_of(weights, x, "vo"))
-    modules = method.compress(state, {"value_dims": 4})
+    state = method.prepare_unit("attn", parts_of(weights, x, "vo"))
+    modules = compress_members(method, state, {"value_dims": 4}, state.parts.values())
     wanted = mixed(weights, x) @ weights["o"].T
     found = mixed({"v": modules["v"].to_dense()}, x) @ modules["o"].to_dense().T
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-    fewer = method.compress(state, {"value_dims": 3})
+    fewer = compress_members(method, state, {"value_dims": 3}, state.parts.values())
     worse = mixed({"v": fewer["v"].to_dense()}, x) @ fewer["o"].to_dense().T
     assert (worse - wanted).square().sum() > 100 * (found - wanted).square().sum()
 
@@ -127,10 +127,10 @@ def test_value_dimensions_that_carry_nothing_leave_at_no_cost(attention):
 def test_the_error_of_value_dimensions_is_that_of_the_output(attention):
     weights, x = attention
     method = build("value_dims", {"ridge": 1e-12})
-    state = method.prepare("attn", parts_of(weights, x, "vo"))
+    state = method.prepare_unit("attn", parts_of(weights, x, "vo"))
     wanted = mixed(weights, x) @ weights["o"].T
     for candidate in method.candidates(state).candidates:
-        modules = method.compress(state, candidate.setting)
+        modules = compress_members(method, state, candidate.setting, state.parts.values())
         found = mixed({"v": modules["v"].to_dense()}, x) @ modules["o"].to_dense().T
         assert (found - wanted).square().sum() / wanted.square().sum() == pytest.approx(
             candidate.error, rel=1e-4, abs=1e-9
@@ -141,7 +141,8 @@ def test_a_head_that_the_output_ignores_leaves_first_with_its_queries(attention)
     weights, x = attention
     weights["o"][:, :8] = 0.0
     method = build("heads", {})
-    modules = method.compress(method.prepare("attn", parts_of(weights, x, "qkvo")), {"heads": 1})
+    state = method.prepare_unit("attn", parts_of(weights, x, "qkvo"))
+    modules = compress_members(method, state, {"heads": 1}, state.parts.values())
     assert (
         modules["o"].places("columns").tolist()
         == list(range(8, 16))
@@ -164,9 +165,9 @@ def test_transact_goes_by_the_norm_of_what_o_reads_over_all_query_heads(
         z.square().sum(0).view(KV, GROUP, DIM).sum(1).view(-1, size).sum(1)
     )  # of every value dimension or head
     method = build(name, {"score": "transact", "ridge": 1e-12})
-    state = method.prepare("attn", parts_of(weights, x, roles))
+    state = method.prepare_unit("attn", parts_of(weights, x, roles))
     assert state.order.tolist() == energy.argsort().tolist()
-    modules = method.compress(state, {method.key: len(energy) // 2})
+    modules = compress_members(method, state, {method.key: len(energy) // 2}, state.parts.values())
     units = energy.argsort(descending=True)[: len(energy) // 2].sort().values
     rows = (units[:, None] * size + torch.arange(size)).flatten()
     assert modules["v"].places("rows").tolist() == rows.tolist()
@@ -180,8 +181,8 @@ def test_pairs_stay_or_leave_together_in_all_query_heads(attention):
     weights, x = attention
     weights["k"][[1, 3]] = 0.0  # the second pair of the first key head never matters
     method = build("rotary_pairs", {})
-    state = method.prepare("attn", parts_of(weights, x, "qk"))
-    modules = method.compress(state, {"pairs": 3})
+    state = method.prepare_unit("attn", parts_of(weights, x, "qk"))
+    modules = compress_members(method, state, {"pairs": 3}, state.parts.values())
     assert modules["k"].places("rows").tolist() == [0, 2, 4, 5, 6, 7]
     assert modules["q"].places("rows").tolist() == [0, 2, 4, 6, *range(8, 16)]
     query, key = x @ weights["q"].T, x @ weights["k"].T

@@ -10,7 +10,7 @@ from support.jobs import built, exactly, job_of, received
 from support.models import tiny_model
 
 from compressor.allocation import decompose
-from compressor.methods.base import Part
+from compressor.methods.base import Member
 from compressor.models import install
 from compressor.models.linears import dense_of, linears
 from compressor.statistics import LinearStats
@@ -31,7 +31,7 @@ def place(group, assignments):
     )
 
 
-def part_of(dense, model, name, tokens, anchor):
+def part_of(dense, model, name, role, tokens, anchor):
     """A linear with its Gram behind what is compressed, its weight moved by what its inputs
     lack.
     """
@@ -44,7 +44,7 @@ def part_of(dense, model, name, tokens, anchor):
             weight=linear.weight
             + anchor * linear.weight @ torch.linalg.solve(damped, cross - gram, left=False),
         )
-    return Part(name, linear, LinearStats(tokens=len(x), gram=x.T @ x))
+    return Member(name, linear, LinearStats(tokens=len(x), gram=x.T @ x), role)
 
 
 @pytest.mark.parametrize(
@@ -72,14 +72,21 @@ def test_every_module_is_scored_behind_what_was_compressed_before_it(sets, tiny_
         roles = {name: job.assignments[name].info.role for name in group.members}
         anchor = job.recipe.calibration.anchor
         parts = {
-            role: part_of(
-                dense, model, name, job.calibration.tokens, anchor if role in ("o", "down") else 0.0
+            name: part_of(
+                dense,
+                model,
+                name,
+                role,
+                job.calibration.tokens,
+                anchor if role in ("o", "down") else 0.0,
             )
             for name, role in roles.items()
         }
         choice, method = plan.linears[group.members[0]], group.methods[0]
         setting = {key: value for key, value in choice.setting.items() if key != "shared"}
-        expected, error = decompose.built(method, method.prepare(group.name, parts), setting, roles)
+        outputs = {name: len(part.dense.weight) for name, part in parts.items()}
+        state = method.prepare_unit(group.name, parts)
+        expected, error = decompose.built(method, state, setting, outputs)
         for name, module in expected.items():
             torch.testing.assert_close(
                 modules[name].to_dense(), module.to_dense(), rtol=1e-5, atol=1e-7
