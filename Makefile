@@ -3,6 +3,7 @@
 # make check  style, spelling, imports, docs   make bench   time and memory against their floors
 # make docs   build the documentation into site/; a broken link fails
 # make sweep  twelve recipes on the bundled model, with a plot in out/sweep/report.html
+# make lanes  the tests twice more, with kernels of other processors: no vectors; MKL's portable ones
 # make faults one test for each fault in docs/reliability.md
 # make gate   compress the bundled model and hold its report against benchmarks/gate/baseline.json
 
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-.PHONY: install run sweep test slow faults check docs gate bench clean
+.PHONY: install run sweep test slow lanes faults check docs gate bench clean
 
 install: $(INSTALLED)
 
@@ -33,6 +34,10 @@ test: install
 
 slow: install
 	$(PYTEST) -m slow
+
+lanes: install
+	ATEN_CPU_CAPABILITY=default $(PYTEST)
+	MKL_CBWR=COMPATIBLE $(PYTEST)
 
 faults: install
 	$(PYTEST) -m faults

@@ -38,7 +38,7 @@ LENGTH = struct.unpack("<Q", WEIGHTS[:8])[0]
 
 
 def generated(examples: int) -> settings:
-    return settings(max_examples=examples, derandomize=True, database=None, deadline=None)
+    return settings(max_examples=examples, derandomize=True, database=None)
 
 
 def outcome(call, *arguments) -> Any:

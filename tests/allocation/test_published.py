@@ -49,7 +49,7 @@ def test_knapsack_equals_brute_force(seed, keep):
     assert answer.bound <= answer.damage * (1 + EXACT)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10_000), st.floats(0.2, 0.95))
 def test_more_budget_never_hurts_and_scaling_changes_nothing(seed, keep):
     rows = random_rows(seed, groups=8, options=6)
