@@ -12,7 +12,9 @@ from support.models import VOCABULARY, save_tiny
 pytest_plugins = ["support.checkpoints", "support.folders", "support.outputs"]  # fixtures
 
 torch.set_num_threads(1)
-hypothesis.settings.register_profile("any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("any machine")
 
 

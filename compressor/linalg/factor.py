@@ -19,6 +19,8 @@ from torch import Tensor
 from compressor.errors import NumericalError
 from compressor.linalg.metric import Metric
 
+CANCELLED = 1e-6  # of the mean's energy: what float32 sums may leave of a centred metric that is 0
+
 
 def require_finite(matrix: Tensor, what: str) -> None:
     """Raise NumericalError naming `what` if any entry of `matrix` is NaN or infinite."""
@@ -60,7 +62,8 @@ def principal_outputs(weight: Tensor, metric: Metric, what: str) -> tuple[Tensor
     The best rank-r Ŵ under tr(D M Dᵀ) is U_r U_rᵀ W, and its error is the sum of the discarded
     eigenvalues: no inverse, no Cholesky, no damping, whatever the rank of M. The eigenproblem has
     the smaller side of W: a tall W = Q R is reduced by one QR to the core R M Rᵀ, whose
-    eigenvectors Q carries back.
+    eigenvectors Q carries back. Where every input is the mean, what centring leaves is rounding,
+    and the eigenvalues are 0.
 
     weight: (out, in). Returns values (k,), descending, and U (out, k), k = min(out, in), float64.
     Raises NumericalError naming `what`.
@@ -70,6 +73,11 @@ def principal_outputs(weight: Tensor, metric: Metric, what: str) -> tuple[Tensor
     tall = weight.shape[0] > weight.shape[1]
     frame, core = torch.linalg.qr(weight) if tall else (None, weight)
     values, vectors = eigh_descending(metric.weigh(core) @ core.T, what)
+    if (
+        metric.mean is not None
+        and values.clamp(min=0).sum() <= CANCELLED * (core @ metric.mean).square().sum()
+    ):
+        values = torch.zeros_like(values)
     return values, frame @ vectors if tall else vectors
 
 

@@ -119,9 +119,9 @@ def test_contract(method, kind):
     before = [case.dense.weight.clone(), case.stats.gram.clone(), case.stats.grad_gram.clone()]
     state = method.prepare("linear", case.dense, case.stats)
     curve = method.candidates(state)
-    fewest = (
-        1 if method.name == "armor" or (method.name == "sparse" and method.pattern == "2:4") else 4
-    )  # an N:M pattern has one size
+    # an N:M pattern has one size; on one token a few numbers are exact, and nothing larger is offered
+    sole = method.name == "armor" or (method.name == "sparse" and method.pattern == "2:4")
+    fewest = 1 if sole or kind == "one_token" else 4
     assert curve.dense_bits == case.dense.bits and len(curve.candidates) >= fewest
     assert all(
         one.bits < two.bits

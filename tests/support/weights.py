@@ -18,7 +18,9 @@ KINDS = (
     "low_rank_weight",
     "low_rank_gram",
     "dead_inputs",
+    "dead_half",
     "few_tokens",
+    "one_token",
     "zero_weight",
 )
 
@@ -56,7 +58,7 @@ def make(kind: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Case:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     height, width = {"tall": (40, 24), "wide": (20, 44)}.get(kind, (28, 28))
-    tokens = 12 if kind == "few_tokens" else 200
+    tokens = {"few_tokens": 12, "one_token": 1}.get(kind, 200)
     x = normal(tokens, width) @ (
         normal(width, width) * torch.logspace(0, -2, width, dtype=torch.float64)
     ) + 0.5 * normal(width)
@@ -68,6 +70,8 @@ def make(kind: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Case:
         x = x[:, :6] @ normal(6, width)
     if kind == "dead_inputs":
         x[:, ::3] = 0
+    if kind == "dead_half":
+        x[:, : width // 2] = 0
     if kind == "zero_weight":
         weight = torch.zeros_like(weight)
     bias = normal(height).to(dtype) if kind == "biased" else None
