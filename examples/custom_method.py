@@ -18,7 +18,7 @@ from compressor import compress
 from compressor.config import load_recipe
 from compressor.linalg.metric import Metric, relative_error
 from compressor.linears import Dense, Pruned
-from compressor.methods.base import Method
+from compressor.methods.base import LinearMethod
 from compressor.methods.registry import register
 from compressor.plan import Candidate, Curve
 from compressor.statistics import LinearStats
@@ -30,7 +30,7 @@ State = tuple[
 
 @register
 @dataclass(frozen=True)
-class KeepInputs(Method[State]):
+class KeepInputs(LinearMethod[State]):
     """Linears that read their most important inputs alone."""
 
     name: ClassVar[str] = "keep_inputs"

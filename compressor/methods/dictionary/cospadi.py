@@ -52,6 +52,7 @@ from compressor.methods.dictionary.sparse_coding import (
     unit_atoms,
 )
 from compressor.plan import Curve
+from compressor.recipe.quantities import Size, size_in_bytes
 
 SPAN, FLAT = (
     5,
@@ -156,6 +157,7 @@ class Cospadi(DictionaryMethod):
     )
     power_iterations: Annotated[int, Field(ge=1)] = 8  # for each atom of a K-SVD sweep
     seed: Annotated[int, Field(ge=0)] = 42  # of K-SVD's first atoms
+    memory: Size = "1GiB"  # held by the pursuit of K-SVD at most; a bound on targets coded at once
     anchors: Annotated[int, Field(ge=0)] | None = (
         0  # sizes fitted for the curve, see `profiled`; None fits all
     )
@@ -187,7 +189,13 @@ class Cospadi(DictionaryMethod):
             generator = torch.Generator().manual_seed(self.seed)
             rounds = 60 if self.rounds is None else self.rounds
             dictionary, codes = ksvd(
-                coordinates, atoms, nonzeros, rounds, generator, self.power_iterations
+                coordinates,
+                atoms,
+                nonzeros,
+                rounds,
+                generator,
+                self.power_iterations,
+                memory=size_in_bytes(self.memory),
             )
             return codes, dictionary
         start = leading_codes(coordinates, atoms, nonzeros)

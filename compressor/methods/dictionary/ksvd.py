@@ -18,18 +18,38 @@ from torch import Tensor
 
 # an atom whose squared distance from the span of the selected ones is below this adds nothing
 DEPENDENT = 1e-8
-BATCH = 8192  # targets coded together, as published
+BATCH = 8192  # targets coded together, as published; fewer where memory bounds them
+MEMORY = 2**30  # bytes that one batch may hold
 
 
-def omp_codes(gram: Tensor, correlations: Tensor, count: int) -> Tensor:
-    """Codes by orthogonal matching pursuit: the atom of largest |α|, then least squares on all
-    selected, `count` times.
+def batch_size(atoms: int, count: int, itemsize: int, memory: int) -> int:
+    """Count the targets that one batch of the pursuit may hold.
 
-    gram: H (k, k), unit diagonal or zero for atoms that are zero; correlations: DᵀA (k, n). A
-    target that meets a dependent atom spends a step on it and keeps fewer nonzeros. Returns (k, n).
+    Each target holds L⁻¹ (s, s), at most six vectors (k,), of its codes, its residual and their
+    temporaries, and about eight vectors (s,).
     """
+    held = (count**2 + 6 * atoms + 8 * count) * itemsize
+    return max(1, min(BATCH, memory // held))
+
+
+def omp_codes(gram: Tensor, correlations: Tensor, count: int, memory: int = MEMORY) -> Tensor:
+    """Code targets by orthogonal matching pursuit: the atom of largest |α|, then least squares on
+    all selected, `count` times. Costs O(n s (k² + s²)) for n targets.
+
+    A target that meets a dependent atom spends a step on it and keeps fewer nonzeros.
+
+    Args:
+        gram: H (k, k), unit diagonal, or zero for atoms that are zero.
+        correlations: DᵀA (k, n).
+        count: s, nonzeros of each target.
+        memory: bytes that the pursuit may hold at once, its answer apart.
+
+    Returns:
+        Codes (k, n).
+    """
+    size = batch_size(len(gram), count, correlations.element_size(), memory)
     return torch.cat(
-        [_omp_batch(gram, part, count) for part in correlations.split(BATCH, dim=1)], dim=1
+        [_omp_batch(gram, batch, count) for batch in correlations.split(size, dim=1)], dim=1
     )
 
 
@@ -103,13 +123,14 @@ def ksvd(
     generator: torch.Generator,
     power_iterations: int = 8,
     flat: float = 1e-4,
+    memory: int = MEMORY,
 ) -> tuple[Tensor, Tensor]:
-    """Dictionary (r, k) and codes (k, n) of targets (r, n) after at most `iterations` rounds of OMP
-    and one K-SVD sweep.
+    """Learn a dictionary (r, k) and codes (k, n) of targets (r, n) in at most `iterations` rounds
+    of OMP and one K-SVD sweep.
 
     The first atoms are columns drawn by `generator`, scaled to unit norm. Ends early when a round
     lowers the error by less than `flat` of what it was; the last round's answer is returned, as
-    published, whether or not it is the best.
+    published, whether or not it is the best. memory: that of `omp_codes`.
     """
     drawn = torch.randperm(targets.shape[1], generator=generator)[:atoms].to(targets.device)
     dictionary = targets[:, drawn] / targets[:, drawn].norm(dim=0).clamp(
@@ -117,7 +138,7 @@ def ksvd(
     )
     error = torch.inf
     for _ in range(iterations):
-        codes = omp_codes(dictionary.T @ dictionary, dictionary.T @ targets, nonzeros)
+        codes = omp_codes(dictionary.T @ dictionary, dictionary.T @ targets, nonzeros, memory)
         dictionary, codes = sweep(targets, dictionary, codes, power_iterations)
         previous, error = error, (targets - dictionary @ codes).square().sum().item()
         if previous - error < flat * previous and previous < torch.inf:

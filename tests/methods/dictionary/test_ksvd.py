@@ -2,11 +2,14 @@
 in float64.
 """
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from compressor.methods.dictionary.ksvd import ksvd, omp_codes, sweep
+from compressor.methods.dictionary.ksvd import BATCH, MEMORY, batch_size, ksvd, omp_codes, sweep
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -50,6 +53,44 @@ def test_pursuit_is_the_greedy_definition(count):
     assert (
         (dictionary.T @ residual)[codes != 0].abs() < 1e-9
     ).all()  # orthogonal to the atoms in use
+
+
+class PeakMemory(TorchDispatchMode):
+    """Most bytes that tensors made under this mode held at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in self.live:
+                    self.live[storage.data_ptr()] = storage.nbytes()
+                    weakref.finalize(storage, self.live.pop, storage.data_ptr(), None)
+        self.peak = max(self.peak, sum(self.live.values()))
+        return result
+
+
+def test_pursuit_holds_no_more_than_its_memory():
+    atoms, targets, count, memory = 128, 1024, 64, 2**23
+    dictionary = unit(random(96, atoms).float())
+    gram, correlations = dictionary.T @ dictionary, dictionary.T @ random(96, targets).float()
+    answer = 2 * 4 * atoms * targets  # in batches, and joined
+    with PeakMemory() as bounded:
+        omp_codes(gram, correlations, count, memory)
+    with PeakMemory() as unbounded:
+        omp_codes(gram, correlations, count)
+    assert memory / 2 < bounded.peak < memory + answer
+    assert unbounded.peak > 2 * memory
+
+
+def test_batches_are_the_published_ones_wherever_they_fit():
+    assert batch_size(512, 256, 4, MEMORY) < BATCH == batch_size(256, 96, 4, MEMORY)
+    assert batch_size(2184, 1092, 4, MEMORY) * 1092**2 * 4 < MEMORY  # a linear of an 8B model
+    assert batch_size(2184, 1092, 4, 1) == 1
 
 
 def test_pursuit_in_batches_is_pursuit(monkeypatch):
