@@ -12,81 +12,75 @@ Execution: both factors are rebuilt as `packed` rebuilds its weight, and multipl
 other.
 """
 
-from typing import Any, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from compressor.linears.base import CompressedLinear
-from compressor.linears.packed import Packed, decode, executed
+from compressor.linears.base import Blank, CompressedLinear
+from compressor.linears.packed import IntegerMatrix, Packed
 
 
 class Chained(CompressedLinear):
     """y = up · (down · x) + bias."""
 
     kind = "chained"
+    sizes: ClassVar = {"rank": "rank", "down": "down_spec", "up": "up_spec"}
+    factor_names = ("scales", "up_scales")
+
+    scales: nn.Parameter
+    zeros: Tensor | None
+    up_codes: Tensor
+    up_scales: nn.Parameter
+    up_zeros: Tensor | None
 
     def __init__(self, down: Packed, up: Packed):
         """Take the tensors of two packed weights as they are (no copy, no cast); the bias is that
         of `up`.
 
-        down: (r, in), no bias; up: (out, r).
+        Args:
+            down: (r, in), without bias.
+            up: (out, r).
         """
         super().__init__(down.in_features, up.out_features)
         self.rank, self.code_bits = down.out_features, (down.code_bits, up.code_bits)
-        self.register_buffer("weight", down.weight)
-        self.scales = down.scales
-        self.register_buffer("zeros", down.zeros)
-        self.register_buffer("up_codes", up.weight)
-        self.up_scales = up.scales
-        self.register_buffer("up_zeros", up.zeros)
-        self.register_parameter("bias", up.bias)
-
-    def spec(self) -> dict[str, Any]:
-        def factor(
-            scales: nn.Parameter, zeros: Tensor | None, bits: int, width: int, bias: bool
-        ) -> dict[str, Any]:
-            height, groups = scales.shape
-            sizes = {"kind": Packed.kind, "in_features": width, "out_features": height}
-            return sizes | {
-                "bits": bits,
-                "group": width // groups,
-                "symmetric": zeros is None,
-                "bias": bias,
-            }
-
-        return {
-            "kind": self.kind,
-            "in_features": self.in_features,
-            "out_features": self.out_features,
-            "rank": self.rank,
-            "down": factor(self.scales, self.zeros, self.code_bits[0], self.in_features, False),
-            "up": factor(
-                self.up_scales, self.up_zeros, self.code_bits[1], self.rank, self.bias is not None
-            ),
-        }
+        self.store(weight=down.weight, scales=down.scales, zeros=down.zeros)
+        self.store(up_codes=up.weight, up_scales=up.scales, up_zeros=up.zeros, bias=up.bias)
 
     @classmethod
-    def empty(cls, spec: dict[str, Any], dtype: torch.dtype, device: torch.device | str) -> Self:
-        return cls(
-            Packed.empty(spec["down"], dtype, device), Packed.empty(spec["up"], dtype, device)
+    def empty(cls, spec: Mapping[str, Any], blank: Blank) -> Self:
+        return cls(Packed.empty(spec["down"], blank), Packed.empty(spec["up"], blank))
+
+    @property
+    def down(self) -> IntegerMatrix:
+        return IntegerMatrix(
+            self.weight, self.scales, self.zeros, self.code_bits[0], self.in_features
         )
 
-    def stored(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """Arguments of `decode` and `executed` for down and up."""
-        down = self.weight, self.scales, self.zeros, self.code_bits[0], self.in_features
-        return down, (self.up_codes, self.up_scales, self.up_zeros, self.code_bits[1], self.rank)
+    @property
+    def up(self) -> IntegerMatrix:
+        return IntegerMatrix(
+            self.up_codes, self.up_scales, self.up_zeros, self.code_bits[1], self.rank
+        )
+
+    @property
+    def down_spec(self) -> dict[str, Any]:
+        return self.down.spec(False)
+
+    @property
+    def up_spec(self) -> dict[str, Any]:
+        return self.up.spec(self.has_bias)
 
     def multiply_adds(self) -> int:
         return self.rank * (self.in_features + self.out_features)
 
     def forward(self, input: Tensor) -> Tensor:
-        down, up = (executed(*factor) for factor in self.stored())
-        return functional.linear(functional.linear(input, down), up, self.bias)
+        inner = functional.linear(input, self.down.rebuild())
+        return functional.linear(inner, self.up.rebuild(), self.bias)
 
     @torch.no_grad()
     def to_dense(self) -> Tensor:
         wide = torch.promote_types(self.scales.dtype, torch.float32)
-        down, up = (decode(*factor, wide) for factor in self.stored())
-        return up @ down
+        return self.up.decode(wide) @ self.down.decode(wide)

@@ -1,10 +1,14 @@
-"""Bit masks as storage kinds keep them: one bit for each position, most significant bit first, in
-whole bytes.
+"""Bit masks as storage kinds keep them, one bit for each position, most significant bit first, in
+whole bytes; and the storage of the entries of a matrix inside such a mask.
 """
 
+from abc import abstractmethod
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+
+from compressor.linears.base import CompressedLinear
 
 
 def pack_mask(mask: Tensor) -> Tensor:
@@ -18,3 +22,34 @@ def unpack_mask(packed: Tensor, length: int) -> Tensor:
     """Undo `pack_mask`: uint8 (⌈length / 8⌉,) to a boolean mask (length,)."""
     shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
     return ((packed[:, None] >> shifts) & 1).flatten()[:length].bool()
+
+
+class Masked(CompressedLinear):
+    """Storage of the entries of one matrix inside a bit mask, for kinds that differ in what the
+    matrix is.
+    """
+
+    has_movable_support = True
+    can_absorb = True
+
+    weight: nn.Parameter  # (nonzeros,)
+    mask: Tensor
+
+    @property
+    @abstractmethod
+    def columns(self) -> int:
+        """Width of the matrix, whose rows are the outputs."""
+
+    @property
+    def nonzeros(self) -> int:
+        return self.weight.numel()
+
+    def support(self) -> Tensor:
+        return unpack_mask(self.mask, self.out_features * self.columns).view(
+            self.out_features, self.columns
+        )
+
+    def matrix(self) -> Tensor:
+        """Rebuild the matrix (out, columns) in the dtype of the values, differentiable in them."""
+        support = self.support()
+        return self.weight.new_zeros(support.shape).masked_scatter(support, self.weight)

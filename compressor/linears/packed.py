@@ -17,6 +17,8 @@ weight beside the stored tensors. Integers save bytes on disk and in transfer; k
 packed codes are those of the engines that read the export (`export --format compressed-tensors`).
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Self
 
@@ -25,18 +27,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from compressor.errors import ConfigError
-from compressor.linears.base import CompressedLinear
-from compressor.linears.rebuilt import kept
+from compressor.linears.base import Blank, CompressedLinear
+from compressor.linears.rebuilt import memoise
 
 INSTALL = "pip install 'compressor[quant]'"
 
 
 @cache
 def library() -> Any:
-    """The packing functions of compressed-tensors.
+    """Import the packing functions of compressed-tensors.
 
-    Raises ConfigError, naming the command to install it, if it is missing or pads codes to whole
-    words, as releases before 0.20 did.
+    Raises:
+        ConfigError: it is missing, or pads codes to whole words, as releases before 0.20 did; the
+            message names the command to install it.
     """
     try:
         from compressed_tensors.compressors.pack_quantized import helpers
@@ -54,7 +57,7 @@ def library() -> Any:
 
 
 def words(count: int, bits: int) -> int:
-    """Words of 32 bits that `count` codes of `bits` bits take."""
+    """Count the words of 32 bits that `count` codes of `bits` bits take."""
     return -(-count * bits // 32)
 
 
@@ -72,47 +75,64 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, int]) -> Tensor:
 
 
 def packed_size(height: int, width: int, bits: int, group: int, symmetric: bool) -> tuple[int, int]:
-    """(bits of codes and zero points, number of scales) of a packed weight (height, width)."""
+    """Count (bits of codes and zero points, scales) of a packed weight (height, width)."""
     scales = height * width // group
     return 32 * (words(height * width, bits) + (0 if symmetric else words(scales, bits))), scales
 
 
-def decode(
-    packed: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, width: int, dtype: torch.dtype
-) -> Tensor:
-    """Ŵ (out, width) from stored tensors, computed in `dtype` with one rounding for each product;
-    differentiable in the scales.
+@dataclass(frozen=True)
+class IntegerMatrix:
+    """A matrix (height, width) of integer codes with their scales, as it is stored."""
 
-    packed: codes of (out, width); scales: (out, groups); zeros: packed zero points of (out,
-    groups), or None.
-    """
-    height, groups = scales.shape
-    steps = unpack(packed, bits, (height, width)).unflatten(1, (groups, -1)).to(dtype)
-    if zeros is not None:
-        steps = steps - unpack(zeros, bits, (height, groups))[..., None].to(dtype)
-    return (steps * scales.to(dtype)[..., None]).flatten(1)
+    packed: Tensor  # codes of (height, width)
+    scales: Tensor  # (height, groups)
+    zeros: Tensor | None  # packed zero points of (height, groups)
+    bits: int
+    width: int
 
+    def decode(self, dtype: torch.dtype) -> Tensor:
+        """Compute scales · (codes − zeros) in `dtype`, with one rounding for each product;
+        differentiable in the scales.
+        """
+        height, groups = self.scales.shape
+        codes = unpack(self.packed, self.bits, (height, self.width))
+        steps = codes.unflatten(1, (groups, -1)).to(dtype)
+        if self.zeros is not None:
+            steps = steps - unpack(self.zeros, self.bits, (height, groups))[..., None].to(dtype)
+        return (steps * self.scales.to(dtype)[..., None]).flatten(1)
 
-def executed(packed: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, width: int) -> Tensor:
-    """What `decode` makes in the dtype of the scales, for multiplying; kept between forward passes
-    unless the scales learn.
-    """
+    def rebuild(self) -> Tensor:
+        """Return what `decode` computes in the dtype of the scales, for multiplying; remembered
+        between forward passes unless the scales learn.
+        """
 
-    def rebuild() -> Tensor:
-        return decode(packed, scales, zeros, bits, width, scales.dtype)
+        def decode() -> Tensor:
+            return self.decode(self.scales.dtype)
 
-    learning = torch.is_grad_enabled() and scales.requires_grad
-    return (
-        rebuild()
-        if learning
-        else kept([tensor for tensor in (scales, packed, zeros) if tensor is not None], rebuild)
-    )
+        if torch.is_grad_enabled() and self.scales.requires_grad:
+            return decode()
+        tensors = (self.scales, self.packed, self.zeros)
+        return memoise([tensor for tensor in tensors if tensor is not None], decode)
+
+    def spec(self, bias: bool) -> dict[str, Any]:
+        """Return the spec of a `Packed` that holds this matrix."""
+        height, groups = self.scales.shape
+        sizes = {"kind": Packed.kind, "in_features": self.width, "out_features": height}
+        return sizes | {
+            "bits": self.bits,
+            "group": self.width // groups,
+            "symmetric": self.zeros is None,
+            "bias": bias,
+        }
 
 
 class Packed(CompressedLinear):
     """y = (scales · (codes − zeros)) x + bias."""
 
     kind = "packed"
+
+    scales: nn.Parameter
+    zeros: Tensor | None
 
     def __init__(
         self,
@@ -125,31 +145,44 @@ class Packed(CompressedLinear):
     ):
         """Wrap stored tensors as they are (no copy, no cast).
 
-        weight: packed codes of (out, in); scales: (out, in / group); zeros: packed zero points of
-        (out, in / group), or None; bias: (out,) or None.
+        Args:
+            weight: packed codes of (out, in).
+            scales: (out, in / group).
+            zeros: packed zero points of (out, in / group), or None.
+            bias: (out,) or None.
         """
         super().__init__(in_features, scales.shape[0])
         self.code_bits = bits
-        self.register_buffer("weight", weight)
-        self.scales = nn.Parameter(scales, requires_grad=scales.requires_grad)
-        self.register_buffer("zeros", zeros)
-        self.register_parameter(
-            "bias", None if bias is None else nn.Parameter(bias, requires_grad=bias.requires_grad)
-        )
+        self.store(weight=weight, scales=scales, zeros=zeros, bias=bias)
 
     @classmethod
     def of_codes(
         cls, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int
     ) -> Self:
         """Pack codes (out, in) and zeros (out, in / group), integer values of any dtype."""
+        points = None if zeros is None else pack(zeros, bits)
+        return cls(pack(codes, bits), scales, points, bias, codes.shape[1], bits)
+
+    @classmethod
+    def empty(cls, spec: Mapping[str, Any], blank: Blank) -> Self:
+        width, height, bits = spec["in_features"], spec["out_features"], spec["bits"]
+        if not (2 <= bits <= 8 and spec["group"] > 0 and width % spec["group"] == 0):
+            raise ValueError(
+                f"{bits} bits in groups of {spec['group']} do not make a row of {width} codes"
+            )
+        groups = width // spec["group"]
         return cls(
-            pack(codes, bits),
-            scales,
-            None if zeros is None else pack(zeros, bits),
-            bias,
-            codes.shape[1],
+            blank.words(words(height * width, bits)),
+            blank.floats(height, groups),
+            None if spec["symmetric"] else blank.words(words(height * groups, bits)),
+            blank.bias(spec),
+            width,
             bits,
         )
+
+    @property
+    def integers(self) -> IntegerMatrix:
+        return IntegerMatrix(self.weight, self.scales, self.zeros, self.code_bits, self.in_features)
 
     @property
     def group(self) -> int:
@@ -157,62 +190,36 @@ class Packed(CompressedLinear):
         return self.in_features // self.scales.shape[1]
 
     def spec(self) -> dict[str, Any]:
-        return {
-            "kind": self.kind,
-            "in_features": self.in_features,
-            "out_features": self.out_features,
-            "bits": self.code_bits,
-            "group": self.group,
-            "symmetric": self.zeros is None,
-            "bias": self.bias is not None,
-        }
-
-    @classmethod
-    def empty(cls, spec: dict[str, Any], dtype: torch.dtype, device: torch.device | str) -> Self:
-        width, height, bits = spec["in_features"], spec["out_features"], spec["bits"]
-        if not (2 <= bits <= 8 and spec["group"] > 0 and width % spec["group"] == 0):
-            raise ValueError(
-                f"{bits} bits in groups of {spec['group']} do not make a row of {width} codes"
-            )
-        groups, integers = width // spec["group"], {"dtype": torch.int32, "device": device}
-        return cls(
-            weight=torch.empty(words(height * width, bits), **integers),
-            scales=torch.empty(height, groups, dtype=dtype, device=device),
-            zeros=None
-            if spec["symmetric"]
-            else torch.empty(words(height * groups, bits), **integers),
-            bias=torch.empty(height, dtype=dtype, device=device) if spec["bias"] else None,
-            in_features=width,
-            bits=bits,
-        )
+        return self.integers.spec(self.has_bias)
 
     def codes(self) -> Tensor:
-        """Codes (out, in), int8."""
+        """Unpack the codes (out, in), int8."""
         return unpack(self.weight, self.code_bits, (self.out_features, self.in_features))
 
     def zero_points(self) -> Tensor | None:
-        """Zero points (out, in / group), int8, or None."""
-        return (
-            None
-            if self.zeros is None
-            else unpack(self.zeros, self.code_bits, tuple(self.scales.shape))
-        )
+        """Unpack the zero points (out, in / group), int8, if there are any."""
+        if self.zeros is None:
+            return None
+        height, groups = self.scales.shape
+        return unpack(self.zeros, self.code_bits, (height, groups))
 
     def leading(self, count: int) -> Self:
-        """The first `count` outputs alone, without bias; new tensors."""
-        zeros = None if self.zeros is None else self.zero_points()[:count]
+        """Copy the first `count` outputs, without bias."""
+        zeros, scales = self.zero_points(), self.scales.detach()[:count].clone()
         return type(self).of_codes(
-            self.codes()[:count], self.scales.detach()[:count].clone(), zeros, None, self.code_bits
+            self.codes()[:count],
+            scales,
+            None if zeros is None else zeros[:count],
+            None,
+            self.code_bits,
         )
 
     def multiply_adds(self) -> int:
         return self.out_features * self.in_features
 
     def forward(self, input: Tensor) -> Tensor:
-        dense = executed(self.weight, self.scales, self.zeros, self.code_bits, self.in_features)
-        return functional.linear(input, dense, self.bias)
+        return functional.linear(input, self.integers.rebuild(), self.bias)
 
     @torch.no_grad()
     def to_dense(self) -> Tensor:
-        wide = torch.promote_types(self.scales.dtype, torch.float32)
-        return decode(self.weight, self.scales, self.zeros, self.code_bits, self.in_features, wide)
+        return self.integers.decode(torch.promote_types(self.scales.dtype, torch.float32))

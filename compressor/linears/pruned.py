@@ -16,13 +16,14 @@ around it sees the widths it expects, so any architecture runs as it is. Gatheri
 move one number for each channel and token, the product saves thousands.
 """
 
-from typing import Any, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from compressor.linears.base import CompressedLinear
+from compressor.linears.base import Blank, CompressedLinear
 from compressor.linears.masks import pack_mask, unpack_mask
 
 
@@ -30,6 +31,13 @@ class Pruned(CompressedLinear):
     """y[rows] = weight · x[columns] + bias, zero elsewhere."""
 
     kind = "pruned"
+    sizes: ClassVar = {"outputs": "kept_outputs", "inputs": "kept_inputs", "bias": "has_bias"}
+    is_pruned = True
+    can_absorb = True
+
+    weight: nn.Parameter
+    rows: Tensor | None
+    columns: Tensor | None
 
     def __init__(
         self,
@@ -43,20 +51,18 @@ class Pruned(CompressedLinear):
     ):
         """Wrap stored tensors as they are (no copy, no cast).
 
-        weight: (outputs · inputs,) of the kept ones; inputs: how many are kept; rows, columns:
-        packed masks, uint8, or None.
+        Args:
+            weight: (outputs · inputs,) of the kept ones.
+            bias: (outputs,) or None.
+            inputs: how many are kept.
+            rows: packed mask of the kept outputs, uint8, or None.
+            columns: packed mask of the kept inputs, uint8, or None.
         """
         super().__init__(in_features, out_features)
         self.inputs, self.outputs = inputs, weight.numel() // inputs
-        self.weight = nn.Parameter(weight, requires_grad=weight.requires_grad)
-        self.register_buffer("rows", rows)
-        self.register_buffer("columns", columns)
-        self.register_parameter(
-            "bias", None if bias is None else nn.Parameter(bias, requires_grad=bias.requires_grad)
-        )
-        self._places: dict[
-            str, Tensor
-        ] = {}  # indices behind the masks; derived from them on first use
+        self.store(weight=weight, rows=rows, columns=columns, bias=bias)
+        # indices behind the masks; derived from them on first use
+        self._places: dict[str, Tensor] = {}
 
     @classmethod
     def of(
@@ -67,56 +73,56 @@ class Pruned(CompressedLinear):
         columns: Tensor | None,
         dtype: torch.dtype,
     ) -> Self:
-        """Cut a dense weight (out, in), with a bias (out,), down to boolean masks rows (out,) and
-        columns (in,); None keeps all.
+        """Cut a dense linear down to the outputs and inputs inside masks.
+
+        Args:
+            weight: (out, in).
+            bias: (out,) or None.
+            rows: boolean (out,); None keeps all outputs.
+            columns: boolean (in,); None keeps all inputs.
         """
         height, width = weight.shape
-        kept = weight if rows is None else weight[rows]
-        kept = kept if columns is None else kept[:, columns]
+        matrix = weight if rows is None else weight[rows]
+        matrix = matrix if columns is None else matrix[:, columns]
         bias = bias if bias is None or rows is None else bias[rows]
-        packed = [None if mask is None else pack_mask(mask) for mask in (rows, columns)]
-        cast = None if bias is None else bias.to(dtype, copy=True)
-        return cls(kept.flatten().to(dtype, copy=True), cast, width, height, kept.shape[1], *packed)
-
-    def spec(self) -> dict[str, Any]:
-        return {
-            "kind": self.kind,
-            "in_features": self.in_features,
-            "out_features": self.out_features,
-            "outputs": None if self.rows is None else self.outputs,
-            "inputs": None if self.columns is None else self.inputs,
-            "bias": self.bias is not None,
-        }
+        return cls(
+            matrix.flatten().to(dtype, copy=True),
+            None if bias is None else bias.to(dtype, copy=True),
+            width,
+            height,
+            matrix.shape[1],
+            *(None if mask is None else pack_mask(mask) for mask in (rows, columns)),
+        )
 
     @classmethod
-    def empty(cls, spec: dict[str, Any], dtype: torch.dtype, device: torch.device | str) -> Self:
+    def empty(cls, spec: Mapping[str, Any], blank: Blank) -> Self:
         height, width = spec["out_features"], spec["in_features"]
-        outputs, inputs = spec["outputs"], spec["inputs"]
-        kept_height, kept_width = (
-            height if outputs is None else outputs,
-            width if inputs is None else inputs,
-        )
+        outputs = height if spec["outputs"] is None else spec["outputs"]
+        inputs = width if spec["inputs"] is None else spec["inputs"]
         return cls(
-            weight=torch.empty(kept_height * kept_width, dtype=dtype, device=device),
-            bias=torch.empty(kept_height, dtype=dtype, device=device) if spec["bias"] else None,
-            in_features=width,
-            out_features=height,
-            inputs=kept_width,
-            rows=None
-            if outputs is None
-            else torch.empty((height + 7) // 8, dtype=torch.uint8, device=device),
-            columns=None
-            if inputs is None
-            else torch.empty((width + 7) // 8, dtype=torch.uint8, device=device),
+            blank.floats(outputs * inputs),
+            blank.bias(spec, outputs),
+            width,
+            height,
+            inputs,
+            None if spec["outputs"] is None else blank.bits(height),
+            None if spec["inputs"] is None else blank.bits(width),
         )
 
+    @property
+    def kept_outputs(self) -> int | None:
+        return None if self.rows is None else self.outputs
+
+    @property
+    def kept_inputs(self) -> int | None:
+        return None if self.columns is None else self.inputs
+
     def places(self, side: str) -> Tensor:
-        """Indices, int64 and ascending, of the kept `rows` or `columns`."""
+        """Return the indices, int64 and ascending, of the kept `rows` or `columns`."""
         mask = getattr(self, side)
         if side not in self._places or self._places[side].device != mask.device:
-            with torch.inference_mode(
-                False
-            ):  # an inference tensor could not be used by a training step later
+            # An inference tensor could not be used by a training step later.
+            with torch.inference_mode(False):
                 length = self.out_features if side == "rows" else self.in_features
                 self._places[side] = unpack_mask(mask.clone(), length).nonzero().flatten()
         return self._places[side]
@@ -126,16 +132,19 @@ class Pruned(CompressedLinear):
         self._places = {}
 
     def matrix(self) -> Tensor:
-        """The kept outputs by the kept inputs."""
+        """Return the weight of the kept outputs and inputs, (outputs, inputs)."""
         return self.weight.view(self.outputs, self.inputs)
+
+    def support(self) -> Tensor:
+        return torch.ones(self.outputs, self.inputs, dtype=torch.bool, device=self.weight.device)
 
     def forward(self, input: Tensor) -> Tensor:
         gathered = input if self.columns is None else input[..., self.places("columns")]
         output = functional.linear(gathered, self.matrix(), self.bias)
         if self.rows is None:
             return output
-        whole = output.new_zeros(*output.shape[:-1], self.out_features)
-        return whole.index_copy(-1, self.places("rows"), output)
+        zeros = output.new_zeros(*output.shape[:-1], self.out_features)
+        return zeros.index_copy(-1, self.places("rows"), output)
 
     def dense_bias(self) -> Tensor | None:
         if self.bias is None or self.rows is None:

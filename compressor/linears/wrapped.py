@@ -15,14 +15,15 @@ matrix, and kept as `sparse` keeps its weight. Four rows of positions and values
 tensor cores read, after a permutation of their own.
 """
 
-from typing import Any, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from compressor.linears.base import CompressedLinear
-from compressor.linears.rebuilt import kept
+from compressor.linears.base import Blank, CompressedLinear
+from compressor.linears.rebuilt import memoise
 
 KEPT, GROUP = 2, 4  # of every four consecutive entries two are stored
 
@@ -43,34 +44,43 @@ def unpack_positions(packed: Tensor, length: int) -> Tensor:
     return ((packed[:, None] >> shifts) & 3).flatten()[:length].long()
 
 
-def through(blocks: Tensor, x: Tensor) -> Tensor:
-    """Every row of x (…, n) multiplied by the block-diagonal matrix of `blocks` (n / b, b, b): x ·
-    blocksᵀ.
+def multiply_blocks(blocks: Tensor, x: Tensor) -> Tensor:
+    """Multiply every row of x by a block-diagonal matrix: x · blocksᵀ.
+
+    Args:
+        blocks: (n / b, b, b), the blocks of its diagonal.
+        x: (…, n).
     """
-    parts = x.reshape(-1, *blocks.shape[:2]).transpose(0, 1)  # (n / b, rows, b)
-    return torch.bmm(parts, blocks.mT).transpose(0, 1).reshape(x.shape)
+    slices = x.reshape(-1, *blocks.shape[:2]).transpose(0, 1)  # (n / b, rows, b)
+    return torch.bmm(slices, blocks.mT).transpose(0, 1).reshape(x.shape)
 
 
 class Wrapped(CompressedLinear):
     """y = left · (S · (right · x)) + bias, two of four consecutive entries of S stored."""
 
     kind = "wrapped"
+    sizes: ClassVar = {"left": "left_block", "right": "right_block", "bias": "has_bias"}
+    can_absorb = True
+
+    weight: nn.Parameter
+    positions: Tensor
+    left: nn.Parameter
+    right: nn.Parameter
 
     def __init__(
         self, weight: Tensor, positions: Tensor, left: Tensor, right: Tensor, bias: Tensor | None
     ):
         """Wrap stored tensors as they are (no copy, no cast).
 
-        weight: (out · in / 2,); positions: packed, uint8; left: (out / b, b, b); right: (in / c, c,
-        c); bias: (out,) or None.
+        Args:
+            weight: (out · in / 2,).
+            positions: packed, uint8.
+            left: (out / b, b, b).
+            right: (in / c, c, c).
+            bias: (out,) or None.
         """
         super().__init__(right.shape[0] * right.shape[1], left.shape[0] * left.shape[1])
-        for name, tensor in (("weight", weight), ("left", left), ("right", right)):
-            self.register_parameter(name, nn.Parameter(tensor, requires_grad=tensor.requires_grad))
-        self.register_buffer("positions", positions)
-        self.register_parameter(
-            "bias", None if bias is None else nn.Parameter(bias, requires_grad=bias.requires_grad)
-        )
+        self.store(weight=weight, left=left, right=right, positions=positions, bias=bias)
 
     @classmethod
     def of(
@@ -84,35 +94,26 @@ class Wrapped(CompressedLinear):
     ) -> Self:
         """Store a core (out, in) whose mask holds two of every four consecutive entries of a row;
         everything cast to `dtype`.
+
+        Args:
+            core: (out, in).
+            mask: (out, in), boolean.
+            left: (out / b, b, b).
+            right: (in / c, c, c).
+            bias: (out,) or None.
         """
-        kept = (
-            mask.view(-1, GROUP)
-            .to(torch.uint8)
-            .sort(dim=1, descending=True, stable=True)
-            .indices[:, :KEPT]
-        )
-        values = core.reshape(-1, GROUP).gather(1, kept).flatten().to(dtype)
-        stored = None if bias is None else bias.to(dtype, copy=True)
+        fours = mask.view(-1, GROUP).to(torch.uint8)
+        places = fours.sort(dim=1, descending=True, stable=True).indices[:, :KEPT]
         return cls(
-            values,
-            pack_positions(kept.flatten()),
+            core.reshape(-1, GROUP).gather(1, places).flatten().to(dtype),
+            pack_positions(places.flatten()),
             left.to(dtype, copy=True),
             right.to(dtype, copy=True),
-            stored,
+            None if bias is None else bias.to(dtype, copy=True),
         )
 
-    def spec(self) -> dict[str, Any]:
-        return {
-            "kind": self.kind,
-            "in_features": self.in_features,
-            "out_features": self.out_features,
-            "left": self.left.shape[1],
-            "right": self.right.shape[1],
-            "bias": self.bias is not None,
-        }
-
     @classmethod
-    def empty(cls, spec: dict[str, Any], dtype: torch.dtype, device: torch.device | str) -> Self:
+    def empty(cls, spec: Mapping[str, Any], blank: Blank) -> Self:
         height, width, b, c = spec["out_features"], spec["in_features"], spec["left"], spec["right"]
         if b < 1 or c < 1 or height % b or width % c or width % GROUP:
             raise ValueError(
@@ -120,21 +121,34 @@ class Wrapped(CompressedLinear):
                 f"of {width} inputs"
             )
         return cls(
-            weight=torch.empty(height * width // 2, dtype=dtype, device=device),
-            positions=torch.empty((height * width // 2 + 3) // 4, dtype=torch.uint8, device=device),
-            left=torch.empty(height // b, b, b, dtype=dtype, device=device),
-            right=torch.empty(width // c, c, c, dtype=dtype, device=device),
-            bias=torch.empty(height, dtype=dtype, device=device) if spec["bias"] else None,
+            blank.floats(height * width // 2),
+            blank.bits(height * width),
+            blank.floats(height // b, b, b),
+            blank.floats(width // c, c, c),
+            blank.bias(spec),
         )
 
+    @property
+    def left_block(self) -> int:
+        return self.left.shape[1]
+
+    @property
+    def right_block(self) -> int:
+        return self.right.shape[1]
+
     def places(self) -> Tensor:
-        """Places of the stored entries within their fours, (out, in / 4, 2) int64."""
+        """Return the places of the stored entries within their fours, (out, in / 4, 2) int64."""
         return unpack_positions(self.positions, self.out_features * self.in_features // 2).view(
             self.out_features, -1, KEPT
         )
 
+    def support(self) -> Tensor:
+        places = self.places()
+        fours = torch.zeros(*places.shape[:2], GROUP, dtype=torch.bool, device=places.device)
+        return fours.scatter(2, places, True).flatten(1)
+
     def core(self) -> Tensor:
-        """S (out, in) in the dtype of the values, differentiable in them."""
+        """Rebuild S (out, in) in the dtype of the values, differentiable in them."""
         values = self.weight.view(self.out_features, -1, KEPT)
         return (
             values.new_zeros(*values.shape[:2], GROUP).scatter(2, self.places(), values).flatten(1)
@@ -142,8 +156,10 @@ class Wrapped(CompressedLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         learning = torch.is_grad_enabled() and self.weight.requires_grad
-        core = self.core() if learning else kept((self.weight, self.positions), self.core)
-        output = through(self.left, functional.linear(through(self.right, input), core))
+        core = self.core() if learning else memoise((self.weight, self.positions), self.core)
+        output = multiply_blocks(
+            self.left, functional.linear(multiply_blocks(self.right, input), core)
+        )
         return output if self.bias is None else output + self.bias
 
     def multiply_adds(self) -> int:
@@ -152,6 +168,6 @@ class Wrapped(CompressedLinear):
     @torch.no_grad()
     def to_dense(self) -> Tensor:
         wide = torch.promote_types(self.weight.dtype, torch.float32)
-        return through(
-            self.right.to(wide).mT, through(self.left.to(wide), self.core().to(wide).T).T
+        return multiply_blocks(
+            self.right.to(wide).mT, multiply_blocks(self.left.to(wide), self.core().to(wide).T).T
         )

@@ -5,7 +5,7 @@ from itertools import pairwise
 from compressor.allocation import residual_ranks
 from compressor.allocation.decompose import dense_weight
 from compressor.errors import ConfigError
-from compressor.linears import CompressedLinear, Pruned
+from compressor.linears import CompressedLinear
 from compressor.linears.base import Modules
 from compressor.methods.low_rank import compensate
 from compressor.pipeline.job import Job
@@ -22,9 +22,8 @@ def ranks_of(
     section, ranks = job.recipe.compensation, {}
     if not section.enabled:
         return ranks
-    modules = {
-        name: module for name, module in modules.items() if not isinstance(module, Pruned)
-    }  # what is gone is not to come back
+    # What is gone is not to come back.
+    modules = {name: module for name, module in modules.items() if not module.is_pruned}
     limits = {
         name: compensate.largest_rank(module, dense_weight(job.assignments[name]))
         for name, module in modules.items()
@@ -73,7 +72,7 @@ def offer(
         scale = 1 / energy if energy > 0 else 0.0
     count = 0 if job.recipe.allocation.count == "bits" else 1
     sizes = [
-        compensate.size(module, rank, assignment.dtype.itemsize)[count] for rank in range(limit + 1)
+        module.extended_size(rank, assignment.dtype.itemsize)[count] for rank in range(limit + 1)
     ]
     return residual_ranks.Offer(
         (scale * fit.gains[:limit]).tolist(), [after - before for before, after in pairwise(sizes)]

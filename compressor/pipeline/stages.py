@@ -17,7 +17,7 @@ from compressor.allocation.probe import Prober, ProbeResult, probe
 from compressor.allocation.solve import Found
 from compressor.calibrate.collect import collect
 from compressor.errors import ConfigError
-from compressor.linears import Pruned
+from compressor.linears import CompressedLinear
 from compressor.models.install import replace as install_module
 from compressor.pipeline.job import Job, log
 from compressor.plan import Plan
@@ -162,7 +162,7 @@ def with_gram_errors(
     """
     errors = {
         name: plan.linears[name].measured
-        if isinstance(module, Pruned)
+        if isinstance(module, CompressedLinear) and module.is_pruned
         else gram_error(job.assignments[name], module, stats[name])
         for name, module in modules.items()
         if name in plan.linears

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor.linears import CompressedLinear, Dictionary, build_empty
+from compressor.linears import CompressedLinear, build_empty
 
 PACKAGE = __name__.partition(".")[0]
 
@@ -122,7 +122,7 @@ class _Encoder:
         names = build_empty(
             spec, torch.float32
         ).state_dict()  # a lender that was given a residual shares its table of tensors
-        lent = self.encode(part.lent) if (part := borrower(value)) else None
+        lent = self.encode(value.lent)
         self.modules[id(value)] = {"module": len(self.modules)}
         return {
             "new": {
@@ -191,12 +191,6 @@ class _Decoder:
         made = build_empty(content["spec"], floating)
         made.load_state_dict(state, assign=True)
         if content["lent"] is not None:
-            borrower(made).borrow(self.decode(content["lent"]))
+            made.borrow(self.decode(content["lent"]))
         self.modules.append(made)
         return made
-
-
-def borrower(module: CompressedLinear) -> Dictionary | None:
-    """What borrows its atoms in a linear: the linear, or what its residual is added to."""
-    one = getattr(module, "base", module)
-    return one if isinstance(one, Dictionary) and one.lender is not None else None

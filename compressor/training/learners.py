@@ -14,46 +14,30 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from compressor.linears import Adapted, Chained, CompressedLinear, LowRank
+from compressor.linears import CompressedLinear
 from compressor.models.install import fitted
-from compressor.resume.codec import borrower
 
 Values = dict[str, dict[str, Tensor]]  # module → name within it → tensor
 
 
-def learning(module: nn.Module, train: str) -> dict[str, nn.Parameter]:
-    """The parameters of a module without children that learn; `train` as in the recipe, which
-    trains other modules than linears and norms never."""
+def learning_parameters(module: nn.Module, train: str) -> dict[str, nn.Parameter]:
+    """Return the parameters of a module without children that learn, by name within it.
+
+    Args:
+        train: as in the recipe, which trains other modules than linears and norms never.
+    """
+    if isinstance(module, CompressedLinear):
+        return module.trainable(train)
     own = {
         name: parameter
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.is_floating_point()
     }
-    if train == "low_rank" and isinstance(module, (nn.Linear, Conv1D)):
-        return {name: parameter for name, parameter in own.items() if name in factors(module)}
-    if isinstance(module, CompressedLinear):
-        return own
-    if train == "everything" and isinstance(module, (nn.Linear, Conv1D)):
-        return own
-    return (
-        {}
-        if train == "compressed"
-        else {name: parameter for name, parameter in own.items() if parameter.ndim == 1}
-    )
-
-
-def factors(module: nn.Module) -> tuple[str, ...]:
-    """Names of the parameters that a linear's low-rank part is made of; of factors stored as
-    integers only the scales are parameters.
-    """
-    match module:
-        case LowRank():
-            return ("weight", "up")
-        case Chained():
-            return ("scales", "up_scales")
-        case Adapted():
-            return module.names
-    return ()
+    if isinstance(module, (nn.Linear, Conv1D)) and train in ("everything", "low_rank"):
+        return own if train == "everything" else {}
+    if train == "compressed":
+        return {}
+    return {name: parameter for name, parameter in own.items() if parameter.ndim == 1}
 
 
 def leaves(
@@ -100,12 +84,12 @@ class Learners:
         self.originals = {
             name: module
             for name, module in leaves(model, modules, scopes).items()
-            if learning(module, train)
+            if learning_parameters(module, train)
         }
         self.copies = masters(model, self.originals)
         self.parameters: dict[str, nn.Parameter] = {}
         for name, copy in self.copies.items():
-            for key, parameter in learning(copy, train).items():
+            for key, parameter in learning_parameters(copy, train).items():
                 self.parameters[f"{name}.{key}"] = parameter
 
     def values(self, dtypes: Mapping[str, torch.dtype]) -> Values:
@@ -138,10 +122,11 @@ def rebuilt(originals: Mapping[str, nn.Module], values: Values) -> dict[str, nn.
 
 
 def rebind(modules: Mapping[str, nn.Module]) -> None:
-    """Let dictionaries that borrow their atoms borrow them from these modules, where the lender is
-    among them.
+    """Let linears that borrow tensors borrow them from these modules, where the lender is among
+    them.
     """
     for module in modules.values():
-        part = borrower(module) if isinstance(module, CompressedLinear) else None
-        if part is not None and part.lender in modules:
-            part.borrow(getattr(modules[part.lender], "base", modules[part.lender]))
+        if isinstance(module, CompressedLinear) and module.lender is not None:
+            lender = modules.get(module.lender)
+            if isinstance(lender, CompressedLinear):
+                module.borrow(lender)

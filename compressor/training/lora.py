@@ -45,19 +45,17 @@ from transformers.pytorch_utils import Conv1D
 from compressor.errors import ConfigError
 from compressor.hf import out_in
 from compressor.linalg import Metric
-from compressor.linalg.products import Product, decompose
-from compressor.linears import Adapted, Chained, CompressedLinear, LowRank, Packed
-from compressor.linears.support import grid
-from compressor.methods.low_rank.low_rank import store
+from compressor.linalg.products import Product
+from compressor.linears import CompressedLinear
 from compressor.training.learners import Values, leaves, masters
 from compressor.training.loop import ZERO
 
 
 def takes_lora(module: nn.Module) -> bool:
-    """Whether a product can be merged into what a linear stores."""
-    if isinstance(module, Adapted):
-        return module.factor_bits is None
-    return isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, (Packed, Chained))
+    """Say whether a product can be merged into what a linear stores."""
+    if isinstance(module, CompressedLinear):
+        return module.can_absorb
+    return isinstance(module, (nn.Linear, Conv1D))
 
 
 class Lora(nn.Module):
@@ -65,13 +63,17 @@ class Lora(nn.Module):
     added inside a mask.
     """
 
-    def __init__(self, module: nn.Module, rank: int, generator: torch.Generator):
+    module: nn.Linear | Conv1D
+
+    def __init__(self, module: nn.Linear | Conv1D, rank: int, generator: torch.Generator):
         """module: frozen, as it is (no copy)."""
         super().__init__()
-        self.module, self.mask = module, grid(module)
+        self.module, self.mask, weight = module, None, module.weight.detach()
+        if isinstance(module, CompressedLinear):
+            self.mask = module.support()
+            weight = weight if self.mask is not None else module.to_dense()
         height, width = out_in(module) if self.mask is None else self.mask.shape
         rank = min(rank, height, width)
-        weight = module.to_dense() if isinstance(module, LowRank | Adapted) else module.weight
         down = torch.randn(rank, width, generator=generator) / rank**0.5
         self.scale = (weight.abs().median().item() or ZERO) / ZERO
         self.up = nn.Parameter(weight.new_zeros(height, rank), requires_grad=False)
@@ -82,46 +84,31 @@ class Lora(nn.Module):
             return self.module(input) + self.scale * functional.linear(
                 functional.linear(input, self.down), self.up
             )
-        return functional_call(self.module, {"weight": self.inside()}, (input,))
+        return functional_call(self.module, {"weight": self.inside(self.mask)}, (input,))
 
-    def inside(self) -> Tensor:
-        """The entries (n,) inside the mask, with what has been learned."""
-        return self.module.weight + self.scale * (self.up @ self.down)[self.mask]
+    def inside(self, mask: Tensor) -> Tensor:
+        """Return the entries (n,) inside the mask, with what has been learned."""
+        return self.module.weight + self.scale * (self.up @ self.down)[mask]
 
     @torch.no_grad()
-    def merged(self, metric: Metric, what: str) -> dict[str, Tensor]:
-        """The tensors that change when the product becomes part of what is stored. metric: that of
-        low-rank storage, (in, in).
+    def merge(self, metric: Metric, linear: str) -> dict[str, Tensor]:
+        """Compute the tensors that change when the product becomes part of what is stored.
 
-        Raises NumericalError naming `what`.
+        Args:
+            metric: (in, in), that of low-rank storage.
+            linear: name for errors.
+
+        Raises:
+            NumericalError: the numbers are not finite.
         """
-        module = self.module
-        if self.mask is not None:
-            return {"weight": self.inside()}
-        if isinstance(module, LowRank | Adapted):
-            return absorbed(module, self.product(), metric, what)
-        added = self.scale * (self.up @ self.down)
+        module, product = self.module, self.product()
+        if isinstance(module, CompressedLinear):
+            return module.absorb(product, metric, linear)
+        added = product.scale * (product.up @ product.down)
         return {"weight": module.weight + (added.T if isinstance(module, Conv1D) else added)}
 
     def product(self) -> Product:
         return Product(self.up.detach(), self.down.detach(), self.scale)
-
-
-def absorbed(
-    module: LowRank | Adapted, product: Product, metric: Metric, what: str
-) -> dict[str, Tensor]:
-    """Tensors of a low-rank part of the same rank, float64: the best approximation of it and the
-    product together.
-    """
-    up, down = module.factors() if isinstance(module, LowRank) else module.pair()
-    whole = Product(torch.cat([up, product.scale * product.up], 1), torch.cat([down, product.down]))
-    best = decompose(whole, metric, what).take(module.rank)
-    if isinstance(module, Adapted):
-        return {"up": best.up, "down": best.down}
-    made = store(best.up, best.down, None, torch.float64, module.pivots is not None)
-    return {"weight": made.weight.detach(), "up": made.up.detach()} | (
-        {} if made.pivots is None else {"pivots": made.pivots}
-    )
 
 
 def mergeable(
@@ -175,7 +162,7 @@ class Loras:
         metrics: see `input_metrics`.
         """
         merged = {
-            name: lora.merged(metrics.get(name, Metric()), name)
+            name: lora.merge(metrics.get(name, Metric()), name)
             for name, lora in self.copies.items()
         }
         return {
@@ -201,7 +188,7 @@ def input_metrics(
     hooks = [
         lora.register_forward_pre_hook(lambda module, args, name=name: add(name, args[0]))
         for name, lora in loras.copies.items()
-        if isinstance(lora.module, LowRank | Adapted)
+        if isinstance(lora.module, CompressedLinear) and lora.mask is None
     ]
     try:
         for batch in batches:

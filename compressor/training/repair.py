@@ -31,7 +31,6 @@ from compressor.linears.base import Modules
 from compressor.models.install import installed
 from compressor.models.linears import blocks
 from compressor.recipe.training import Repair
-from compressor.resume.codec import borrower
 from compressor.resume.spill import Cache
 from compressor.resume.store import NOWHERE, Store
 from compressor.runtime.progress import Progress, silent
@@ -117,7 +116,7 @@ def owned(modules: Mapping[str, nn.Module]) -> Modules:
     borrowing = {
         name
         for name, module in modules.items()
-        if isinstance(module, CompressedLinear) and borrower(module)
+        if isinstance(module, CompressedLinear) and module.lender is not None
     }
     return {
         name: deepcopy(module) if name in borrowing else module for name, module in modules.items()

@@ -40,9 +40,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from compressor.linears import Dictionary, Sparse
+from compressor.linears import CompressedLinear
 from compressor.linears.masks import pack_mask
-from compressor.linears.support import grid
 from compressor.recipe.training import Heal
 from compressor.training.learners import Learners, rebind, rebuilt
 from compressor.training.loop import ZERO
@@ -99,23 +98,23 @@ def parted(section: Heal) -> tuple[Heal, Heal]:
 
 
 def has_support(module: nn.Module) -> bool:
-    """Whether a linear stores entries whose places can be chosen again."""
-    return isinstance(getattr(module, "base", module), (Sparse, Dictionary))
+    """Say whether a linear stores entries whose places can be chosen again."""
+    return isinstance(module, CompressedLinear) and module.has_movable_support
 
 
 class Latent(nn.Module):
     """A linear that runs with the projection of a dense latent in place of its stored entries."""
 
-    def __init__(self, module: nn.Module):
-        """module: sparse storage or a dictionary, with or without a residual, as it is (no
-        copy).
-        """
+    module: CompressedLinear
+
+    def __init__(self, module: CompressedLinear):
+        """module: with a support that can move, with or without a residual, as it is (no copy)."""
         super().__init__()
-        self.module, self.start = module, grid(getattr(module, "base", module))
-        self.pattern, self.everything = (
-            Pattern.of(self.start),
-            pack_mask(torch.ones_like(self.start).flatten()),
-        )
+        start = module.base.support()
+        if start is None:
+            raise TypeError(f"storage of kind '{module.kind}' keeps no entries")
+        self.module, self.start, self.pattern = module, start, Pattern.of(start)
+        self.everything = pack_mask(torch.ones_like(start).flatten())
         weight = module.weight.detach()
         self.unit = (weight.abs().median().item() or ZERO) / ZERO if len(weight) else 1.0
         self.inside = nn.Parameter(weight.clone(), requires_grad=False)

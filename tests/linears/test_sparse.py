@@ -195,12 +195,12 @@ def test_whatever_is_written_after_a_forward_pass_takes_effect(make):
 def test_the_rebuilt_weight_is_kept_without_autograd_only():
     module = made((9, 12)).requires_grad_(True)
     module(random(3, 12))
-    assert not hasattr(module.weight, "_kept")
+    assert not hasattr(module.weight, "_memo")
     with torch.no_grad():
         module(random(3, 12))
-        kept = module.weight._kept[1]
+        kept = module.weight._memo[1]
         module(random(3, 12))
-    assert module.weight._kept[1] is kept
+    assert module.weight._memo[1] is kept
     assert set(module.state_dict()) == {"weight", "mask", "bias"}
 
 
@@ -255,7 +255,7 @@ def test_offloaded_modules_keep_no_kept_weight(make):
         expected = module(inputs)
         cpu_offload(module, execution_device=torch.device("cpu"))
         torch.testing.assert_close(module(inputs), expected, rtol=DOUBLE, atol=DOUBLE)
-    assert module.weight.device.type == "meta" and not hasattr(module.weight, "_kept")
+    assert module.weight.device.type == "meta" and not hasattr(module.weight, "_memo")
 
 
 def test_a_base_that_stores_an_up_itself_is_refused():

@@ -46,7 +46,7 @@ def disturbed(module, rank=RANK):
 def merged(module, lora, metric=None):
     values = {
         key: tensor.float() if tensor.is_floating_point() else tensor
-        for key, tensor in lora.merged(metric or Metric(), "it").items()
+        for key, tensor in lora.merge(metric or Metric(), "it").items()
     }
     return rebuilt({"it": module}, {"it": values})["it"]
 

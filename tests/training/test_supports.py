@@ -14,7 +14,6 @@ from support.training import loss_of
 from compressor.errors import ConfigError
 from compressor.linears import Adapted, Sparse
 from compressor.linears.masks import pack_mask
-from compressor.linears.support import grid
 from compressor.models.install import installed
 from compressor.models.linears import blocks
 from compressor.pipeline import run as pipeline
@@ -52,7 +51,9 @@ def weight_of(name=DOWN):
 def test_the_pattern_of_a_mask_is_kept_by_what_learns(pattern, found):
     module = patterned(weight_of(), pattern)
     latent = Latent(module.requires_grad_(False))
-    assert latent.pattern == found and torch.equal(latent.support(latent.latent()), grid(module))
+    assert latent.pattern == found and torch.equal(
+        latent.support(latent.latent()), module.support()
+    )
     latent.outside.data.normal_(std=2.0, generator=torch.Generator().manual_seed(0)).mul_(
         1 / latent.unit
     )
@@ -61,7 +62,7 @@ def test_the_pattern_of_a_mask_is_kept_by_what_learns(pattern, found):
     assert (
         made.spec() == module.spec()
         and made.bits() == module.bits()
-        and Pattern.of(grid(made)) == found
+        and Pattern.of(made.support()) == found
     )
     assert not torch.equal(made.mask, module.mask)
 

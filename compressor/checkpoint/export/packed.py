@@ -162,10 +162,7 @@ def take_apart(path: Path, stock: PreTrainedModel) -> Opened:
         for name, module in model.named_modules()
         if isinstance(module, CompressedLinear)
     }
-    bases = {
-        name: module.base if isinstance(module, Adapted) else module
-        for name, module in modules.items()
-    }
+    bases = {name: module.base for name, module in modules.items()}
     pairs = {name: module.pair() for name, module in modules.items() if isinstance(module, Adapted)}
     return Opened(path, stock, model, tokenizer, bases, pairs)
 

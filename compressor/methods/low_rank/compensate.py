@@ -20,15 +20,14 @@ the whitened SVD and stays finite where the Gram is singular), the Gram is a pla
 and ranks follow from a budget unless one is given.
 """
 
-from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from compressor.linalg import Metric
-from compressor.linears import Adapted, CompressedLinear, Dense, LowRank
-from compressor.methods.low_rank.low_rank import NEEDS, LowRankMethod, pair_size, store
+from compressor.linears import CompressedLinear, Dense
+from compressor.methods.low_rank.low_rank import NEEDS, LowRankMethod
 from compressor.methods.low_rank.residual import Residual, decompose
 from compressor.recipe.sections import Compensation
 from compressor.statistics import LinearStats
@@ -88,37 +87,15 @@ def extend(module: CompressedLinear, fit: Fit, rank: int) -> CompressedLinear:
     beside it.
     """
     up, down = fit.residual.pair(fit.lost, fit.root, rank)
-    base = deepcopy(module)
-    if isinstance(base, LowRank | Adapted):
-        before = base.factors() if isinstance(base, LowRank) else base.pair()
-        up, down = torch.cat([before[0].double(), up], 1), torch.cat([before[1].double(), down])
-    if isinstance(base, LowRank):
-        return store(up, down, base.bias, fit.dtype, base.pivots is not None)
-    parts = (part.to(fit.dtype, memory_format=torch.contiguous_format) for part in (up, down))
-    return Adapted(base.alone() if isinstance(base, Adapted) else base, *parts)
-
-
-def size(module: CompressedLinear, rank: int, itemsize: int) -> tuple[int, int]:
-    """(bits, parameters) of a module with a residual of this rank."""
-    height, width = module.out_features, module.in_features
-    if isinstance(module, LowRank):
-        dense = Dense(torch.empty(height, width, device="meta"), None, module.up.dtype)
-        return pair_size(
-            dense, module.rank + rank, module.pivots is not None, module.bias is not None
-        )[:2]
-    return module.bits() + rank * (
-        height + width
-    ) * itemsize * 8, module.stored_parameters() + rank * (height + width)
+    return module.extend(up, down, fit.dtype)
 
 
 def largest_rank(module: CompressedLinear, dense: Dense) -> int:
     """The largest residual that fits the shape and leaves the linear smaller than dense, in bits
     and in parameters; 0 if none does.
     """
-    full = min(dense.weight.shape)
-    most = full - 1 - module.rank if isinstance(module, LowRank) else full
-    for rank in range(most, 0, -1):
-        bits, parameters = size(module, rank, dense.dtype.itemsize)
+    for rank in range(module.largest_extension, 0, -1):
+        bits, parameters = module.extended_size(rank, dense.dtype.itemsize)
         if bits < dense.bits and parameters < dense.parameters:
             return rank
     return 0

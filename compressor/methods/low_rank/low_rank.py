@@ -35,7 +35,7 @@ from torch import Tensor
 from compressor import linalg
 from compressor.linalg import Metric
 from compressor.linears import Dense, LowRank
-from compressor.linears.masks import pack_mask
+from compressor.linears.low_rank import pair_size
 from compressor.methods import register
 from compressor.methods.base import Approximation, LinearMethod
 from compressor.plan import Candidate, Curve
@@ -89,22 +89,6 @@ class Factors:
         return energy, spectrum, [*spectrum.flip(0).cumsum(0).flip(0).tolist(), 0.0]
 
 
-def pair_size(dense: Dense, rank: int, pivoted: bool, biased: bool) -> tuple[int, int, int]:
-    """(bits, parameters, multiply-adds for a token) of a rank-r pair.
-
-    Pair: r (in + out) numbers; pivoted: r (in + out − r) numbers and one bit for each input, in
-    whole bytes (card 2.20).
-    """
-    height, width = dense.weight.shape
-    multiply_adds = rank * (height + width - (rank if pivoted else 0))
-    parameters = multiply_adds + (height if biased else 0)
-    return (
-        parameters * dense.dtype.itemsize * 8 + (8 * ((width + 7) // 8) if pivoted else 0),
-        parameters,
-        multiply_adds,
-    )
-
-
 def saves(dense: Dense, size: tuple[int, int, int]) -> bool:
     """Whether bits and parameters are both below the dense linear's: above that the weight stays
     dense.
@@ -117,22 +101,6 @@ def candidate(
 ) -> Candidate:
     bits, parameters, multiply_adds = size
     return Candidate(method, setting, bits, parameters, error, multiply_adds)
-
-
-def store(
-    up: Tensor, down: Tensor, bias: Tensor | None, dtype: torch.dtype, pivoted: bool
-) -> LowRank:
-    """Module of Ŵ = up · down, pivoted or not, cast to the stored dtype. up: (out, r); down: (r,
-    in); bias: (out,) or None.
-    """
-    pivots = None
-    if pivoted:
-        mask, coefficients = linalg.pivot_columns(down)
-        up, down, pivots = up @ down[:, mask], coefficients, pack_mask(mask)
-    up, down = (
-        factor.to(dtype, memory_format=torch.contiguous_format, copy=True) for factor in (up, down)
-    )
-    return LowRank(down, up, None if bias is None else bias.to(dtype, copy=True), pivots)
 
 
 @register
@@ -244,7 +212,7 @@ class LowRankMethod(LinearMethod[Factors]):
         ):
             lost = (state.dense.weight.double() - up @ down) @ state.metric.mean
             bias = lost if bias is None else bias.double() + lost
-        return store(up, down, bias, state.dense.dtype, self.storage == "pivoted")
+        return LowRank.of(up, down, bias, state.dense.dtype, self.storage == "pivoted")
 
     def measure(self, state: Factors, module: Approximation) -> float:
         whole = state.values.clamp(min=0).sum().item()

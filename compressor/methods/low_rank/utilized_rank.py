@@ -25,9 +25,10 @@ from torch import Tensor
 from compressor import linalg
 from compressor.linalg import Metric
 from compressor.linears import Dense, LowRank
+from compressor.linears.low_rank import pair_size
 from compressor.methods import register
 from compressor.methods.base import Approximation, LinearMethod
-from compressor.methods.low_rank.low_rank import candidate, pair_size, saves, store
+from compressor.methods.low_rank.low_rank import candidate, saves
 from compressor.plan import Candidate, Curve
 from compressor.statistics import LinearStats
 
@@ -149,7 +150,7 @@ class UtilizedRank(LinearMethod[Subspaces]):
             if setting["outputs"] <= setting["inputs"]
             else (outputs @ core, inputs.T)
         )
-        return store(up, down, state.dense.bias, state.dense.dtype, self.storage == "pivoted")
+        return LowRank.of(up, down, state.dense.bias, state.dense.dtype, self.storage == "pivoted")
 
     def measure(self, state: Subspaces, module: Approximation) -> float:
         return linalg.relative_error(state.dense.weight, module.to_dense(), state.metric)

@@ -24,7 +24,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from compressor.linears.wrapped import GROUP, KEPT, through
+from compressor.linears.wrapped import GROUP, KEPT, multiply_blocks
 from compressor.methods.sparse.admm import Problem
 
 PAIRS = tuple(combinations(range(GROUP), KEPT))
@@ -48,7 +48,7 @@ class Factors:
 
 def times(matrix: Tensor, blocks: Tensor) -> Tensor:
     """matrix (n, m) · the block-diagonal matrix of `blocks` (m / b, b, b)."""
-    return through(blocks.mT, matrix)
+    return multiply_blocks(blocks.mT, matrix)
 
 
 def descend(

@@ -74,8 +74,8 @@ def test_eora_leaves_the_tail_of_the_whitened_spectrum_and_never_more_than_plain
                 objective(case, made)
                 <= objective(case, compensate.extend(base, fit[other], rank)) * (1 + TAIL) + tiny
             )
-        assert isinstance(made, Adapted) and made.bits() == compensate.size(base, rank, 8)[0]
-        assert made.stored_parameters() == compensate.size(base, rank, 8)[1]
+        assert isinstance(made, Adapted) and made.bits() == base.extended_size(rank, 8)[0]
+        assert made.stored_parameters() == base.extended_size(rank, 8)[1]
         left, frame = (case.dense.weight - made.to_dense()), made.up.detach()
         torch.testing.assert_close(
             frame.T @ frame, torch.eye(rank, dtype=torch.float64), rtol=0, atol=1e-12
@@ -150,7 +150,7 @@ def test_every_storage_takes_a_residual_and_is_counted_and_reloaded(kind):
     fit = compensate.fit("linear", case.dense, base, case.stats, "gram")
     made = compensate.extend(base, fit, 3)
     assert type(made) is (LowRank if kind in ("factors", "pivoted") else Adapted)
-    assert (made.bits(), made.stored_parameters()) == compensate.size(base, 3, 8)
+    assert (made.bits(), made.stored_parameters()) == base.extended_size(3, 8)
     expected = fit.residual.tail[3].item()
     assert objective(case, made) == pytest.approx(expected, rel=1e-8)
     assert base.state_dict().keys() == before.keys()
