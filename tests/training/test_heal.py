@@ -31,7 +31,7 @@ from compressor.resume.store import Store
 from compressor.runtime.progress import silent
 from compressor.runtime.stopwatch import Stopwatch
 from compressor.training import loop as trainer
-from compressor.training.learners import Learners, learning, rebuilt
+from compressor.training.learners import Learners, learning_parameters, rebuilt
 from compressor.training.loop import Task, fit
 from compressor.training.losses import Divergence
 from compressor.training.teacher import Original
@@ -197,8 +197,8 @@ def test_low_rank_trains_factors_and_no_other_number_of_a_linear(kind):
         )
     else:
         module = MADE[kind](weight, bias)
-    assert learning(module, "low_rank").keys() == expected
-    assert learning(torch.nn.Linear(3, 2), "low_rank") == {} and learning(
+    assert learning_parameters(module, "low_rank").keys() == expected
+    assert learning_parameters(torch.nn.Linear(3, 2), "low_rank") == {} and learning_parameters(
         torch.nn.LayerNorm(3), "low_rank"
     ).keys() == {"weight", "bias"}
 
