@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from compressor.errors import DataError, did_you_mean
+from compressor.errors import ConfigError, DataError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def _read_file(path: Path, column: str | None, chat: bool, limit: int | None) ->
     if suffix == ".parquet":
         return _pick(_parquet_rows(path), column, chat)
     if column is not None:
-        raise DataError(
+        raise ConfigError(
             f"{path}: column '{column}' was asked for, but plain text has no columns; use a jsonl "
             "or parquet file"
         )
@@ -217,6 +217,11 @@ def _read_hub(
     import datasets
 
     name, config, split = hub["name"], hub["config"] or None, hub["split"]
+    if column is not None and hub["column"] not in (None, column):
+        raise ConfigError(
+            f"{source}: the source names the column '{hub['column']}', and column '{column}' was "
+            "asked for too; leave one of the two out"
+        )
     stream = stream and "[" not in split and not datasets.config.HF_HUB_OFFLINE
     try:
         rows = datasets.load_dataset(name, config, split=split, streaming=stream)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from compressor.calibrate.sources import Document, read_documents
-from compressor.errors import DataError, NumericalError, did_you_mean
+from compressor.errors import ConfigError, DataError, NumericalError, did_you_mean
 from compressor.files.bundled import bundled_folder
 from compressor.runtime.progress import Progress, silent
 
@@ -66,6 +66,8 @@ def load_windows(
     Raises DataError naming the source when there is not one window, when window lengths differ, or
     when the source cannot be read.
     """
+    if source == "self" or ".safetensors:" in source:
+        _refuse_text_options(source, column, chat_template)
     if source == "self":
         tokens = _sample_self(model, length, count, seed, progress)
     elif ".safetensors:" in source:
@@ -87,6 +89,15 @@ def load_windows(
     elif count is not None:
         tokens = tokens[_choose(len(tokens), count, seed)]
     return Windows(tokens, source)
+
+
+def _refuse_text_options(source: str, column: str | None, chat_template: bool) -> None:
+    """Raise ConfigError for options of text that windows of tokens would ignore."""
+    for option in (f"column '{column}'" if column else None, chat_template and "chat_template"):
+        if option:
+            raise ConfigError(
+                f"{source}: {option} was asked for, but these are tokens, not text; leave it out"
+            )
 
 
 def bundled(kind: str) -> Path:

@@ -28,6 +28,7 @@ from compressor.cli.options import (
     RESTART,
     TOLERANCE_HELP,
 )
+from compressor.errors import ConfigError
 from compressor.runtime.progress import Progress
 
 if TYPE_CHECKING:
@@ -191,6 +192,8 @@ def evaluate(
     from compressor.reporting.tables import render_evaluation
 
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    if limit is not None and not names:
+        raise ConfigError("--limit counts the examples of lm-eval tasks; give --tasks too")
     options = {
         "text": text,
         "column": column,
@@ -235,11 +238,13 @@ def sweep(
         Argument(metavar="OUTDIR", help="Folder for its points and results.", show_default=False),
     ],
     jobs: Annotated[
-        int,
+        int | None,
         Option(
-            metavar="N", min=1, help="Points that run at the same time, in processes of their own."
+            metavar="N",
+            min=1,
+            help="Points that run at the same time, in processes of their own; 1 if left out.",
         ),
-    ] = 1,
+    ] = None,
     dry_run: Annotated[
         bool,
         Option("--dry-run", help="Print the points with estimated sizes and times; run nothing."),
@@ -255,10 +260,13 @@ def sweep(
     from compressor.pipeline.sweep import run as sweep
     from compressor.reporting import tables
 
+    if dry_run and (jobs is not None or restart):
+        option = "--restart" if restart else "--jobs"
+        raise ConfigError(f"--dry-run runs nothing, so it takes no {option}; leave it out")
     found = points.read_points(file)
     if dry_run:
         return Outcome({"points": sweep.outline(found, progress)})
-    result = sweep.run(found, output, jobs, restart, progress)
+    result = sweep.run(found, output, jobs or 1, restart, progress)
     failed = result["failed"]
     failure = (
         f"{failed} of {len(found)} points failed; the same command runs them again"
@@ -361,7 +369,9 @@ def report(
             help="Prompt that original and compressed model continue; loads both; repeatable.",
         ),
     ] = None,
-    tokens: Annotated[int, Option(metavar="N", min=1, help="Length of a sample.")] = 48,
+    tokens: Annotated[
+        int | None, Option(metavar="N", min=1, help="Length of a sample; 48 if left out.")
+    ] = None,
     *,
     progress: Progress,
 ) -> Outcome:
@@ -370,12 +380,14 @@ def report(
     """
     from compressor.reporting import page
 
+    if tokens is not None and not sample:
+        raise ConfigError("--tokens is the length of samples; give --sample too")
     runs = page.read(page.checked(output, checkpoints))
     if sample:
         from compressor.evaluation import samples
 
         runs = page.with_samples(
-            runs, samples.side_by_side(checkpoints, sample, tokens, progress=progress)
+            runs, samples.side_by_side(checkpoints, sample, tokens or 48, progress=progress)
         )
     return Outcome(page.write(runs, output))
 

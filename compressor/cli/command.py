@@ -17,8 +17,8 @@ from typing import Any
 
 import typer
 
-from compressor.cli.options import FLAGS, RECIPE_OPTIONS, read_recipe
-from compressor.errors import CompressorError
+from compressor.cli.options import FLAGS, read_recipe, recipe_options
+from compressor.errors import CompressorError, ConfigError
 from compressor.runtime.launched import count, rank
 from compressor.runtime.logs import recorded
 from compressor.runtime.progress import shown
@@ -80,8 +80,10 @@ def verb(function: Callable[..., Outcome]) -> Callable[..., None]:
             errors_in_one_line(verbose),
             recorded(function.__name__, verbose, quiet, log_file, events) as record,
         ):
+            if verbose and quiet and not helps:
+                raise ConfigError("--verbose and --quiet contradict each other; leave one out")
             if "recipe" in parameters:
-                arguments["recipe"] = read_recipe(arguments)
+                arguments["recipe"] = read_recipe(function.__name__, arguments)
             ended = (
                 nullcontext() if helps else _terminable()
             )  # a process that waits for another hears no signal that Python handles
@@ -108,7 +110,7 @@ def verb(function: Callable[..., Outcome]) -> Callable[..., None]:
             raise typer.Exit(BROKEN)
 
     options = [
-        *_options(parameters),
+        *_options(function.__name__, parameters),
         *(_option(name, hint, default) for name, (default, hint) in FLAGS.items()),
     ]
     run.__signature__ = inspect.Signature(options)  # both are what typer reads
@@ -130,10 +132,10 @@ def _compiled_code_on_stderr() -> Iterator[None]:
         os.close(kept)
 
 
-def _options(parameters: Mapping[str, inspect.Parameter]) -> Iterator[inspect.Parameter]:
+def _options(verb: str, parameters: Mapping[str, inspect.Parameter]) -> Iterator[inspect.Parameter]:
     for name, parameter in parameters.items():
         if name == "recipe":
-            for option, (_, hint) in RECIPE_OPTIONS.items():
+            for option, (_, hint) in recipe_options(verb).items():
                 default = {"model": inspect.Parameter.empty, "overwrite": False}.get(option)
                 yield _option(option, hint, default)
         elif name != "progress":

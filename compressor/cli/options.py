@@ -2,10 +2,14 @@
 set.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
+
+if TYPE_CHECKING:
+    from compressor.recipe.sections import Recipe
 
 RECIPE, DANGER, OUTPUT, LIMITS = "Recipe", "Dangerous", "Output", "Limits"
 
@@ -229,16 +233,50 @@ FLAGS: dict[str, tuple[Any, Any]] = {
 }
 
 
-def read_recipe(arguments: dict[str, Any]) -> Any:
+# Verb → options of a recipe that it does not use, and so does not have.
+LEFT_OUT = {"calibrate": ("keep", "target_size", "text", "window", "dtype", "budget")}
+
+
+def recipe_options(name: str) -> dict[str, tuple[str | None, Any]]:
+    """Return the options that make up the recipe of a verb."""
+    left_out = LEFT_OUT.get(name, ())
+    return {option: entry for option, entry in RECIPE_OPTIONS.items() if option not in left_out}
+
+
+def read_recipe(verb: str, arguments: dict[str, Any]) -> "Recipe":
     """Resolve the recipe that the options of a verb describe, taking them out of `arguments`. A
     flag left out says nothing.
-    """
-    from compressor.recipe.load import load_recipe
 
-    given = {name: arguments.pop(name) for name in RECIPE_OPTIONS}
-    named = {
-        key: given[name]
-        for name, (key, _) in RECIPE_OPTIONS.items()
-        if key and given[name] is not False
+    Raises:
+        ConfigError: also for an option or a `--set` that this run would ignore.
+    """
+    from compressor.recipe.load import list_options, load_recipe, parse_override
+    from compressor.recipe.usage import refuse_unused
+
+    declared = recipe_options(verb)
+    given = {name: arguments.pop(name) for name in declared}
+    keys = {name: key for name, (key, _) in declared.items() if key}
+    named = {key: given[name] for name, key in keys.items() if given[name] is not False}
+    origins = {
+        key: "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
+        for name, key in keys.items()
     }
-    return load_recipe(given["config"], given["overrides"] or (), named)
+    overrides = given["overrides"] or ()
+    recipe = load_recipe(given["config"], overrides, named, origins)
+    settings = [*map(parse_override, overrides), *list_options(named, origins)]
+    refuse_unused(recipe, settings, unused_settings(verb, recipe, arguments))
+    return recipe
+
+
+def unused_settings(verb: str, recipe: "Recipe", arguments: Mapping[str, Any]) -> dict[str, str]:
+    """Return the keys of a recipe that a verb does not use, given its other arguments, and why."""
+    from compressor.recipe.usage import ALLOCATING
+
+    if verb == "calibrate":
+        sections = ("repair", "heal", "evaluation", "budget", "output.dtype", "output.shard_size")
+        sizes = ("allocation.keep", "allocation.target_size")
+        return dict.fromkeys((*sections, *sizes), "statistics do not depend on it")
+    if arguments.get("plan"):
+        keys = (*ALLOCATING, *(() if recipe.trains else ("budget",)))
+        return dict.fromkeys(keys, "--plan is built as it stands, nothing is allocated")
+    return {}

@@ -29,7 +29,7 @@ from compressor.errors import BudgetError, NumericalError
 from compressor.pipeline import contest, stages
 from compressor.pipeline.job import Job
 from compressor.plan import Plan
-from compressor.recipe.load import changed
+from compressor.recipe.load import replace_settings
 from compressor.recipe.sections import Recipe
 from compressor.recipe.training import Heal, Repair
 from compressor.runtime.deadline import OutOfTime, paced
@@ -61,7 +61,7 @@ class Trial:
     def recipe(self, whole: Recipe) -> Recipe:
         """Entries that have none of these kinds keep their first candidate."""
         for layer in self.settings:
-            whole = changed(whole, layer, WHERE)
+            whole = replace_settings(whole, layer, WHERE)
         entries = [
             entry.model_copy(
                 update={
@@ -109,7 +109,7 @@ def recipes(recipe: Recipe) -> list[Recipe]:
     settings that do not fit.
     """
     return [
-        changed(recipe, settings, f"{WHERE}.{number}")
+        replace_settings(recipe, settings, f"{WHERE}.{number}")
         for number, settings in enumerate(recipe.allocation.search or ())
     ]
 

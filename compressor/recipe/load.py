@@ -1,13 +1,14 @@
 """From YAML to a `Recipe`: defaults < file or preset < `--set a.b=value` < named options; every
 message says where.
 
-A size given in a stronger layer takes the place of a size of the other kind (`keep`, `target_size`)
-in a weaker one.
+A size given in a stronger layer takes the place of a size of the other kind (`keep`,
+`target_size`) in a weaker one. `--method` stands for the method of the file, so `--set` acts on the
+options of that method. A `--set` that a named option would discard is an error.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -16,7 +17,7 @@ from compressor.files.yaml import Keys, dump, parse_document, parse_yaml, read_t
 from compressor.recipe.presets import presets
 from compressor.recipe.quantities import size_in_bytes
 from compressor.recipe.sections import Recipe
-from compressor.recipe.training import Section
+from compressor.recipe.validation import dotted, explain, nearest_path, section_at
 
 __all__ = [
     "Recipe",
@@ -32,6 +33,8 @@ _RIVALS: dict[Keys, Keys] = {
     ("allocation", "keep"): ("allocation", "target_size"),
     ("allocation", "target_size"): ("allocation", "keep"),
 }
+METHOD: Keys = ("method",)
+ENGINE: Keys = (*METHOD, 0, "candidates", 0, "name")  # what `--method` sets
 Entry = tuple[Keys, Any, str]  # path, value, origin
 
 
@@ -72,21 +75,34 @@ def find_recipe(config: str | Path | None) -> Path:
 def load_recipe(
     config: str | Path | None = None,
     overrides: Iterable[str] = (),
-    options: dict[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+    origins: Mapping[str, str] | None = None,
 ) -> Recipe:
     """Read and check a recipe.
 
-    config: preset name, file, or None for the preset `default`; overrides: `a.b=value` with the
-    value in YAML, list items by number; options: dotted key to value, None meaning not given,
-    `method` meaning one engine for everything. Raises ConfigError: one line with the place, the
-    key, and what would be right.
+    Args:
+        config: preset name, file, or None for the preset `default`.
+        overrides: `a.b=value` with the value in YAML, list items by number.
+        options: dotted key → value, None meaning not given; `method` names one engine for every
+            target, and `overrides` act on its options.
+        origins: dotted key → how messages name the option that sets it.
+
+    Raises:
+        ConfigError: one line with the place, the key, and what would be right; also for an override
+            that a stronger setting would discard.
     """
-    return assemble(config, [list(map(_override, overrides)), list(_named(options or {}))])
+    given = [parse_override(text) for text in overrides]
+    named = list(list_options(options or {}, origins or {}))
+    _refuse_discarded(given, named)
+    engine = [entry for entry in named if entry[0] == METHOD]
+    return assemble(config, [engine, given, [entry for entry in named if entry[0] != METHOD]])
 
 
 def assemble(config: str | Path | None, layers: Iterable[list[Entry]]) -> Recipe:
-    """A preset or file with layers of settings over it, stronger ones last. Raises ConfigError that
-    names the place of the setting.
+    """Lay settings over a preset or file, stronger layers last, and check the whole.
+
+    Raises:
+        ConfigError: names the place of the setting that is wrong.
     """
     path = find_recipe(config)
     document = parse_document(read_text(path), str(path))
@@ -94,73 +110,109 @@ def assemble(config: str | Path | None, layers: Iterable[list[Entry]]) -> Recipe
         raise ConfigError(
             f"{path}:1: expected a mapping of recipe sections: {', '.join(Recipe.model_fields)}"
         )
-    data, origins = document.value, dict(document.places)
-    return _laid_over(data, origins, layers)
+    return _check_layers(document.value, dict(document.places), layers)
 
 
-def changed(recipe: Recipe, settings: dict[str, Any], where: str) -> Recipe:
-    """A recipe with other settings, by dotted key. where: what messages name. Raises ConfigError as
-    `assemble`.
+def replace_settings(recipe: Recipe, settings: Mapping[str, Any], where: str) -> Recipe:
+    """Copy a recipe with other settings, by dotted key. where: what messages name.
+
+    Raises:
+        ConfigError: as `assemble`.
     """
-    layer = [(keys_of(key, where), value, where) for key, value in settings.items()]
-    return _laid_over(recipe.model_dump(mode="json"), {(): where}, [layer])
+    layer = [(parse_key(key, where), value, where) for key, value in settings.items()]
+    return _check_layers(recipe.model_dump(mode="json"), {(): where}, [layer])
 
 
-def _laid_over(
+def _check_layers(
     data: dict[str, Any], origins: dict[Keys, str], layers: Iterable[list[Entry]]
 ) -> Recipe:
     for layer in layers:
-        _overlay(data, origins, layer)
+        _apply_layer(data, origins, layer)
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(_explain(error, origins)) from None
+        raise ConfigError(explain(error, Recipe, origins, "the recipe")) from None
 
 
-def _override(text: str) -> Entry:
+def parse_override(text: str) -> Entry:
     """Split `a.b=value`. Raises ConfigError naming the nearest path when a.b does not exist."""
     origin = f"--set {text}"
-    dotted, equals, value = text.partition("=")
+    key, equals, value = text.partition("=")
     if not equals or not value.strip():
         raise ConfigError(f"{origin}: expected path=value, with null for no value")
-    return keys_of(dotted.strip(), origin), parse_yaml(value, origin), origin
+    return parse_key(key.strip(), origin), parse_yaml(value, origin), origin
 
 
-def keys_of(dotted: str, origin: str) -> Keys:
-    """The path that a dotted key means. Raises ConfigError naming the nearest one if a recipe has
+def parse_key(key: str, origin: str) -> Keys:
+    """Split a dotted key into its path. Raises ConfigError naming the nearest one if a recipe has
     no such path.
     """
-    path = tuple(int(key) if key.isdecimal() else key for key in dotted.split("."))
-    for depth, key in enumerate(path):
-        section = _section(path[:depth])
-        if section and isinstance(key, str) and key not in section.model_fields:
+    path = tuple(int(name) if name.isdecimal() else name for name in key.split("."))
+    for depth, name in enumerate(path):
+        section = section_at(Recipe, path[:depth])
+        if section and isinstance(name, str) and name not in section.model_fields:
             raise ConfigError(
-                f"{origin}: there is no '{dotted}' in a recipe; {_nearest_path(dotted)}"
+                f"{origin}: there is no '{key}' in a recipe; {nearest_path(Recipe, key)}"
             )
     return path
 
 
-def _named(options: dict[str, Any]) -> Iterator[Entry]:
-    for dotted, value in options.items():
+def list_options(options: Mapping[str, Any], origins: Mapping[str, str]) -> Iterator[Entry]:
+    for key, value in options.items():
         if value is not None:
-            value = [{"candidates": [{"name": value}]}] if dotted == "method" else value
-            yield tuple(dotted.split(".")), value, "command line"
+            path = tuple(key.split("."))
+            value = [{"candidates": [{"name": value}]}] if path == METHOD else value
+            yield path, value, origins.get(key, f"option {key}")
 
 
-def _overlay(data: dict[str, Any], origins: dict[Keys, str], layer: list[Entry]) -> None:
+def _refuse_discarded(given: list[Entry], named: list[Entry]) -> None:
+    """Raise ConfigError for a `--set` that another one behind it, or a named option, contradicts.
+
+    Setting the same key again is no such case: the last one counts, as on every command line.
+    """
+    for number, entry in enumerate(given):
+        path, _, origin = entry
+        for other, _, behind in given[number + 1 :]:
+            if len(other) < len(path) and path[: len(other)] == other:
+                raise ConfigError(f"{behind}: discards {origin}; give it before, or leave one out")
+        for option, _, name in named:
+            if option == METHOD:
+                contradicted = ENGINE[: len(path)] == path
+            else:
+                rivals = filter(None, (option, _RIVALS.get(option)))
+                contradicted = any(_sets(entry, rival) for rival in rivals)
+            if contradicted:
+                raise ConfigError(
+                    f"{origin}: {name} sets {dotted(option)} too; leave one of the two out"
+                )
+
+
+def _sets(entry: Entry, key: Keys) -> bool:
+    """Whether a setting gives a value to a key: by its path, or inside its value."""
+    path, value, _ = entry
+    if path[: len(key)] == key:
+        return True
+    if key[: len(path)] != path:
+        return False
+    for name in key[len(path) :]:
+        value = _item(value, name)
+    return value is not None
+
+
+def _apply_layer(data: dict[str, Any], origins: dict[Keys, str], layer: list[Entry]) -> None:
     for path, value, _ in layer:
         if path in _RIVALS and value is not None:
             section, rival = _RIVALS[path]
-            if isinstance(data.get(section), dict):
-                data[section].pop(rival, None)
+            if isinstance(data.get(str(section)), dict):
+                data[str(section)].pop(rival, None)
     for path, value, origin in layer:
-        _put(data, path, value, origin)
+        _set_value(data, path, value, origin)
         for replaced in [known for known in origins if known[: len(path)] == path]:
             del origins[replaced]
         origins[path] = origin
 
 
-def _put(data: Any, path: Keys, value: Any, origin: str) -> None:
+def _set_value(data: Any, path: Keys, value: Any, origin: str) -> None:
     """Set one value in place, filling in the default of whatever list or section leads to it."""
     default: Any = Recipe().model_dump(mode="json")
     for depth, key in enumerate(path):
@@ -185,82 +237,3 @@ def _item(node: Any, key: str | int) -> Any:
     if isinstance(node, list):
         return node[key] if isinstance(key, int) and key < len(node) else None
     return node.get(key) if isinstance(node, dict) else None
-
-
-def _explain(error: ValidationError, origins: dict[Keys, str]) -> str:
-    problems = sorted(
-        error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden"
-    )
-    first, more = problems[0], len(problems) - 1
-    path, reason = tuple(first["loc"]), first["msg"].removeprefix("Value error, ")
-    named = path or tuple(
-        reason.partition(" ")[0].split(".")
-    )  # what is wrong between sections begins with the key to change
-    where = next(
-        origins[named[:depth]] for depth in range(len(named), -1, -1) if named[:depth] in origins
-    )
-    suffix = f" (and {more} more)" if more else ""
-    if first["type"] == "extra_forbidden":
-        above = ".".join(map(str, path[:-1])) or "the recipe"
-        return f"{where}: unknown key '{path[-1]}' in {above}; {_nearest_key(path)}{suffix}"
-    reason = reason.replace("Input should", "should").replace("valid tuple", "list")
-    reason = {"model_type": "should be a mapping", "too_short": "must not be empty"}.get(
-        first["type"], reason
-    )
-    shown = repr(first["input"])[:60]
-    given = "" if isinstance(first["input"], dict | list) or shown in reason else f", not {shown}"
-    quote = (
-        "; put it in quotes"
-        if first["type"] == "string_type" and isinstance(first["input"], int | float)
-        else ""
-    )
-    what = " ".join(filter(None, (".".join(map(str, path)), reason)))
-    return f"{where}: {what}{given}{quote}{suffix}"
-
-
-def _section(path: Keys) -> type[Section] | None:
-    """Return the model of the section at a path, or None where the recipe holds a value or anything
-    goes.
-    """
-    section: type[Section] | None = Recipe
-    for key in path:
-        if isinstance(key, str):
-            section = (
-                _model_in(section.model_fields[key].annotation)
-                if section and key in section.model_fields
-                else None
-            )
-    return section
-
-
-def _model_in(annotation: Any) -> type[Section] | None:
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    return next(filter(None, map(_model_in, get_args(annotation))), None)
-
-
-def _paths(section: type[Section], above: str = "") -> Iterator[str]:
-    """Every dotted path of a recipe, the first item standing for each list."""
-    for name, field in section.model_fields.items():
-        yield above + name
-        if inner := _model_in(field.annotation):
-            yield from _paths(
-                inner, f"{above}{name}." + ("" if field.annotation is inner else "0.")
-            )
-
-
-def _nearest_path(dotted: str) -> str:
-    paths = list(_paths(Recipe))
-    same_leaf = [path for path in paths if path.split(".")[-1] == dotted.split(".")[-1]]
-    return (
-        f"did you mean '{same_leaf[0]}'?"
-        if len(same_leaf) == 1
-        else did_you_mean(dotted, same_leaf or paths)
-    )
-
-
-def _nearest_key(path: Keys) -> str:
-    section = _section(path[:-1])
-    known = section.model_fields if section else ()
-    elsewhere = [other for other in _paths(Recipe) if other.split(".")[-1] == path[-1]]
-    return f"did you mean '{elsewhere[0]}'?" if elsewhere else did_you_mean(str(path[-1]), known)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, Strict, model_validator
 
 from compressor.recipe.quantities import Duration, Size, seconds_of
-from compressor.recipe.training import Count, Heal, Many, NonNegative, Repair, Section
+from compressor.recipe.training import Count, Heal, Many, NonNegative, Repair, Section, refusal
 
 DEFAULT_KEEP = 0.8
 SEARCHED = (
@@ -128,9 +128,10 @@ class Calibration(Section):
     @model_validator(mode="after")
     def _leaves_windows(self) -> "Calibration":
         if self.heldout is not None and self.heldout >= self.windows:
-            raise ValueError(
+            raise refusal(
+                "heldout",
                 f"holds out {self.heldout} of {self.windows} windows, which leaves none to "
-                "collect statistics on"
+                "collect statistics on",
             )
         return self
 
@@ -329,37 +330,40 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _limits_count_everything(self) -> "Recipe":
         if self.compensation.enabled and self.allocation.limits:
-            raise ValueError(
-                "allocation.limits do not count the residuals of compensation; leave one of the "
-                "two out"
+            raise refusal(
+                "allocation.limits",
+                "do not count the residuals of compensation; leave one of the two out",
             )
         return self
 
     @model_validator(mode="after")
     def _search_fits(self) -> "Recipe":
-        section = self.allocation
-        if section.search is not None and (section.kind, section.damage) != (
-            "knapsack",
-            "kl_probe",
-        ):
-            raise ValueError(
-                "allocation.search needs allocation.kind 'knapsack' and allocation.damage "
-                "'kl_probe', which it decides by"
+        section, key = self.allocation, "allocation.search"
+        if section.search is None:
+            return self
+        if (section.kind, section.damage) != ("knapsack", "kl_probe"):
+            raise refusal(
+                key,
+                "needs allocation.kind 'knapsack' and allocation.damage 'kl_probe', which it "
+                "decides by",
             )
-        if section.search is not None and self.compensation.enabled:
-            raise ValueError(
-                "allocation.search decides about candidates; leave compensation out and let them "
-                "list residual ranks"
+        if self.compensation.enabled:
+            raise refusal(
+                key,
+                "decides about candidates; leave compensation out and let them list residual ranks",
             )
-        for key in (key for layer in section.search or () for key in layer):
-            if not key.startswith(SEARCHED):
-                raise ValueError(
-                    f"allocation.search cannot set '{key}', only {', '.join(SEARCHED)}"
-                )
-        if self.budget is not None and section.search is None and not self.trains:
-            raise ValueError(
-                "budget is the time for allocation.search, repair and heal; this recipe has none "
-                "of them, leave it out"
+        for setting in (setting for layer in section.search for setting in layer):
+            if not setting.startswith(SEARCHED):
+                raise refusal(key, f"cannot set '{setting}', only {', '.join(SEARCHED)}")
+        return self
+
+    @model_validator(mode="after")
+    def _budget_is_spent(self) -> "Recipe":
+        if self.budget is not None and self.allocation.search is None and not self.trains:
+            raise refusal(
+                "budget",
+                "is the time for allocation.search, repair and heal; this recipe has none of them, "
+                "leave it out",
             )
         return self
 

@@ -3,6 +3,7 @@
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
+from pydantic_core import PydanticCustomError
 
 T = TypeVar("T")
 Many = Annotated[tuple[T, ...], Strict(False)]  # a YAML list
@@ -11,9 +12,21 @@ NonNegative = Annotated[float, Field(ge=0)]
 
 
 class Section(BaseModel):
+    """A mapping of a recipe: frozen, of these keys alone, each of its very type."""
+
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+
+def refusal(key: str, reason: str) -> PydanticCustomError:
+    """Return the error of a validator that looks at several keys, for it to raise.
+
+    Args:
+        key: the key to change, dotted, from the section of the validator on.
+        reason: what is wrong with it; it follows the key in the message.
+    """
+    return PydanticCustomError("refusal", "{reason}", {"key": key, "reason": reason})
 
 
 class Training(Section):

@@ -26,6 +26,7 @@ from compressor.errors import CheckpointError, ConfigError, did_you_mean
 from compressor.files.documents import read_json, replace_text
 from compressor.files.yaml import parse_document, read_text
 from compressor.recipe.training import Section
+from compressor.recipe.validation import explain
 from compressor.reporting.tables import columns, number
 
 REPORT = "report.json"
@@ -78,26 +79,8 @@ def read_limits(path: Path) -> dict[str, Limits]:
     try:
         return LimitsFile.model_validate(document.value).limits
     except ValidationError as error:
-        raise ConfigError(_explain(error, document.places, str(path))) from None
-
-
-def _explain(error: ValidationError, places: Mapping[tuple, str], where: str) -> str:
-    first = min(
-        error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden"
-    )
-    at = tuple(first["loc"])
-    place = next(
-        (places[at[:depth]] for depth in range(len(at), -1, -1) if at[:depth] in places), where
-    )
-    dotted = ".".join(map(str, at))
-    if first["type"] == "extra_forbidden":
-        return (
-            f"{place}: unknown key '{dotted}'; "
-            f"{did_you_mean(str(at[-1]), (LimitsFile if len(at) == 1 else Limits).model_fields)}"
-        )
-    if first["type"] in ("missing", "model_type", "dict_type"):
-        return f"{place}: expected a mapping such as limits: {{kl: {{max: 0.05}}}}"
-    return f"{place}: {dotted} {first['msg'].removeprefix('Value error, ')}"
+        places = {(): str(path)} | document.places
+        raise ConfigError(explain(error, LimitsFile, places, "a file of limits")) from None
 
 
 def named_limits(
@@ -119,7 +102,9 @@ def named_limits(
             raise ConfigError(
                 f"--{kind} {text}: expected score=value, such as kl=0.05 or task.metric=0.95x"
             )
-        found.setdefault(score, {})[kind] = value
+        if kind in found.setdefault(score, {}):
+            raise ConfigError(f"--{kind} {text}: {score} has such a limit already, given twice")
+        found[score][kind] = value
     if perplexity_increase is not None:
         found.setdefault("perplexity", {})["max_increase"] = perplexity_increase
     try:

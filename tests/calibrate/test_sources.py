@@ -8,7 +8,7 @@ import pytest
 
 from compressor.calibrate import sources
 from compressor.calibrate.sources import read_documents
-from compressor.errors import DataError
+from compressor.errors import ConfigError, DataError
 
 TEXT = "one two three\nfour five\n"
 CHAT = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "well"}]
@@ -106,9 +106,14 @@ def test_what_is_not_text_is_refused(tmp_path, name, data, message):
 
 def test_a_column_of_plain_text_is_refused(tmp_path):
     with pytest.raises(
-        DataError, match="column 'body' was asked for, but plain text has no columns"
+        ConfigError, match="column 'body' was asked for, but plain text has no columns"
     ):
         read_documents(write(tmp_path / "a.txt", TEXT), "body")
+
+
+def test_a_column_named_twice_differently_is_refused():
+    with pytest.raises(ConfigError, match="names the column 'page', and column 'text' was asked"):
+        read_documents("org/name:default:train:page", column="text")
 
 
 @pytest.mark.parametrize("source", ["nowhere.txt", "some/folder", "a:b"])

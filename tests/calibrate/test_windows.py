@@ -19,7 +19,7 @@ from compressor.calibrate.windows import (
     sample,
     split_heldout,
 )
-from compressor.errors import DataError, NumericalError
+from compressor.errors import ConfigError, DataError, NumericalError
 from compressor.files.bundled import bundled_folder
 
 EOS = 2
@@ -338,3 +338,13 @@ def test_there_are_two_bundled_texts():
     assert isinstance(bundled("calibration"), Path)
     with pytest.raises(DataError, match="no bundled text 'evaluations'; did you mean 'evaluation'"):
         bundled("evaluations")
+
+
+@pytest.mark.parametrize("source", ["self", "tokens.safetensors:key"])
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [({"column": "text"}, "column 'text'"), ({"chat_template": True}, "chat_template")],
+)
+def test_options_of_text_are_refused_for_windows_of_tokens(source, option, name):
+    with pytest.raises(ConfigError, match=f"^{source}: {name} was asked for, but these are tokens"):
+        data.load_windows(source, None, 8, 2, **option)

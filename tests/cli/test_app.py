@@ -180,7 +180,7 @@ def test_compress_hands_over_the_recipe_of_its_options(pipeline):
             "--set",
             "calibration.windows=10",
             "--set",
-            "allocation.keep=0.1",
+            "method.0.candidates.0.options.metric=gram",
             "--device",
             "cpu",
             "--dtype",
@@ -188,18 +188,19 @@ def test_compress_hands_over_the_recipe_of_its_options(pipeline):
             "--seed",
             "7",
         ],
-        *["--overwrite", "--stats", "sums", "--plan", "plan.json"],
+        *["--overwrite", "--stats", "sums"],
     )
     assert result.exit_code == 0, result.stderr
     (recipe, output), keywords = pipeline.calls["compress"]
     assert output == Path("out")
-    assert (keywords["stats"], keywords["plan"]) == (Path("sums"), Path("plan.json"))
+    assert (keywords["stats"], keywords["plan"]) == (Path("sums"), None)
     expected = load_recipe(
         "svd_llm",
         [
             "calibration.windows=10",
             "model.name=some/model",
             "calibration.source=text.txt",
+            "method.0.candidates.0.options.metric=gram",
             "model.device=cpu",
             "output.dtype=float16",
         ],
@@ -364,6 +365,86 @@ def test_bad_recipes_are_one_line_and_end_with_2_before_any_work(pipeline, argum
     assert result.stderr.count("\n") == 1
     assert all(word in result.stderr for word in words), result.stderr
     assert pipeline.calls == {}
+
+
+def set_all(*settings: str) -> list[str]:
+    return [part for setting in settings for part in ("--set", setting)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["--method", "cospadi", *set_all("method.0.candidates.0.options.solver=ksvd")],
+            None,
+        ),
+        (["--keep", "0.5", *set_all("allocation.keep=0.6")], ["--keep", "--set allocation.keep"]),
+        (["--text", "t.txt", *set_all("evaluation={enabled: false}")], None),
+        (["--plan", "plan.json"], None),
+        (["--plan", "plan.json", "--keep", "0.5"], ["--keep: --plan is built as it stands"]),
+        (
+            ["--plan", "plan.json", *set_all("allocation.probe.rank=0.5")],
+            ["--set allocation.probe.rank=0.5: --plan"],
+        ),
+        (
+            [
+                *("-c", "best_float", "--plan", "plan.json", "--budget", "5m"),
+                *set_all("heal.enabled=false", "repair.enabled=false"),
+            ],
+            ["--budget: --plan"],
+        ),
+        (set_all("heal.steps=5"), ["--set heal.steps=5", "heal.enabled=true"]),
+        (set_all("heal={steps: 5}"), ["--set heal={steps: 5}", "heal.enabled=true"]),
+        (set_all("heal.steps=5", "heal.enabled=true"), None),
+        (set_all("heal.rank=5", "heal.enabled=true"), ["heal.train=lora"]),
+        (set_all("heal.top=5", "heal.enabled=true"), ["heal.teacher=cached"]),
+        (set_all("repair.patience=2"), ["repair.enabled=true"]),
+        (set_all("evaluation.limit=5"), ["evaluation.tasks"]),
+        (set_all("calibration.anchor=1"), ["calibration.sequential=true"]),
+        (set_all("calibration.anchor=1", "calibration.sequential=true"), None),
+        (set_all("compensation.metric=gram"), ["compensation.rank"]),
+        (["-c", "svd", *set_all("allocation.cap=2")], ["allocation.kind=knapsack"]),
+        (["-c", "svd", *set_all("allocation.depth_bias=2")], ["allocation.damage=kl_probe"]),
+        (set_all("allocation.roles.q=2"), ["allocation.kind=by_role"]),
+        (set_all("allocation.shift=0.2"), ["allocation.kind=d_rank"]),
+        (["--device", "cpu", *set_all("model.device_map=auto")], ["--device: model.device"]),
+    ],
+)
+def test_compress_uses_every_option_or_refuses_it_in_one_line(pipeline, arguments, words):
+    result = run("compress", "m", "out", *arguments)
+    if words is None:
+        assert result.exit_code == 0, result.stderr
+    else:
+        assert (result.exit_code, result.stdout, pipeline.calls) == (2, "", {})
+        assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+        assert all(word in result.stderr for word in words), result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["evaluate", "m", "--limit", "5"], "--tasks"),
+        (["report", "m", "-o", "page.html", "--tokens", "5"], "--sample"),
+        (["sweep", "sweep.yaml", "out", "--dry-run", "--jobs", "2"], "--jobs"),
+        (["sweep", "sweep.yaml", "out", "--dry-run", "--restart"], "--restart"),
+        (["gate", "m", "--baseline", "b", "--max", "kl=1", "--max-kl", "2"], "twice"),
+        (["gate", "m", "--baseline", "b", "--min", "x=1", "--min", "x=2"], "twice"),
+        (["calibrate", "m", "out", *set_all("evaluation.windows=3")], "--set evaluation.windows"),
+        (["calibrate", "m", "out", *set_all("allocation.keep=0.3")], "--set allocation.keep=0.3"),
+        (["compress", "m", "out", "--public"], "--push-to"),
+    ],
+)
+def test_an_option_that_a_verb_would_ignore_is_refused_in_one_line(pipeline, arguments, word):
+    result = run(*arguments)
+    assert (result.exit_code, result.stdout, pipeline.calls) == (2, "", {})
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert word in result.stderr, result.stderr
+
+
+def test_calibrate_has_no_options_that_statistics_do_not_depend_on():
+    assert options_of("plan") - options_of("calibrate") == {
+        *("--keep", "--target-size", "--text", "--window", "--dtype", "--budget", "--stats"),
+    }
 
 
 def test_lm_eval_passes_everything_on(monkeypatch):

@@ -153,6 +153,14 @@ def test_progress_is_handed_over_and_quiet_silences_it():
     assert quiet.stderr == ""
 
 
+def test_verbose_and_quiet_together_are_refused():
+    result = run(chatty, "--verbose", "--quiet")
+    assert result.exit_code == 2
+    assert result.stderr.endswith(
+        "error: --verbose and --quiet contradict each other; leave one out\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("flags", "seen"), [((), ["warned"]), (("-v",), ["told", "warned"]), (("-q",), [])]
 )

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from support.folders import WEIGHTS, edit_tensors
 from support.models import read_json, save_tiny
-from support.shell import compress, refused, run
+from support.shell import calibrate, compress, refused, run
 
 from compressor.calibrate.statistics_folder import load_statistics, save_statistics
 from compressor.files.documents import read_json as read_description
@@ -65,8 +65,8 @@ def test_f22_degenerate_statistics(preset, tiny_llama, text_file, tmp_path):
     options = ["-c", preset, "--set", "evaluation.enabled=false"] + (
         ["--keep", "0.7"] if preset != "gptq_w4" else []
     )
-    command = compress(tiny_llama, tmp_path / "stats", text_file, *options)
-    assert run("calibrate", *command[1:]).exit_code == 0
+    collected = run(*calibrate(tiny_llama, tmp_path / "stats", text_file, "-c", preset))
+    assert collected.exit_code == 0
     stats = load_statistics(tmp_path / "stats")
     damages, spoiled = list(DAMAGE.values()), {}
     for one in stats.values():

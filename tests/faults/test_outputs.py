@@ -12,7 +12,7 @@ import pytest
 from click.testing import Result
 from support.modules import disk_of_20_kb, full_disk
 from support.processes import forked, wait
-from support.shell import bytes_of, compress, killed, refused, run
+from support.shell import bytes_of, calibrate, compress, killed, refused, run
 
 from compressor.pipeline import job
 from compressor.pipeline import run as pipeline
@@ -75,7 +75,7 @@ def test_f05_disk_full(tiny_llama, text_file, old, tmp_path, monkeypatch):
 
     with full_disk(monkeypatch, "statistics.json"):
         refused(
-            run("calibrate", *compress(tiny_llama, tmp_path / "stats", text_file)[1:]),
+            run(*calibrate(tiny_llama, tmp_path / "stats", text_file)),
             1,
             "statistics.json",
         )
@@ -94,7 +94,7 @@ def test_f06_output_exists(tiny_llama, text_file, old, tmp_path, monkeypatch):
     refused(run("export", old, tmp_path), 2, "exists already")
     (tmp_path / "stats").mkdir()
     refused(
-        run("calibrate", *compress(tiny_llama, tmp_path / "stats", text_file)[1:]),
+        run(*calibrate(tiny_llama, tmp_path / "stats", text_file)),
         2,
         "exists already",
     )

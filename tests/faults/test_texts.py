@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support.folders import WEIGHTS, edit_tensors
 from support.models import read_json
-from support.shell import compress, refused, run
+from support.shell import calibrate, compress, refused, run
 
 import compressor
 from compressor.calibrate import sources
@@ -50,7 +50,7 @@ def test_f24_texts_that_are_hardly_texts(tiny_llama, tmp_path, monkeypatch):
     assert not (tmp_path / "never").exists()
     for number, (content, message) in enumerate(warnings.items()):
         path.write_bytes(content)
-        result = run("calibrate", *compress(tiny_llama, tmp_path / f"stats{number}", path)[1:])
+        result = run(*calibrate(tiny_llama, tmp_path / f"stats{number}", path))
         assert (
             result.exit_code == 0 and f"{path}: " in result.stderr and message in result.stderr
         ), result.stderr

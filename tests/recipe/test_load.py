@@ -75,7 +75,7 @@ def test_layers_override_each_other_in_order(recipe_file):
     path = recipe_file("seed: 1\nallocation: {keep: 0.1}\ncalibration: {windows: 10, length: 64}\n")
     recipe = load_recipe(
         path,
-        ["allocation.keep=0.2", "calibration.windows=20"],
+        ["allocation.roles.q=2", "calibration.windows=20"],
         {"allocation.keep": 0.3, "model.name": None},
     )
     assert recipe.seed == 1
@@ -136,7 +136,7 @@ def test_unknown_keys_name_their_line_and_the_nearest_key(recipe_file, text, mes
         ("model: {revision: 1234567}\n", 1, ["model.revision", "quotes"]),
         ("method:\n- targets: 're:('\n", 2, ["method.0.targets", "regular expression"]),
         ("method: []\n", 1, ["method", "empty"]),
-        ("calibration:\n  windows: 8\n  heldout: 8\n", 1, ["holds out 8 of 8"]),
+        ("calibration:\n  windows: 8\n  heldout: 8\n", 3, ["calibration.heldout holds out 8 of 8"]),
         (
             "calibration:\n  gradients: {clip: [2, 1]}\n",
             2,
@@ -184,9 +184,10 @@ def test_bad_overrides_are_quoted_and_name_the_nearest_path(override, words):
 
 
 def test_bad_named_option_is_attributed_to_the_command_line():
-    assert refused("svd", [], {"allocation.keep": 2.0}).startswith(
-        "command line: allocation.keep must be"
-    )
+    problem = refused("svd", [], {"allocation.keep": 2.0})
+    assert problem.startswith("option allocation.keep: allocation.keep must be")
+    problem = refused("svd", [], {"allocation.keep": 2.0}, {"allocation.keep": "--keep"})
+    assert problem.startswith("--keep: allocation.keep must be")
 
 
 def test_value_replaced_by_an_override_no_longer_points_into_the_file():
@@ -213,11 +214,61 @@ def test_override_of_a_list_item_the_file_does_not_mention(recipe_file):
 
 def test_a_stronger_size_replaces_a_weaker_one_of_the_other_kind():
     assert load_recipe("svd", ["allocation.target_size=3MB"]).allocation.keep is None
-    recipe = load_recipe("svd", ["allocation.target_size=3MB"], {"allocation.keep": 0.5})
-    assert (recipe.allocation.keep, recipe.allocation.target_size) == (0.5, None)
+    recipe = load_recipe("svd", [], {"allocation.target_size": "3MB"})
+    assert (recipe.allocation.keep, recipe.allocation.target_size) == (None, "3MB")
     assert "keep or target_size" in refused(
         "svd", [], {"allocation.keep": 0.5, "allocation.target_size": "3MB"}
     )
+
+
+def test_overrides_act_on_the_options_of_the_method_that_is_named():
+    recipe = load_recipe(
+        "mixed", ["method.0.candidates.0.options.solver=ksvd"], {"method": "cospadi"}
+    )
+    (entry,) = recipe.method
+    assert [(engine.name, engine.options) for engine in entry.candidates] == [
+        ("cospadi", {"solver": "ksvd"})
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options"),
+    [
+        (["allocation.keep=0.2"], {"allocation.keep": 0.3}),
+        (["allocation={keep: 0.2}"], {"allocation.keep": 0.3}),
+        (["allocation.target_size=3MB"], {"allocation.keep": 0.3}),
+        (["allocation.keep=0.3"], {"allocation.target_size": "3MB"}),
+        (["method.0.candidates.0.name=rocket"], {"method": "cospadi"}),
+        (["method=[{candidates: [{name: rocket}]}]"], {"method": "cospadi"}),
+        (["seed=1"], {"seed": 2}),
+    ],
+)
+def test_an_override_that_a_named_option_discards_is_refused_naming_both(overrides, options):
+    (key,) = options
+    message = refused("svd", overrides, options)
+    assert message.startswith(f"--set {overrides[0]}: option {key} sets {key} too")
+
+
+def test_an_override_that_a_later_one_discards_is_refused_naming_both():
+    message = refused("svd", ["allocation.keep=0.3", "allocation={kind: uniform}"])
+    assert "--set allocation={kind: uniform}: discards --set allocation.keep=0.3" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "start"),
+    [
+        (
+            "seed: 1\nallocation:\n  limits: {parameters: 0.5}\ncompensation: {keep: 0.1}\n",
+            3,
+            "allocation.limits do not count the residuals",
+        ),
+        ("seed: 1\nbudget: 5m\n", 2, "budget is the time for allocation.search"),
+        ("allocation:\n  search: [{seed: 1}]\n", 2, "allocation.search cannot set 'seed'"),
+    ],
+)
+def test_what_is_wrong_between_sections_names_the_line_of_its_key(recipe_file, text, line, start):
+    path = recipe_file(text)
+    assert refused(path).startswith(f"{path}:{line}: {start}")
 
 
 def test_method_option_replaces_the_list():

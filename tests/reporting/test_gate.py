@@ -207,7 +207,7 @@ def test_a_file_of_limits_is_added_to_by_options_which_win(write, tmp_path):
     [
         (
             "limits:\n  kl:\n    maks: 0.05\n",
-            [":3: unknown key 'limits.kl.maks'", "did you mean 'max'?"],
+            [":3: unknown key 'maks' in limits.kl", "did you mean 'max'?"],
         ),
         ("limit: {}\n", [":1: unknown key 'limit'", "'limits'"]),
         (
@@ -219,8 +219,9 @@ def test_a_file_of_limits_is_added_to_by_options_which_win(write, tmp_path):
         ),
         ("limits:\n  kl: {max_increase: 0.9x}\n", [":2: limits.kl.max_increase", "2%"]),
         ("limits:\n  kl: {max: true}\n", [":2: limits.kl.max", "True"]),
-        ("limits: 3\n", [":1: expected a mapping"]),
-        ("limits: {kl: 0.05}\n", [":1: expected a mapping"]),
+        ("limits: 3\n", [":1: limits should be a mapping"]),
+        ("limits: {kl: 0.05}\n", [":1: limits.kl should be a mapping"]),
+        ("[1]\n", [":1: should be a mapping"]),
         ("limits: {}\n", ["the limits bound nothing"]),
     ],
 )

@@ -64,6 +64,13 @@ def compress(
     ]
 
 
+def calibrate(model: object, output: Path, text: Path | str, *more: object) -> list[object]:
+    """Arguments that collect statistics of a tiny model for `compress` with the same recipe."""
+    settings = {key: value for key, value in SMALL.items() if not key.startswith("evaluation.")}
+    flags = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    return ["calibrate", model, output, "-c", "svd_llm", "--calibration", text, *flags, *more]
+
+
 def killed(arguments: list[object], where: str, call: int = 1) -> None:
     """Run a command in a process that is killed right before the n-th call of the function with
     this dotted name.

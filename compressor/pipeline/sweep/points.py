@@ -28,7 +28,7 @@ from typing import Any
 
 from compressor.errors import ConfigError, did_you_mean
 from compressor.files.yaml import Document, parse_document, read_text
-from compressor.recipe.load import Entry, assemble, keys_of
+from compressor.recipe.load import Entry, assemble, parse_key
 from compressor.recipe.sections import Recipe
 
 SECTIONS = ("base", "grid", "zip", "runs")
@@ -200,4 +200,4 @@ def _entry(document: Document, above: tuple[str, ...], key: str, value: Any) -> 
         (document.places[way] for way in ways if way in document.places and len(way) > 1), None
     )
     where = where or next(document.places[top] for top in tops if top in document.places)
-    return keys_of(key, where), value, where
+    return parse_key(key, where), value, where
