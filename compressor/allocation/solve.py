@@ -100,7 +100,7 @@ def damages_of(
         for index, (method, curve) in enumerate((d.method, d.curve) for d in decompositions):
             if recipe.allocation.kind != "knapsack" or kind == "relative_error":
                 result[name].append([candidate.error for candidate in curve.candidates])
-            elif kind == "kl_probe":
+            elif recipe.allocation.probes:
                 result[name].append(
                     damage(curve, probes[name, index], weight) if curve.candidates else []
                 )
@@ -110,7 +110,7 @@ def damages_of(
             else:
                 raise ConfigError(
                     f"{name}: allocation.damage '{kind}' needs methods with metric '{kind}'; "
-                    "choose 'kl_probe'"
+                    "choose 'fisher_probe' or 'kl_probe'"
                 )
     return result
 
@@ -196,9 +196,8 @@ def solve(problem: Problem, options: Mapping[str, list[Option]]) -> Solution:
             picks = RULES[recipe.allocation.kind](rule) if rows else []
             bundles = settled + [row[pick] for row, pick in zip(table, picks, strict=True)]
         chosen += bundles
-    in_nats = recipe.allocation.kind == "knapsack" and recipe.allocation.damage in (
-        "kl_probe",
-        "two_sided",
+    in_nats = recipe.allocation.probes or (
+        recipe.allocation.kind == "knapsack" and recipe.allocation.damage == "two_sided"
     )
     return Solution(
         {option.unit: option for bundle in chosen for option in bundle},

@@ -202,7 +202,7 @@ class _Pass:
         """Hook the linears and freeze the weights inside the `with`."""
         members = blocks(self.model)[1]
         last = max(info.block for info in self.wave.values())
-        with ExitStack() as stack, _frozen(self.model):
+        with ExitStack() as stack, freeze_weights(self.model):
             for feeds, names in self.sharing.items():
                 fields = frozenset().union(*(self.needs[name] & INPUT_FIELDS for name in names))
                 module = self.wave[names[0]].module
@@ -366,16 +366,30 @@ def _summed_loss(logits: Tensor, labels: Tensor, shifted: bool) -> Tensor:
 
 
 def _draw(logits: Tensor, uniform: Tensor) -> Tensor:
-    """Draw a label (b, length) at each position from softmax(logits (b, length, vocabulary)), where
-    the cumulative sum passes `uniform`.
+    """Draw a label (b, length) at each position from softmax(logits (b, length, vocabulary)), by
+    the numbers `uniform` (b, length).
     """
-    labels = []
-    for window, threshold in zip(logits, uniform.to(logits.device), strict=True):
-        cumulative = window.softmax(-1, dtype=torch.float64).cumsum(-1)
-        labels.append(
-            torch.searchsorted(cumulative, threshold[:, None] * cumulative[:, -1:]).squeeze(1)
-        )
-    return torch.stack(labels)
+    return torch.stack(
+        [
+            draw_labels(window, numbers[:, None]).squeeze(1)
+            for window, numbers in zip(logits, uniform, strict=True)
+        ]
+    )
+
+
+def draw_labels(logits: Tensor, uniform: Tensor) -> Tensor:
+    """Draw labels from softmax(logits): those at which the cumulative sum passes a number.
+
+    Args:
+        logits: (positions, vocabulary).
+        uniform: (positions, samples) in [0, 1), float64.
+
+    Returns:
+        (positions, samples) int64.
+    """
+    cumulative = logits.softmax(-1, dtype=torch.float64).cumsum(-1)
+    heights = uniform.to(logits.device) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, heights.contiguous())
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -388,9 +402,9 @@ def stop(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
 
 
 @contextmanager
-def _frozen(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode and no weight gradients inside the `with`, so that a backward pass costs only
-    the input gradients.
+def freeze_weights(model: PreTrainedModel) -> Iterator[None]:
+    """Keep the model in evaluation mode, without weight gradients, inside the `with`, so that a
+    backward pass costs only the input gradients.
     """
     trained, training = (
         [parameter for parameter in model.parameters() if parameter.requires_grad],

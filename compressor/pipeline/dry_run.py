@@ -17,7 +17,7 @@ from compressor.checkpoint.weights import DTYPES
 from compressor.files.model_folder import ModelFolder
 from compressor.linears import Dense
 from compressor.methods.base import Member, Method
-from compressor.models.linears import blocks, covered_share, fused
+from compressor.models.linears import LinearInfo, blocks, covered_share, fused
 from compressor.models.load import skeleton
 from compressor.pipeline.stages import other_bytes, output_dtype
 from compressor.plan import Candidate
@@ -243,9 +243,8 @@ def seconds(
     )
     calibrate = fitted * (parameters * (2 if backward else 1) + moments) / rate
     decompose = sum(cubic * min(info.out_features, info.in_features) ** 3 for info in infos)
-    probing = recipe.allocation.kind == "knapsack" and recipe.allocation.damage == "kl_probe"
     windows = recipe.allocation.probe.windows or heldout
-    passes = sum((depth - info.block) / depth for info in infos) if probing else 0.0
+    passes = forward_passes(recipe, infos, depth) if recipe.allocation.probes else 0.0
     found = {
         "calibrate": calibrate,
         "decompose": decompose,
@@ -263,6 +262,15 @@ def seconds(
             + decompose
         )
     return found
+
+
+def forward_passes(recipe: Recipe, infos: Sequence[LinearInfo], depth: int) -> float:
+    """Forward passes over the held-out windows that the probes cost, about."""
+    section = recipe.allocation
+    if section.damage == "kl_probe":
+        return sum((depth - info.block) / depth for info in infos)
+    kinds = max(len(entry.candidates) for entry in recipe.method)
+    return 1 + section.probe.samples + kinds
 
 
 def gemm_rate() -> float:

@@ -145,8 +145,9 @@ def checked(job: Job) -> Job:
         return job
     if recipe.trains:
         raise ConfigError(f"repair and heal need held-out windows to be judged on; {cure}")
-    if recipe.allocation.kind == "knapsack" and recipe.allocation.damage == "kl_probe":
-        raise ConfigError(f"allocation.damage 'kl_probe' needs held-out windows; {cure}")
+    if recipe.allocation.probes:
+        damage = recipe.allocation.damage
+        raise ConfigError(f"allocation.damage '{damage}' needs held-out windows; {cure}")
     return job
 
 

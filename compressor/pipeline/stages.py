@@ -13,6 +13,7 @@ from compressor.allocation.decompose import (
     decompose_one,
     gram_error,
 )
+from compressor.allocation.fisher import FisherProber, probe_all
 from compressor.allocation.probe import Prober, ProbeResult, probe
 from compressor.allocation.solve import Found
 from compressor.calibrate.collect import collect
@@ -96,9 +97,13 @@ class Probes:
 
 
 def probes(job: Job, found: Found, progress: Progress = silent) -> Probes:
-    """Probe one candidate of every curve, where the allocation asks for it."""
+    """Probe one candidate of every curve, where the allocation asks for it.
+
+    `fisher_probe` estimates all, and measures those that do not look small; whole models are
+    measured later where several methods compete, or a search decides.
+    """
     allocation = job.recipe.allocation
-    if allocation.kind != "knapsack" or allocation.damage != "kl_probe":
+    if not allocation.probes:
         return Probes({}, None)
     section, tokens = allocation.probe, job.heldout.tokens
     if section.skip >= tokens.shape[1]:
@@ -107,23 +112,37 @@ def probes(job: Job, found: Found, progress: Progress = silent) -> Probes:
             f"{tokens.shape[1]} tokens"
         )
     tokens = tokens[-(section.windows or len(tokens)) :]
-    keys = [
-        (name, index)
+    candidates = {
+        (name, index): part
         for name, parts in found.items()
         for index, part in enumerate(parts)
         if part.curve.candidates
-    ]
-    blocks = job.block_of
+    }
+    several = len({part.method.name for part in candidates.values()}) > 1
+    calibration, store = job.recipe.calibration, job.store.within(section.model_dump(mode="json"))
     with job.computing(), torch.no_grad():
-        prober = Prober(
-            job.model, tokens, job.recipe.calibration.batch_size, section.temperature, section.skip
-        )
-        store = job.store.within(section.model_dump(mode="json"))
         results = {}
-        for name, index in progress(keys, "probe"):
-            part = found[name][index]
-            results[name, index] = store.recall(
-                "probe", part.key, partial(probe, prober, part, blocks[name], section.rank)
+        if allocation.damage == "fisher_probe":
+            generator = torch.Generator().manual_seed(job.recipe.seed)
+            results = probe_all(
+                FisherProber(job.model, tokens, section, generator),
+                candidates,
+                section.rank,
+                size_in_bytes(calibration.memory),
+                store,
+                progress,
+            )
+        limit = float("inf") if section.exact_above is None else section.exact_above
+        exact = [key for key in candidates if key not in results or results[key].kl > limit]
+        if not (exact or several or allocation.search is not None):
+            return Probes(results, None)
+        prober = Prober(
+            job.model, tokens, calibration.batch_size, section.temperature, section.skip
+        )
+        for key in progress(exact, "probe"):
+            part, block = candidates[key], job.block_of[key[0]]
+            results[key] = store.recall(
+                "probe", part.key, partial(probe, prober, part, block, section.rank)
             )
         return Probes(results, prober)
 

@@ -163,8 +163,8 @@ class Target(Section):
 
 
 class Probe(Section):
-    """The measurement behind `damage: kl_probe`: each linear alone is truncated and the divergence
-    of the model's output measured.
+    """The measurement behind `damage: fisher_probe` and `kl_probe`: each linear alone is truncated,
+    and the divergence of the model's output estimated to second order, or measured.
     """
 
     rank: Annotated[float, Field(gt=0, le=1)] = 0.3
@@ -177,6 +177,13 @@ class Probe(Section):
     """Temperature of both output distributions."""
     skip: Annotated[int, Field(ge=0)] = 0
     """Leading positions of each window that do not count."""
+    samples: Count = 4
+    """Labels drawn at each position, each a backward pass; more lower the variance (fisher_probe).
+    """
+    exact_above: Annotated[float, Field(ge=0)] | None = 0.1
+    """Estimate, in nats per token, above which the divergence is measured, since second order does
+    not reach so far; null for never (fisher_probe).
+    """
 
 
 class Allocation(Section):
@@ -196,16 +203,17 @@ class Allocation(Section):
     """Size of the whole checkpoint, e.g. `3.2GiB`; takes the place of `keep`."""
     count: Literal["bits", "parameters"] = "bits"
     """Stored bits, indices and masks included, or stored real numbers only, as papers count."""
-    damage: Literal["kl_probe", "two_sided", "gram", "relative_error"] = "kl_probe"
-    """What the knapsack minimises: measured divergence, the predicted loss or output error of
-    methods of that metric, or relative error.
+    damage: Literal["fisher_probe", "kl_probe", "two_sided", "gram", "relative_error"] = "kl_probe"
+    """What the knapsack minimises: divergence, estimated to second order for all linears at once or
+    measured one by one, the predicted loss or output error of methods of that metric, or relative
+    error.
     """
     cap: Annotated[float, Field(gt=0)] | None = None
     """Largest damage of a linear in a knapsack, over the mean at uniform sizes; raised in steps of
     0.1 until the size can be met.
     """
     depth_bias: NonNegative = 0.0
-    """Weight γ of the factor 1 + γh by which damage in early blocks counts more (kl_probe)."""
+    """Weight γ of the factor 1 + γh by which damage in early blocks counts more (probes)."""
     roles: dict[str, Annotated[float, Field(gt=0)]] = Field(
         {"q": 1.0, "k": 1.0, "v": 3.0, "o": 3.0}
     )
@@ -227,6 +235,11 @@ class Allocation(Section):
     """Settings by dotted key, e.g. `{allocation.depth_bias: 5}`, tried over the recipe one after
     the other; those that lower the held-out divergence stay. Before that, further candidates join
     the first one by one, and stay likewise. Null for no search."""
+
+    @property
+    def probes(self) -> bool:
+        """Whether damages come from held-out windows."""
+        return self.kind == "knapsack" and self.damage in ("fisher_probe", "kl_probe")
 
     @model_validator(mode="before")
     @classmethod
@@ -341,11 +354,11 @@ class Recipe(Section):
         section, key = self.allocation, "allocation.search"
         if section.search is None:
             return self
-        if (section.kind, section.damage) != ("knapsack", "kl_probe"):
+        if not section.probes:
             raise refusal(
                 key,
-                "needs allocation.kind 'knapsack' and allocation.damage 'kl_probe', which it "
-                "decides by",
+                "needs allocation.kind 'knapsack' and allocation.damage 'fisher_probe' or "
+                "'kl_probe', since it decides on held-out windows",
             )
         if self.compensation.enabled:
             raise refusal(

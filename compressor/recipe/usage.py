@@ -36,7 +36,11 @@ def _is_knapsack(recipe: Recipe) -> bool:
 
 
 def _is_probed(recipe: Recipe) -> bool:
-    return _is_knapsack(recipe) and recipe.allocation.damage == "kl_probe"
+    return recipe.allocation.probes
+
+
+def _is_estimated(recipe: Recipe) -> bool:
+    return _is_probed(recipe) and recipe.allocation.damage == "fisher_probe"
 
 
 CONDITIONS = (
@@ -66,7 +70,12 @@ CONDITIONS = (
     Condition(
         ("allocation.probe", "allocation.depth_bias"),
         _is_probed,
-        "needs allocation.kind=knapsack and allocation.damage=kl_probe",
+        "needs allocation.kind=knapsack and allocation.damage=fisher_probe or kl_probe",
+    ),
+    Condition(
+        ("allocation.probe.samples", "allocation.probe.exact_above"),
+        _is_estimated,
+        "needs allocation.damage=fisher_probe",
     ),
     Condition(
         ("allocation.roles",),

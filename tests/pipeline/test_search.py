@@ -307,7 +307,7 @@ def test_durations(text, seconds):
         ),
         (
             ["allocation.search=[]", "allocation.damage=two_sided"],
-            "needs allocation.kind 'knapsack' and allocation.damage 'kl_probe'",
+            "needs allocation.kind 'knapsack' and allocation.damage 'fisher_probe' or 'kl_probe'",
         ),
         (["allocation.search=[]", "compensation.keep=0.1"], "list residual ranks"),
     ],
