@@ -404,7 +404,10 @@ def set_all(*settings: str) -> list[str]:
         (set_all("calibration.anchor=1", "calibration.sequential=true"), None),
         (set_all("compensation.metric=gram"), ["compensation.rank"]),
         (["-c", "svd", *set_all("allocation.cap=2")], ["allocation.kind=knapsack"]),
-        (["-c", "svd", *set_all("allocation.depth_bias=2")], ["allocation.damage=fisher_probe or kl_probe"]),
+        (
+            ["-c", "svd", *set_all("allocation.depth_bias=2")],
+            ["damage=fisher_probe or kl_probe"],
+        ),
         (set_all("allocation.roles.q=2"), ["allocation.kind=by_role"]),
         (set_all("allocation.shift=0.2"), ["allocation.kind=d_rank"]),
         (["--device", "cpu", *set_all("model.device_map=auto")], ["--device: model.device"]),
