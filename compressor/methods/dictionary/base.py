@@ -46,6 +46,8 @@ from compressor.statistics import LinearStats
 DAMPING = 1e-6
 RATIOS = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0)  # atoms to nonzeros; the optimum is flat (card §9.6)
 ATOM_COUNTS = 32  # dictionaries of this many sizes are offered unless a step is given
+SPAN = 5  # rounds over which progress is judged
+FLAT = 1e-3  # relative progress of a span below which rounds end
 
 Law = Callable[
     [np.ndarray, np.ndarray, int, int], np.ndarray
@@ -89,7 +91,7 @@ class Basis:
         """‖A‖² = tr(F W G Wᵀ), per token."""
         return self.values.sum().item()
 
-    def error(self, module: Dictionary) -> float:
+    def error(self, module: Approximation) -> float:
         """Relative error of a built module, tr(F D G Dᵀ) / tr(F W G Wᵀ) with D = W − Ŵ."""
         return linalg.relative_error(
             self.weight, self.roots[:, None] * module.to_dense(), self.metric, whole=self.energy
@@ -273,6 +275,13 @@ def profiled(
     return [replace(sizes[place], error=float(errors[place])) for place in front(sizes, errors)]
 
 
+def has_stalled(errors: Sequence[float]) -> bool:
+    """Tell whether the best of the last SPAN rounds is hardly below that of the SPAN before."""
+    if len(errors) <= 2 * SPAN:
+        return False
+    return min(errors[-SPAN:]) >= (1 - FLAT) * min(errors[-2 * SPAN : -SPAN])
+
+
 def curve_of(basis: Basis, method: str, candidates: Sequence[Candidate], screened: bool) -> Curve:
     return Curve(
         basis.linear,
@@ -377,9 +386,7 @@ def store(
 
 @dataclass(frozen=True)
 class DictionaryMethod(LinearMethod[Basis]):
-    """What methods with one dictionary for a linear have in common: their options, their sizes,
-    their metric.
-    """
+    """Abstract method with one dictionary for a linear: options, sizes, basis."""
 
     shares: ClassVar[bool] = True
 
@@ -406,5 +413,7 @@ class DictionaryMethod(LinearMethod[Basis]):
     def prepare(self, linear: str, dense: Dense, stats: LinearStats) -> Basis:
         return basis_of(linear, dense, stats, self.metric, self.shrink_gram, self.shrink_grad_gram)
 
-    def measure(self, state: Basis, module: Approximation) -> float:
-        return state.error(module)
+    def screen(self, state: Basis, fit: Callable[[int, int], float], law: Law = no_law) -> Curve:
+        """List the sizes with the errors that fits will have, see `profiled`."""
+        found = profiled(self.sizes(state.dense), state.coordinates, self.anchors, fit, law)
+        return curve_of(state, self.name, found, self.anchors is not None)

@@ -25,17 +25,8 @@ from torch import Tensor
 
 from compressor.linears import Dictionary
 from compressor.methods import register
-from compressor.methods.dictionary.base import (
-    Basis,
-    DictionaryMethod,
-    best_dictionary,
-    curve_of,
-    fitted_error,
-    profiled,
-    require_atoms,
-    store,
-    unwhitened,
-)
+from compressor.methods.base import Approximation
+from compressor.methods.dictionary import base
 from compressor.methods.dictionary.sparse_coding import project_columns
 from compressor.plan import Curve
 
@@ -72,7 +63,7 @@ def rotate(coordinates: Tensor, atoms: int, nonzeros: int, rounds: int) -> tuple
 
 @register
 @dataclass(frozen=True)
-class Compot(DictionaryMethod):
+class Compot(base.DictionaryMethod):
     """Orthonormal dictionary in the whitened space, with a fixed number of atoms for each
     output.
     """
@@ -83,24 +74,26 @@ class Compot(DictionaryMethod):
     free: bool = False  # end with the best dictionary of the codes, no longer orthonormal
     rounds: Annotated[int, Field(ge=0)] = 20
 
-    def candidates(self, state: Basis) -> Curve:
+    def candidates(self, state: base.Basis) -> Curve:
         coordinates, energy = state.coordinates, state.energy
 
         def fit(atoms: int, nonzeros: int) -> float:
             codes = rotate(coordinates, atoms, nonzeros, self.rounds)[1]
             if self.free:
-                return fitted_error(codes, coordinates.T)
+                return base.fitted_error(codes, coordinates.T)
             return max(0.0, 1 - codes.square().sum().item() / energy)
 
-        return curve_of(
-            state,
-            self.name,
-            profiled(self.sizes(state.dense), coordinates, self.anchors, fit),
-            self.anchors is not None,
-        )
+        return self.screen(state, fit)
 
-    def compress(self, state: Basis, setting: dict[str, Any]) -> Dictionary:
-        atoms, nonzeros = require_atoms(state.linear, setting, len(state.values))
+    def compress(self, state: base.Basis, setting: dict[str, Any]) -> Dictionary:
+        atoms, nonzeros = base.require_atoms(state.linear, setting, len(state.values))
         rotation, codes = rotate(state.coordinates, atoms, nonzeros, self.rounds)
-        rows = best_dictionary(codes, state.weight) if self.free else unwhitened(state, rotation)
-        return store(state.dense, state.roots, codes, project_columns(nonzeros)(codes), rows)
+        rows = (
+            base.best_dictionary(codes, state.weight)
+            if self.free
+            else base.unwhitened(state, rotation)
+        )
+        return base.store(state.dense, state.roots, codes, project_columns(nonzeros)(codes), rows)
+
+    def measure(self, state: base.Basis, module: Approximation) -> float:
+        return state.error(module)

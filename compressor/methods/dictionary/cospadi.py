@@ -33,17 +33,8 @@ from torch import Tensor
 
 from compressor.linears import Dictionary
 from compressor.methods import register
-from compressor.methods.dictionary.base import (
-    Basis,
-    DictionaryMethod,
-    best_dictionary,
-    curve_of,
-    fitted_error,
-    profiled,
-    require_atoms,
-    store,
-    unwhitened,
-)
+from compressor.methods.base import Approximation
+from compressor.methods.dictionary import base
 from compressor.methods.dictionary.ksvd import ksvd
 from compressor.methods.dictionary.sparse_coding import (
     admm_codes,
@@ -54,12 +45,6 @@ from compressor.methods.dictionary.sparse_coding import (
 from compressor.plan import Curve
 from compressor.recipe.quantities import Size, size_in_bytes
 
-SPAN, FLAT = (
-    5,
-    1e-3,
-    # end when the best of so many rounds is not lower than the best of as many before by this,
-    # relative
-)
 # conjugate-gradient steps that end a round's coding; more change nothing, since the next round
 # starts from there
 REFIT = 4
@@ -117,14 +102,11 @@ def alternate(
     """
     energy, best, errors = coordinates.square().sum(), codes, []
     for round_ in range(rounds + 1):
-        atoms = best_dictionary(codes, coordinates.T).to(codes.dtype)  # (k, r)
+        atoms = base.best_dictionary(codes, coordinates.T).to(codes.dtype)  # (k, r)
         lost = (energy + column_errors(atoms @ atoms.T, atoms @ coordinates, codes).sum()).item()
         best = codes if lost < min(errors, default=math.inf) else best
         errors.append(lost)
-        flat = round_ >= 2 * SPAN and min(errors[-SPAN:]) >= (1 - FLAT) * min(
-            errors[-2 * SPAN : -SPAN]
-        )
-        if round_ == rounds or flat:
+        if round_ == rounds or base.has_stalled(errors):
             break
         atoms = revived(atoms, codes, coordinates)
         gram, correlations, norms = unit_atoms(atoms @ atoms.T, atoms @ coordinates)
@@ -145,7 +127,7 @@ def alternate(
 
 @register
 @dataclass(frozen=True)
-class Cospadi(DictionaryMethod):
+class Cospadi(base.DictionaryMethod):
     """Learned dictionary with a fixed number of atoms for each output."""
 
     name: ClassVar[str] = "cospadi"
@@ -162,23 +144,18 @@ class Cospadi(DictionaryMethod):
         0  # sizes fitted for the curve, see `profiled`; None fits all
     )
 
-    def candidates(self, state: Basis) -> Curve:
+    def candidates(self, state: base.Basis) -> Curve:
         coordinates = state.coordinates
 
         def fit(atoms: int, nonzeros: int) -> float:
             codes, dictionary = self.codes(coordinates, atoms, nonzeros)
             if dictionary is None:
-                return fitted_error(codes, coordinates.T)
+                return base.fitted_error(codes, coordinates.T)
             return (
                 coordinates - dictionary.double() @ codes.double()
             ).square().sum().item() / state.energy
 
-        return curve_of(
-            state,
-            self.name,
-            profiled(self.sizes(state.dense), coordinates, self.anchors, fit, expected_level),
-            self.anchors is not None,
-        )
+        return self.screen(state, fit, expected_level)
 
     def codes(self, coordinates: Tensor, atoms: int, nonzeros: int) -> tuple[Tensor, Tensor | None]:
         """Fitted codes (k, out), float32, and K-SVD's own dictionary (r, k) where that is the
@@ -203,14 +180,17 @@ class Cospadi(DictionaryMethod):
             coordinates, start, nonzeros, 40 if self.rounds is None else self.rounds
         ), None
 
-    def compress(self, state: Basis, setting: dict[str, Any]) -> Dictionary:
-        atoms, nonzeros = require_atoms(state.linear, setting, len(state.values))
+    def compress(self, state: base.Basis, setting: dict[str, Any]) -> Dictionary:
+        atoms, nonzeros = base.require_atoms(state.linear, setting, len(state.values))
         codes, dictionary = self.codes(state.coordinates, atoms, nonzeros)
         rows = (
-            best_dictionary(codes, state.weight)
+            base.best_dictionary(codes, state.weight)
             if dictionary is None
-            else unwhitened(state, dictionary)
+            else base.unwhitened(state, dictionary)
         )
-        return store(
+        return base.store(
             state.dense, state.roots, codes.double(), project_columns(nonzeros)(codes), rows
         )
+
+    def measure(self, state: base.Basis, module: Approximation) -> float:
+        return state.error(module)

@@ -32,19 +32,7 @@ from compressor.linalg import Metric
 from compressor.linears import Dense, Dictionary
 from compressor.methods import register
 from compressor.methods.base import Approximation, LinearMethod
-from compressor.methods.dictionary.base import (
-    RATIOS,
-    Fraction,
-    Ratio,
-    best_dictionary,
-    fitted_error,
-    grid,
-    needs_of,
-    output_roots,
-    profiled,
-    require_atoms,
-    store,
-)
+from compressor.methods.dictionary import base
 from compressor.methods.dictionary.sparse_coding import project_columns
 from compressor.plan import Candidate, Curve
 from compressor.statistics import LinearStats
@@ -103,25 +91,25 @@ class DSFormer(LinearMethod[Slices]):
 
     metric: Literal["identity", "gram", "weighted_gram"] = "identity"
     group: Annotated[str | int, AfterValidator(_group)] = "auto:32"  # inputs in a slice
-    ratios: tuple[Ratio, ...] = RATIOS  # atoms to nonzeros
+    ratios: tuple[base.Ratio, ...] = base.RATIOS  # atoms to nonzeros
     atom_step: Annotated[int, Field(ge=1)] | None = (
         None  # atom counts considered; by default at most 32 of them, evenly spaced
     )
     anchors: Annotated[int, Field(ge=0)] | None = (
         4  # sizes fitted for the curve, see `profiled`; None fits all, 0 none
     )
-    shrink_grad_gram: Fraction = (
+    shrink_grad_gram: base.Fraction = (
         0.1  # `weighted_gram` only: shrinkage of the outputs' weights towards equal ones
     )
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset() if self.metric == "identity" else needs_of(self.metric)
+        return frozenset() if self.metric == "identity" else base.needs_of(self.metric)
 
     def sizes(self, dense: Dense) -> list[Candidate]:
         height, width = dense.weight.shape
         group = slice_width(self.group, width, "this linear")
-        return grid(
+        return base.grid(
             self.name, dense, self.ratios, self.atom_step, min(group, height), width // group
         )
 
@@ -129,7 +117,7 @@ class DSFormer(LinearMethod[Slices]):
         stats.require(linear, self.needs)
         width = dense.weight.shape[1]
         group = slice_width(self.group, width, linear)
-        roots = output_roots(dense, stats, self.metric, self.shrink_grad_gram)
+        roots = base.output_roots(dense, stats, self.metric, self.shrink_grad_gram)
         parts, starts = (
             (roots[:, None] * dense.weight.double()).split(group, dim=1),
             range(0, width, group),
@@ -174,13 +162,13 @@ class DSFormer(LinearMethod[Slices]):
             ]
             return (
                 sum(
-                    fitted_error(codes, whole.T) * whole.square().sum().item()
+                    base.fitted_error(codes, whole.T) * whole.square().sum().item()
                     for codes, whole in zip(*pairs, strict=True)
                 )
                 / state.energy
             )
 
-        found = profiled(self.sizes(dense), state.coordinates, self.anchors, fit)
+        found = base.profiled(self.sizes(dense), state.coordinates, self.anchors, fit)
         return Curve(
             state.linear,
             self.name,
@@ -192,13 +180,16 @@ class DSFormer(LinearMethod[Slices]):
         )
 
     def compress(self, state: Slices, setting: dict[str, Any]) -> Dictionary:
-        require_atoms(state.linear, setting, len(state.coordinates))
+        base.require_atoms(state.linear, setting, len(state.coordinates))
         height = len(state.dense.weight)
         codes, mask = (matrix.split(height, dim=1) for matrix in self.codes(state, **setting))
         atoms = torch.cat(
-            [best_dictionary(code, part) for code, part in zip(codes, state.parts, strict=True)]
+            [
+                base.best_dictionary(code, part)
+                for code, part in zip(codes, state.parts, strict=True)
+            ]
         )
-        return store(
+        return base.store(
             state.dense, state.roots, torch.cat(codes), torch.cat(mask), atoms, len(state.parts)
         )
 

@@ -41,16 +41,8 @@ from compressor.linalg import Metric
 from compressor.linears import CompressedLinear, Dense
 from compressor.methods import register
 from compressor.methods.base import Approximation, Member, Method, stack_denses
-from compressor.methods.dictionary.base import (
-    RATIOS,
-    Fraction,
-    Ratio,
-    grid,
-    profiled,
-    require_atoms,
-    store,
-)
-from compressor.methods.dictionary.cospadi import FLAT, SPAN, expected_level
+from compressor.methods.dictionary import base
+from compressor.methods.dictionary.cospadi import expected_level
 from compressor.methods.dictionary.sparse_coding import (
     column_errors,
     htp_codes,
@@ -113,14 +105,14 @@ class GeoPair(Method[Pair]):
     relative: bool = True  # whether each linear's error counts relative to its own energy
     rounds: Annotated[int, Field(ge=0)] = 30  # at most
     steps: Annotated[int, Field(ge=1)] = 2  # of HTP in a round
-    ratios: tuple[Ratio, ...] = RATIOS  # atoms to nonzeros
+    ratios: tuple[base.Ratio, ...] = base.RATIOS  # atoms to nonzeros
     atom_step: Annotated[int, Field(ge=1)] | None = (
         None  # atom counts offered; by default at most 32 of them, evenly spaced
     )
     anchors: Annotated[int, Field(ge=0)] | None = (
         0  # sizes fitted for the curve, see `profiled`; None fits all
     )
-    shrink_gram: Fraction = (
+    shrink_gram: base.Fraction = (
         1e-3  # shrinkage of the input Grams; above 0, since their Cholesky factors are needed
     )
 
@@ -132,7 +124,7 @@ class GeoPair(Method[Pair]):
         return self.offered(stack_pair(members))
 
     def offered(self, dense: Dense) -> list[Candidate]:
-        return grid(self.name, dense, self.ratios, self.atom_step, min(dense.weight.shape))
+        return base.grid(self.name, dense, self.ratios, self.atom_step, min(dense.weight.shape))
 
     def prepare_unit(self, unit: str, members: Mapping[str, Member]) -> Pair:
         dense = stack_pair(members)
@@ -178,7 +170,7 @@ class GeoPair(Method[Pair]):
         def fit(atoms: int, nonzeros: int) -> float:
             return self.fit(state, atoms, nonzeros)[2] / state.energy
 
-        found = profiled(
+        found = base.profiled(
             self.offered(state.dense), state.coordinates, self.anchors, fit, expected_level
         )
         return Curve(
@@ -200,7 +192,7 @@ class GeoPair(Method[Pair]):
         problems = [
             problem(rows, gram, weight) for gram, weight in zip(state.grams, weights, strict=True)
         ]
-        for round_ in range(self.rounds + 1):
+        for _ in range(self.rounds + 1):
             codes = [
                 coded(*each, code, nonzeros, self.steps)
                 for each, code in zip(problems, codes, strict=True)
@@ -217,18 +209,16 @@ class GeoPair(Method[Pair]):
             if lost < min(errors, default=math.inf):
                 best = rows, torch.cat(codes, dim=1), max(0.0, lost)
             errors.append(lost)
-            if round_ >= 2 * SPAN and min(errors[-SPAN:]) >= (1 - FLAT) * min(
-                errors[-2 * SPAN : -SPAN]
-            ):
+            if base.has_stalled(errors):
                 break
         return best
 
     def compress_unit(
         self, state: Pair, setting: dict[str, Any], outputs: Mapping[str, int]
     ) -> dict[str, CompressedLinear]:
-        atoms, nonzeros = require_atoms(state.name, setting, len(state.start))
+        atoms, nonzeros = base.require_atoms(state.name, setting, len(state.start))
         rows, codes, _ = self.fit(state, atoms, nonzeros)
-        module = store(
+        module = base.store(
             state.dense, torch.ones_like(codes[0]), codes, project_columns(nonzeros)(codes), rows
         )
         return module.split(outputs)

@@ -33,17 +33,7 @@ from compressor.linalg import Metric
 from compressor.linears import Dictionary
 from compressor.methods import register
 from compressor.methods.base import Approximation
-from compressor.methods.dictionary.base import (
-    Basis,
-    DictionaryMethod,
-    Ratio,
-    best_dictionary,
-    curve_of,
-    fitted_error,
-    profiled,
-    require_atoms,
-    store,
-)
+from compressor.methods.dictionary import base
 from compressor.methods.dictionary.sparse_coding import top_mask
 from compressor.plan import Curve
 
@@ -92,7 +82,7 @@ def adam_refined(
 
 @register
 @dataclass(frozen=True)
-class Rocket(DictionaryMethod):
+class Rocket(base.DictionaryMethod):
     """Leading whitened directions, scored codes, and the best dictionary of those codes."""
 
     name: ClassVar[str] = "rocket"
@@ -108,11 +98,11 @@ class Rocket(DictionaryMethod):
     profile: Literal["gram", "weight"] = (
         "gram"  # errors of the curve: relative output error, or ‖W − Ŵ‖ / ‖W‖ as published
     )
-    ratios: tuple[Ratio, ...] = tuple(
+    ratios: tuple[base.Ratio, ...] = tuple(
         round(1 + 0.1 * step, 1) for step in range(21)
     )  # atoms to nonzeros
 
-    def scores(self, basis: Basis) -> Tensor:
+    def scores(self, basis: base.Basis) -> Tensor:
         """|c_ij| · ‖L⁻¹ b_i‖^λ (r, out)."""
         spread = (basis.vectors.T @ basis.weight).norm(dim=1)  # ‖Wᵀ u_i‖
         return (
@@ -121,66 +111,60 @@ class Rocket(DictionaryMethod):
         )
 
     def codes(
-        self, basis: Basis, scores: Tensor, atoms: int, nonzeros: int
+        self, basis: base.Basis, scores: Tensor, atoms: int, nonzeros: int
     ) -> tuple[Tensor, Tensor]:
         """Codes (k, out) and their mask, closed form."""
         mask = reactivated(scores[:atoms], nonzeros, self.margin)
         return basis.coordinates[:atoms] * mask, mask
 
-    def candidates(self, state: Basis) -> Curve:
+    def candidates(self, state: base.Basis) -> Curve:
         """Errors with the best dictionary, reactivation and ridge: of the outputs, or of the
         weights as published.
         """
-        scores, sizes = self.scores(state), self.sizes(state.dense)
+        scores = self.scores(state)
         targets = state.coordinates.T if self.profile == "gram" else state.weight
 
         def fit(atoms: int, nonzeros: int) -> float:
-            return fitted_error(self.codes(state, scores, atoms, nonzeros)[0], targets, self.ridge)
+            codes, _ = self.codes(state, scores, atoms, nonzeros)
+            return base.fitted_error(codes, targets, self.ridge)
 
         if self.profile == "gram":
-            return curve_of(
-                state,
-                self.name,
-                profiled(sizes, state.coordinates, self.anchors, fit),
-                self.anchors is not None,
-            )
+            return self.screen(state, fit)
         energy = Metric().energy(state.weight)
-        kept = (
-            (state.vectors.T @ state.weight).square().sum(1).cumsum(0)
-        )  # of ‖W‖², by 1, 2, … leading directions
+        # of ‖W‖², by 1, 2, … leading directions
+        kept = (state.vectors.T @ state.weight).square().sum(1).cumsum(0)
         tails = (1 - kept / energy).clamp(min=0) if energy > 0 else torch.zeros_like(kept)
-        found = profiled(sizes, state.coordinates, self.anchors, fit, tails=tails)
-        return replace(
-            curve_of(
-                state,
-                self.name,
-                [replace(size, error=size.error**0.5) for size in found],
-                self.anchors is not None,
-            ),
-            energy=energy,
-        )
+        sizes = self.sizes(state.dense)
+        found = base.profiled(sizes, state.coordinates, self.anchors, fit, tails=tails)
+        norms = [replace(size, error=size.error**0.5) for size in found]
+        curve = base.curve_of(state, self.name, norms, self.anchors is not None)
+        return replace(curve, energy=energy)
 
-    def compress(self, state: Basis, setting: dict[str, Any]) -> Dictionary:
+    def compress(self, state: base.Basis, setting: dict[str, Any]) -> Dictionary:
         codes, mask = self.codes(
-            state, self.scores(state), *require_atoms(state.linear, setting, len(state.values))
+            state, self.scores(state), *base.require_atoms(state.linear, setting, len(state.values))
         )
         targets = state.coordinates.T
         if self.refine_steps:
-            atoms = best_dictionary(codes, targets, self.ridge).float()
+            atoms = base.best_dictionary(codes, targets, self.ridge).float()
             refined = adam_refined(
                 targets.T.float(), codes.float(), mask, atoms, self.refine_steps, self.refine_rate
             )
             codes = min(
-                codes, refined.double(), key=lambda these: fitted_error(these, targets, self.ridge)
+                codes,
+                refined.double(),
+                key=lambda these: base.fitted_error(these, targets, self.ridge),
             )
-        return store(
-            state.dense, state.roots, codes, mask, best_dictionary(codes, state.weight, self.ridge)
+        return base.store(
+            state.dense,
+            state.roots,
+            codes,
+            mask,
+            base.best_dictionary(codes, state.weight, self.ridge),
         )
 
-    def measure(self, state: Basis, module: Approximation) -> float:
+    def measure(self, state: base.Basis, module: Approximation) -> float:
         if self.profile == "gram":
             return state.error(module)
-        return (
-            linalg.relative_error(state.weight, state.roots[:, None] * module.to_dense(), Metric())
-            ** 0.5
-        )
+        stored = state.roots[:, None] * module.to_dense()
+        return linalg.relative_error(state.weight, stored, Metric()) ** 0.5

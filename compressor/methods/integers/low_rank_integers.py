@@ -37,7 +37,7 @@ from compressor.linalg import Metric
 from compressor.linears import Chained, Dense, Packed
 from compressor.linears.packed import packed_size
 from compressor.methods import register
-from compressor.methods.base import Approximation, LinearMethod
+from compressor.methods.base import Approximation
 from compressor.methods.integers.quantize import (
     Bits,
     Group,
@@ -47,7 +47,7 @@ from compressor.methods.integers.quantize import (
     group_size,
 )
 from compressor.methods.low_rank.low_rank import Factors, LowRankMethod
-from compressor.methods.sparse.base import NEEDS, Fraction, MetricName, Weighed
+from compressor.methods.sparse.base import MetricName, TwoSided, Weighed
 from compressor.plan import Candidate, Curve
 from compressor.statistics import LinearStats
 
@@ -85,7 +85,7 @@ def refit(weight: Tensor, down: Tensor, metric: Metric) -> tuple[Tensor, Tensor]
 
 @register
 @dataclass(frozen=True)
-class LowRankIntegers(LinearMethod[Rounded]):
+class LowRankIntegers(TwoSided[Rounded]):
     """Best rank-r weight in a chosen metric, both factors stored as integer codes."""
 
     name: ClassVar[str] = "low_rank_integers"
@@ -113,18 +113,12 @@ class LowRankIntegers(LinearMethod[Rounded]):
     anchors: Annotated[int, Field(ge=2)] | None = (
         8  # ranks at which the error is measured; null for all
     )
-    shrink_gram: Fraction = 0.01  # `two_sided` only: shrinkage of the input Gram
-    shrink_grad_gram: Fraction = 0.1  # `two_sided` only: shrinkage of the output-gradient moment
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return NEEDS[self.metric]
 
     @property
     def exact(self) -> LowRankMethod:
         """The same with factors that are not rounded."""
         return LowRankMethod(
-            self.metric, shrink_gram=self.shrink_gram, shrink_grad_gram=self.shrink_grad_gram
+            metric=self.metric, shrink_gram=self.shrink_gram, shrink_grad_gram=self.shrink_grad_gram
         )
 
     def sizes(self, dense: Dense, linear: str = "a target") -> list[Candidate]:
@@ -164,7 +158,7 @@ class LowRankIntegers(LinearMethod[Rounded]):
         energy = metric.energy(dense.weight if root is None else root.T @ dense.weight)
         state = Prepared(Weighed(what, dense, metric, root, energy, None))
         rounder = QuantizeMethod(
-            self.solver, symmetric=self.symmetric, clip=self.clip, damping=self.damping
+            solver=self.solver, symmetric=self.symmetric, clip=self.clip, damping=self.damping
         )
         rounder.solve(state, [(self.bits, group)])
         return state.schemes[self.bits, group]

@@ -40,7 +40,7 @@ from compressor.errors import ConfigError
 from compressor.linears import Adapted, CompressedLinear, Dense, Packed
 from compressor.linears.packed import packed_size
 from compressor.methods import register
-from compressor.methods.base import Approximation, LinearMethod
+from compressor.methods.base import Approximation
 from compressor.methods.integers.coordinate_descent import descend
 from compressor.methods.integers.error_feedback import (
     Entries,
@@ -57,7 +57,7 @@ from compressor.methods.integers.residual_integers import (
     round_residuals,
 )
 from compressor.methods.low_rank.residual import Residual, decompose
-from compressor.methods.sparse.base import NEEDS, Fraction, MetricName, Weighed, weigh
+from compressor.methods.sparse.base import MetricName, TwoSided, Weighed
 from compressor.methods.sparse.sparse import obs_factor
 from compressor.plan import Candidate, Curve
 from compressor.statistics import LinearStats
@@ -148,7 +148,7 @@ class Prepared:
 
 @register
 @dataclass(frozen=True)
-class QuantizeMethod(LinearMethod[Prepared]):
+class QuantizeMethod(TwoSided[Prepared]):
     """Integer codes with group scales, alone or with a low-rank residual."""
 
     name: ClassVar[str] = "quantize"
@@ -193,12 +193,6 @@ class QuantizeMethod(LinearMethod[Prepared]):
     sweeps: Annotated[int, Field(ge=0)] = (
         0  # of adaptive rounding after that, see `descent`: each code in turn moves to the best one
     )
-    shrink_gram: Fraction = 0.01  # `two_sided` only: shrinkage of the input Gram
-    shrink_grad_gram: Fraction = 0.1  # `two_sided` only: shrinkage of the output-gradient moment
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return NEEDS[self.metric]
 
     def settings(self, dense: Dense, linear: str) -> Iterator[Candidate]:
         """Everything on offer, errors NaN. Raises ConfigError naming the linear for groups that do
@@ -250,17 +244,7 @@ class QuantizeMethod(LinearMethod[Prepared]):
 
     def prepare(self, linear: str, dense: Dense, stats: LinearStats) -> Prepared:
         linalg.require_finite(dense.weight, f"{linear}: the weight")
-        return Prepared(
-            weigh(
-                linear,
-                dense,
-                stats,
-                self.metric,
-                self.shrink_gram,
-                self.shrink_grad_gram,
-                posed=False,
-            )
-        )
+        return Prepared(self.weigh(linear, dense, stats, is_posed=False))
 
     def feedback(self, weighed: Weighed) -> Feedback:
         moment = weighed.metric.scale * weighed.metric.moment.double()

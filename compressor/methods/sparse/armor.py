@@ -29,16 +29,9 @@ from torch import Tensor
 from compressor.linears import Dense
 from compressor.linears.wrapped import Wrapped
 from compressor.methods import register
-from compressor.methods.base import Approximation, LinearMethod
+from compressor.methods.base import Approximation
 from compressor.methods.sparse.admm import Problem, admm, projection, refit
-from compressor.methods.sparse.base import (
-    NEEDS,
-    Fraction,
-    MetricName,
-    Weighed,
-    require_divisible,
-    weigh,
-)
+from compressor.methods.sparse.base import TwoSided, Weighed, require_divisible
 from compressor.methods.sparse.block_diagonal import Factors, descend
 from compressor.plan import Candidate, Curve
 from compressor.statistics import LinearStats
@@ -81,15 +74,12 @@ class Started:
 
 @register
 @dataclass(frozen=True)
-class Armor(LinearMethod[Started]):
+class Armor(TwoSided[Started]):
     """Two of four entries of a core between block-diagonal wrappers."""
 
     name: ClassVar[str] = "armor"
     paper: ClassVar[str] = "ARMOR, arXiv 2510.05528"
 
-    metric: MetricName = "two_sided"
-    shrink_gram: Fraction = 0.01  # `two_sided` only: shrinkage of the input Gram
-    shrink_grad_gram: Fraction = 0.1  # `two_sided` only: shrinkage of the output-gradient moment
     wrapper: tuple[Annotated[int, Field(ge=1)], ...] = (4, 8, 16, 32)  # sizes of blocks offered
     sweeps: Annotated[int, Field(ge=0)] = 20  # at most
     steps: Annotated[int, Field(ge=0)] = 4  # of conjugate gradients in a sweep
@@ -99,10 +89,6 @@ class Armor(LinearMethod[Started]):
     # solve every size for the curve; otherwise its errors are a guess that what is built corrects,
     # see `guess`
     measured: bool = False
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return NEEDS[self.metric]
 
     def sizes(self, dense: Dense) -> list[Candidate]:
         require_divisible(PATTERN, dense.weight.shape[1], "a target")
@@ -123,7 +109,7 @@ class Armor(LinearMethod[Started]):
 
     def prepare(self, linear: str, dense: Dense, stats: LinearStats) -> Started:
         require_divisible(PATTERN, dense.weight.shape[1], linear)
-        weighed = weigh(linear, dense, stats, self.metric, self.shrink_gram, self.shrink_grad_gram)
+        weighed = self.weigh(linear, dense, stats)
         core, mask, lost = first(weighed.problem)
         return Started(weighed, core, mask, lost / (weighed.energy or 1.0))
 

@@ -29,6 +29,7 @@ from compressor.errors import ConfigError
 from compressor.linalg import Metric
 from compressor.linears import Dense, Sparse
 from compressor.linears.masks import pack_mask
+from compressor.methods.base import LinearMethod, State
 from compressor.methods.dictionary.sparse_coding import ascending
 from compressor.methods.sparse.admm import Problem, n_of_m, pose
 from compressor.plan import Candidate, Curve
@@ -37,6 +38,8 @@ from compressor.statistics import LinearStats
 MetricName = Literal["gram", "two_sided"]
 Pattern = Literal["layer", "rows", "2:4", "4:8"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
 NEEDS: dict[MetricName, frozenset[str]] = {
     "gram": frozenset({"gram"}),
     "two_sided": frozenset({"gram", "grad_gram"}),
@@ -61,38 +64,57 @@ class Weighed:
         )
 
 
-def weigh(
-    linear: str,
-    dense: Dense,
-    stats: LinearStats,
-    metric: MetricName,
-    shrink_gram: float,
-    shrink_grad_gram: float,
-    posed: bool = True,
-) -> Weighed:
-    """Form the metric from statistics; `two_sided` shrinks both moments as the low-rank method
-    does, `gram` is taken as it is.
-
-    posed: whether to pose the problem as well, which takes a copy of the Gram.
+@dataclass(frozen=True)
+class TwoSided(LinearMethod[State]):
+    """Abstract method whose error is tr(H D M Dᵀ), D = W − Ŵ: M of the inputs, and H of the output
+    gradients where the metric is `two_sided`, the identity where it is `gram`.
     """
-    stats.require(linear, NEEDS[metric])
-    inputs, grad_gram, root = Metric(stats.gram, 1 / stats.tokens), None, None
-    if metric == "two_sided":
-        inputs = inputs.shrunk(shrink_gram)
-        grad_gram, root = (
-            stats.gradient_moment(linear, shrink_grad_gram),
-            stats.gradient_root(linear, shrink_grad_gram),
-        )
-    problem = None
-    if posed:
-        moment = linalg.shrink(
-            stats.gram.double() / stats.tokens, shrink_gram if metric == "two_sided" else 0.0
-        )
-        problem = pose(linear, dense.weight, moment, grad_gram)
-    energy = inputs.energy(
-        dense.weight.double() if root is None else root.T @ dense.weight.double()
-    )
-    return Weighed(linear, dense, inputs, root, energy, problem)
+
+    metric: MetricName = "two_sided"
+    shrink_gram: Fraction = 0.01  # `two_sided` only: shrinkage of the input Gram
+    shrink_grad_gram: Fraction = 0.1  # `two_sided` only: shrinkage of the output-gradient moment
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return NEEDS[self.metric]
+
+    def weigh(
+        self, linear: str, dense: Dense, stats: LinearStats, is_posed: bool = True
+    ) -> Weighed:
+        """Form the metric from statistics; `two_sided` shrinks both moments as the low-rank method
+        does, `gram` is taken as it is.
+
+        Args:
+            linear: its name, for messages.
+            dense: W (out, in).
+            stats: sums, with the fields of `needs`.
+            is_posed: whether to pose the problem as well, which takes a copy of the Gram.
+        """
+        stats.require(linear, self.needs)
+        inputs, shrink = Metric(stats.gram, 1 / stats.tokens), 0.0
+        weight, grad_gram, root = dense.weight.double(), None, None
+        if self.metric == "two_sided":
+            shrink = self.shrink_gram
+            inputs = inputs.shrunk(shrink)
+            grad_gram = stats.gradient_moment(linear, self.shrink_grad_gram)
+            root = stats.gradient_root(linear, self.shrink_grad_gram)
+        problem = None
+        if is_posed:
+            moment = linalg.shrink(stats.gram.double() / stats.tokens, shrink)
+            problem = pose(linear, dense.weight, moment, grad_gram)
+        energy = inputs.energy(weight if root is None else root.T @ weight)
+        return Weighed(linear, dense, inputs, root, energy, problem)
+
+
+@dataclass(frozen=True)
+class Patterned(TwoSided[State]):
+    """Abstract method with a sparse weight: the options that its sizes and its ADMM loop have."""
+
+    pattern: Pattern = "layer"
+    rho: Positive = 0.1  # `admm` only: first penalty, relative to the unit diagonals
+    refit: Count = 10  # `admm` only: conjugate-gradient steps of least squares on a mask
+    step: Annotated[float, Field(gt=0, lt=1)] = 0.01  # between sizes, as a fraction of dense bits
+    anchors: Count | None = 0  # sizes of the curve whose error is measured; None measures all
 
 
 def require_divisible(pattern: Pattern, width: int, linear: str) -> None:

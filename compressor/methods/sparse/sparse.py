@@ -32,13 +32,11 @@ from torch import Tensor
 from compressor.errors import NumericalError
 from compressor.linears import Dense, Sparse
 from compressor.methods import register
-from compressor.methods.base import Approximation, LinearMethod
+from compressor.methods.base import Approximation
 from compressor.methods.sparse.admm import admm, n_of_m, projection, refit
 from compressor.methods.sparse.base import (
-    NEEDS,
-    Fraction,
-    MetricName,
     Pattern,
+    Patterned,
     Weighed,
     pattern_count,
     payloads,
@@ -46,7 +44,6 @@ from compressor.methods.sparse.base import (
     saving,
     screened,
     store,
-    weigh,
 )
 from compressor.plan import Candidate, Curve
 from compressor.statistics import LinearStats
@@ -126,7 +123,7 @@ class Prepared:
 
 @register
 @dataclass(frozen=True)
-class SparseMethod(LinearMethod[Prepared]):
+class SparseMethod(Patterned[Prepared]):
     """A weight with most entries at zero, stored as the others and a bit mask."""
 
     name: ClassVar[str] = "sparse"
@@ -135,10 +132,6 @@ class SparseMethod(LinearMethod[Prepared]):
     )
 
     solver: Literal["wanda", "sparsegpt", "admm"] = "admm"
-    metric: MetricName = "two_sided"
-    pattern: Pattern = "layer"
-    shrink_gram: Fraction = 0.01  # `two_sided` only: shrinkage of the input Gram
-    shrink_grad_gram: Fraction = 0.1  # `two_sided` only: shrinkage of the output-gradient moment
     damping: tuple[Annotated[float, Field(ge=0)], ...] = (
         0.01,
         0.1,
@@ -148,29 +141,13 @@ class SparseMethod(LinearMethod[Prepared]):
         128  # `sparsegpt` only: columns whose mask is chosen together
     )
     iterations: Annotated[int, Field(ge=1)] = 15  # `admm` only
-    rho: Annotated[float, Field(gt=0)] = (
-        0.1  # `admm` only: first penalty, relative to the unit diagonals
-    )
     growth: Annotated[float, Field(ge=1)] = (
         1.2  # `admm` only: factor of the penalty from one iteration to the next
-    )
-    refit: Annotated[int, Field(ge=0)] = (
-        10  # `admm` only: conjugate-gradient steps on the final mask
-    )
-    step: Annotated[float, Field(gt=0, lt=1)] = (
-        0.01  # sizes offered, as a fraction of the dense bits
-    )
-    anchors: Annotated[int, Field(ge=0)] | None = (
-        0  # sizes of the curve whose error is measured, see `sparsity`; None measures all
     )
 
     def __post_init__(self):
         if self.solver != "admm" and self.metric != "gram":
             raise ValueError(f"solver '{self.solver}' knows inputs only; set metric to 'gram'")
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return NEEDS[self.metric]
 
     def sizes(self, dense: Dense) -> list[Candidate]:
         require_divisible(self.pattern, dense.weight.shape[1], "a target")
@@ -183,7 +160,7 @@ class SparseMethod(LinearMethod[Prepared]):
 
     def prepare(self, linear: str, dense: Dense, stats: LinearStats) -> Prepared:
         require_divisible(self.pattern, dense.weight.shape[1], linear)
-        weighed = weigh(linear, dense, stats, self.metric, self.shrink_gram, self.shrink_grad_gram)
+        weighed = self.weigh(linear, dense, stats)
         factor, damping = None, None
         if self.solver == "sparsegpt":
             factor, damping = obs_factor(stats.gram.double() / stats.tokens, self.damping, linear)

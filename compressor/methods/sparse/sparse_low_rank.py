@@ -35,13 +35,10 @@ from compressor import linalg
 from compressor.linalg import Metric
 from compressor.linears import Adapted, Dense
 from compressor.methods import register
-from compressor.methods.base import Approximation, LinearMethod
+from compressor.methods.base import Approximation
 from compressor.methods.sparse.admm import admm, projection, refit
 from compressor.methods.sparse.base import (
-    NEEDS,
-    Fraction,
-    MetricName,
-    Pattern,
+    Patterned,
     Weighed,
     pattern_count,
     payloads,
@@ -49,7 +46,6 @@ from compressor.methods.sparse.base import (
     saving,
     screened,
     store,
-    weigh,
 )
 from compressor.plan import Candidate, Curve
 from compressor.statistics import LinearStats
@@ -110,24 +106,17 @@ class LowRankPart:
 
 @register
 @dataclass(frozen=True)
-class SparseLowRankMethod(LinearMethod[Weighed]):
+class SparseLowRankMethod(Patterned[Weighed]):
     """A sparse weight, stored as values and a bit mask, plus a low-rank pair."""
 
     name: ClassVar[str] = "sparse_low_rank"
     paper: ClassVar[str] = "OATS, arXiv 2409.13652; 3BASiL, arXiv 2603.01376"
 
     solver: Literal["oats", "admm"] = "admm"
-    metric: MetricName = "two_sided"
-    pattern: Pattern = "layer"
-    shrink_gram: Fraction = 0.01  # `two_sided` only: shrinkage of the input Gram
-    shrink_grad_gram: Fraction = 0.1  # `two_sided` only: shrinkage of the output-gradient moment
     rank_share: Annotated[float, Field(gt=0, lt=1)] = (
         0.1  # part of the stored numbers in the low-rank pair; at least rank 1
     )
     iterations: Annotated[int, Field(ge=1)] = 40
-    rho: Annotated[float, Field(gt=0)] = (
-        0.1  # `admm` only: first penalty, relative to the unit diagonals
-    )
     growth: Annotated[float, Field(ge=1)] = (
         1.07  # `admm` only: factor of the penalty from one iteration to the next
     )
@@ -136,23 +125,10 @@ class SparseLowRankMethod(LinearMethod[Weighed]):
         # mask
         2
     )
-    refit: Annotated[int, Field(ge=0)] = (
-        10  # `admm` only: conjugate-gradient steps of each of those
-    )
-    step: Annotated[float, Field(gt=0, lt=1)] = (
-        0.01  # sizes offered, as a fraction of the dense bits
-    )
-    anchors: Annotated[int, Field(ge=0)] | None = (
-        0  # sizes of the curve whose error is measured, see `sparsity`; None measures all
-    )
 
     def __post_init__(self):
         if self.solver == "oats" and self.metric != "gram":
             raise ValueError("solver 'oats' knows inputs only; set metric to 'gram'")
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return NEEDS[self.metric]
 
     def rank(self, dense: Dense, numbers: int) -> float:
         """Rank, not rounded, at which `numbers` numbers have the wanted share of low rank; or that
@@ -196,7 +172,7 @@ class SparseLowRankMethod(LinearMethod[Weighed]):
 
     def prepare(self, linear: str, dense: Dense, stats: LinearStats) -> Weighed:
         require_divisible(self.pattern, dense.weight.shape[1], linear)
-        return weigh(linear, dense, stats, self.metric, self.shrink_gram, self.shrink_grad_gram)
+        return self.weigh(linear, dense, stats)
 
     def candidates(self, state: Weighed) -> Curve:
         """Screened curve (see `sparsity`); the diagonal error is that of the nonzeros at unrounded

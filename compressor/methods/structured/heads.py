@@ -124,8 +124,7 @@ class _Values(Method[Mixed]):
     )
     shrink_grad_gram: Annotated[float, Field(ge=0, le=1)] = 0.1  # `two_sided` only
 
-    roles: ClassVar[tuple[str, ...]]
-    key: ClassVar[str]  # of a setting: how many units are kept
+    roles: ClassVar[tuple[str, ...]]  # of its members
 
     @property
     def needs(self) -> frozenset[str]:
@@ -161,7 +160,7 @@ class _Values(Method[Mixed]):
             biases = 0 if dense.bias is None else height if role == "o" else round(height * share)
             parameters, multiply_adds = parameters + numbers + biases, multiply_adds + numbers
             bits += (numbers + biases) * dense.dtype.itemsize * 8 + 8 * ((mask + 7) // 8)
-        return Candidate(self.name, {self.key: kept}, bits, parameters, math.nan, multiply_adds)
+        return Candidate(self.name, {self.name: kept}, bits, parameters, math.nan, multiply_adds)
 
     def prepare_unit(self, unit: str, members: Mapping[str, Member]) -> Mixed:
         parts = by_role(members)
@@ -206,7 +205,7 @@ class _Values(Method[Mixed]):
             else [0.0] * len(state.errors)
         )
         found = [
-            replace(size, error=errors[len(errors) - size.setting[self.key] - 1])
+            replace(size, error=errors[len(errors) - size.setting[self.name] - 1])
             for size in self.sizes_of_unit(state.parts)
         ]
         bits, parameters = dense_size(state.parts)
@@ -215,7 +214,7 @@ class _Values(Method[Mixed]):
     def kept(self, state: Mixed, setting: dict[str, Any]) -> Tensor:
         """Mask of the inputs of o_proj that stay, (k · g · hd,)."""
         units = torch.ones(self.units(state.shape), dtype=torch.bool, device=state.order.device)
-        units[state.order[: len(units) - setting[self.key]]] = False
+        units[state.order[: len(units) - setting[self.name]]] = False
         kept = torch.zeros(len(state.moment), dtype=torch.bool, device=units.device)
         kept[rearranged(state.shape).to(units.device)] = units.repeat_interleave(
             self.size_of_unit(state.shape)
@@ -259,15 +258,16 @@ class _Values(Method[Mixed]):
 @register
 @dataclass(frozen=True)
 class ValueDims(_Values):
-    """Heads of fewer value dimensions, in the basis in which the output sees least of the last
-    ones.
+    """Heads of fewer value dimensions; the key–value cache keeps its size.
+
+    Dimensions leave in the basis in which the output sees least of the last ones. What has left is
+    zero to the attention around it, which caches values of the full width.
     """
 
     name: ClassVar[str] = "value_dims"
     paper: ClassVar[str] = "MoDeGPT, arXiv 2408.09632"
     unit: ClassVar[str] = "vo"
     roles: ClassVar[tuple[str, ...]] = ("v", "o")
-    key: ClassVar[str] = "value_dims"
 
     def size_of_unit(self, shape: Shape) -> int:
         return shape.group
@@ -294,13 +294,15 @@ class ValueDims(_Values):
 @register
 @dataclass(frozen=True)
 class Heads(_Values):
-    """Fewer key–value heads, each leaving with the query heads that it serves."""
+    """Fewer key–value heads and their query heads; the key–value cache keeps its size.
+
+    What has left is zero to the attention around it, which caches all heads.
+    """
 
     name: ClassVar[str] = "heads"
     paper: ClassVar[str] = "OSSCAR, arXiv 2403.12983"
     unit: ClassVar[str] = "attention"
     roles: ClassVar[tuple[str, ...]] = ("q", "k", "v", "o")
-    key: ClassVar[str] = "heads"
 
     def size_of_unit(self, shape: Shape) -> int:
         return shape.group * shape.dim

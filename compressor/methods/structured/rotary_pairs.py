@@ -43,8 +43,10 @@ class Scored:
 @register
 @dataclass(frozen=True)
 class RotaryPairs(Method[Scored]):
-    """Queries and keys of fewer rotary pairs; a pair stays for all query heads of a key–value head,
-    or for none.
+    """Queries and keys of fewer rotary pairs; the key–value cache keeps its size.
+
+    A pair stays for all query heads of a key–value head, or for none. What has left is zero to the
+    attention around it, which caches keys of the full width.
     """
 
     name: ClassVar[str] = "rotary_pairs"

@@ -167,7 +167,7 @@ def test_transact_goes_by_the_norm_of_what_o_reads_over_all_query_heads(
     method = build(name, {"score": "transact", "ridge": 1e-12})
     state = method.prepare_unit("attn", parts_of(weights, x, roles))
     assert state.order.tolist() == energy.argsort().tolist()
-    modules = compress_members(method, state, {method.key: len(energy) // 2}, state.parts.values())
+    modules = compress_members(method, state, {method.name: len(energy) // 2}, state.parts.values())
     units = energy.argsort(descending=True)[: len(energy) // 2].sort().values
     rows = (units[:, None] * size + torch.arange(size)).flatten()
     assert modules["v"].places("rows").tolist() == rows.tolist()
