@@ -5,16 +5,20 @@ its mathematics.
 import itertools
 import json
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load, save
 from support import weights as cases
+from torch import Tensor
 
-from compressor.linears import build_empty
+from compressor.linears import CompressedLinear, build_empty
 from compressor.methods import METHODS, build
 from compressor.methods.base import LinearMethod
 from compressor.methods.low_rank.low_rank import NEEDS
+from compressor.plan import Candidate, Curve
 from compressor.resume.codec import decode, encode
 
 # relative error of float32 factors against the float64 closed form, in units of the energy
@@ -106,56 +110,100 @@ def some(candidates, count=4):
     return candidates[:: max(1, len(candidates) // count)]
 
 
-@pytest.fixture(
-    params=VARIANTS, ids=lambda variant: "-".join([variant[0], *map(str, variant[1].values())])
-)
+def id_of(variant) -> str:
+    return "-".join([variant[0], *map(str, variant[1].values())])
+
+
+@pytest.fixture(params=VARIANTS, ids=id_of)
 def method(request):
     return build(*request.param)
 
 
-@pytest.mark.parametrize("kind", cases.KINDS)
-def test_contract(method, kind):
-    case = cases.make(kind)
-    before = [case.dense.weight.clone(), case.stats.gram.clone(), case.stats.grad_gram.clone()]
+@dataclass(frozen=True)
+class Prepared:
+    """A method on one case, with some of its candidates built."""
+
+    method: LinearMethod
+    case: cases.Case
+    copies: list[Tensor]  # of the inputs, from before
+    curve: Curve
+    state: Any
+    modules: list[tuple[Candidate, CompressedLinear]]
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        return [self.case.dense.weight, self.case.stats.gram, self.case.stats.grad_gram]
+
+
+@pytest.fixture(
+    scope="module",
+    params=list(itertools.product(VARIANTS, cases.KINDS)),
+    ids=lambda pair: f"{id_of(pair[0])}-{pair[1]}",
+)
+def prepared(request) -> Prepared:
+    (name, options), kind = request.param
+    method, case = build(name, options), cases.make(kind)
+    copies = [case.dense.weight.clone(), case.stats.gram.clone(), case.stats.grad_gram.clone()]
     state = method.prepare("linear", case.dense, case.stats)
     curve = method.candidates(state)
-    # an N:M pattern has one size; on one token a few numbers are exact, and nothing larger is offered
-    sole = method.name == "armor" or (method.name == "sparse" and method.pattern == "2:4")
-    fewest = 1 if sole or kind == "one_token" else 4
-    assert curve.dense_bits == case.dense.bits and len(curve.candidates) >= fewest
-    assert all(
-        one.bits < two.bits
-        for one, two in zip(curve.candidates, curve.candidates[1:], strict=False)
-    )
-    assert curve.candidates[-1].bits < curve.dense_bits
-    assert not curve.thresholds or len(curve.thresholds) == len(curve.candidates) + 1
+    modules = [
+        (candidate, method.compress(state, candidate.setting))
+        for candidate in some(curve.candidates)
+    ]
+    return Prepared(method, case, copies, curve, state, modules)
+
+
+def test_sizes_of_a_curve_grow_and_stay_below_dense(prepared):
+    method, curve = prepared.method, prepared.curve
+    has_one_size = method.name == "armor" or (method.name == "sparse" and method.pattern == "2:4")
+    bits = [candidate.bits for candidate in curve.candidates]
+    assert len(bits) >= (1 if has_one_size else 4)
+    assert all(one < two for one, two in itertools.pairwise(bits))
+    assert bits[-1] < curve.dense_bits == prepared.case.dense.bits
+
+
+def test_thresholds_fall_with_size_and_end_with_dense(prepared):
+    curve = prepared.curve
+    assert len(curve.thresholds) in (0, len(curve.candidates) + 1)
     assert list(curve.thresholds) == sorted(curve.thresholds, reverse=True)
-    for candidate in some(curve.candidates):
-        module = method.compress(state, candidate.setting)
-        stored = dict(module.state_dict().items())
-        assert (
-            candidate.bits == module.bits() == 8 * sum(tensor.nbytes for tensor in stored.values())
-        )
+
+
+def test_counts_are_those_of_what_is_stored(prepared):
+    for candidate, module in prepared.modules:
+        stored = 8 * sum(tensor.nbytes for tensor in module.state_dict().values())
+        assert candidate.bits == module.bits() == stored
         assert candidate.parameters == module.stored_parameters()
         assert candidate.multiply_adds == module.multiply_adds()
-        assert method.measure(state, module) == pytest.approx(candidate.error, abs=STORED, rel=1e-3)
-        again = method.compress(method.prepare("linear", case.dense, case.stats), candidate.setting)
-        assert all(torch.equal(stored[name], tensor) for name, tensor in again.state_dict().items())
+
+
+def test_errors_are_predicted_as_they_are_measured(prepared):
+    for candidate, module in prepared.modules:
+        measured = prepared.method.measure(prepared.state, module)
+        assert measured == pytest.approx(candidate.error, abs=STORED, rel=1e-3)
+
+
+def test_equal_inputs_give_equal_tensors(prepared):
+    method, case = prepared.method, prepared.case
+    state = method.prepare("linear", case.dense, case.stats)
+    for candidate, module in prepared.modules:
+        again = method.compress(state, candidate.setting).state_dict()
+        assert all(torch.equal(again[name], one) for name, one in module.state_dict().items())
+
+
+def test_a_rebuilt_module_computes_with_its_dense_weight(prepared):
+    x = prepared.case.x[:5].float()
+    for _, module in prepared.modules:
         rebuilt = build_empty(module.spec(), torch.float32, "cpu")
-        rebuilt.load_state_dict(stored)
-        x = case.x[:5].float()
-        expected = x.double() @ module.to_dense().double().T + (
-            0 if module.bias is None else module.bias.double()
-        )
-        torch.testing.assert_close(
-            rebuilt(x).double(),
-            expected,
-            rtol=OUTPUT,
-            atol=OUTPUT * max(1.0, expected.abs().max().item()),
-        )
-    for tensor, copy in zip(
-        [case.dense.weight, case.stats.gram, case.stats.grad_gram], before, strict=True
-    ):
+        rebuilt.load_state_dict(module.state_dict())
+        expected = x.double() @ module.to_dense().double().T
+        if module.bias is not None:
+            expected = expected + module.bias.double()
+        atol = OUTPUT * max(1.0, expected.abs().max().item())
+        torch.testing.assert_close(rebuilt(x).double(), expected, rtol=OUTPUT, atol=atol)
+
+
+def test_inputs_are_left_as_they_were(prepared):
+    for tensor, copy in zip(prepared.inputs, prepared.copies, strict=True):
         assert torch.equal(tensor, copy)
 
 
