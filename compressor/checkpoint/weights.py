@@ -6,6 +6,7 @@ readable by their owner only.
 """
 
 import json
+import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +20,8 @@ from compressor.errors import CheckpointError
 from compressor.files.documents import naming
 from compressor.files.safetensors import INDEX, SINGLE
 from compressor.runtime.progress import Progress, silent
+
+log = logging.getLogger(__name__)
 
 DTYPES = {
     torch.float64: "F64",
@@ -41,8 +44,8 @@ FRAME = (
 
 
 def tied_names(model: PreTrainedModel) -> dict[str, str]:
-    """Name → name it repeats, of the parameters that are tied now (which is less than declared if a
-    tied linear was replaced).
+    """List the parameters that are tied now, each with the one it repeats; less than declared if a
+    tied linear was replaced.
     """
     state = model.state_dict(keep_vars=True)
     declared = {
@@ -51,6 +54,28 @@ def tied_names(model: PreTrainedModel) -> dict[str, str]:
         if name in state and source in state
     }
     return {name: source for name, source in declared.items() if state[name] is state[source]}
+
+
+def tied_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """List the parameters that a checkpoint holds under another name, as meta tensors."""
+    state = model.state_dict()
+    return {name: torch.empty_like(state[name], device="meta") for name in tied_names(model)}
+
+
+def warn_of_untying(model: PreTrainedModel, linears: Iterable[str]) -> None:
+    """Log which linears share their weight with another module: compressing them adds to the
+    files.
+    """
+    ties = tied_names(model)
+    for name in linears:
+        if source := ties.get(f"{name}.weight"):
+            log.warning(
+                "%s shares its weight with %s, which stays dense: compressed, it is stored beside "
+                "it, and the files grow by what it takes; leave it out of the targets to keep "
+                "them tied",
+                name,
+                source,
+            )
 
 
 def stored_tensors(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -29,10 +29,12 @@ def replace(model: PreTrainedModel, name: str, module: nn.Module) -> None:
     """Install `module` in place of what stands at `name`, in its floating dtype and on its device;
     copied if it must change.
 
-    A tied lm_head is untied: the embedding keeps the dense weight and the model's config says so.
+    A tied linear is untied: what it was tied to, the embedding of an lm_head, keeps the dense
+    weight. The config has one flag for all ties, so whatever else is tied is stored by itself too.
     """
     model.set_submodule(name, fitted(model, name, module))
-    if model.all_tied_weights_keys.pop(f"{name}.weight", None) is not None:
+    if f"{name}.weight" in model.all_tied_weights_keys:
+        model.all_tied_weights_keys = {}
         model.config.tie_word_embeddings = False
 
 

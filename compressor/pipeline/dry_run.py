@@ -13,7 +13,7 @@ from compressor.allocation.budgets import budgets, reserved
 from compressor.allocation.knapsack import Row, check_budget
 from compressor.calibrate.collect import GRADIENT_FIELDS
 from compressor.calibrate.windows import heldout_count
-from compressor.checkpoint.weights import DTYPES
+from compressor.checkpoint.weights import DTYPES, warn_of_untying
 from compressor.files.model_folder import ModelFolder
 from compressor.linears import Dense
 from compressor.methods.base import Member, Method
@@ -43,6 +43,7 @@ def outline(recipe: Recipe, source: ModelFolder) -> dict[str, Any]:
     """
     model = skeleton(source.path)
     assignments = assign(recipe, model)
+    warn_of_untying(model, assignments)
     sharing = [group for group in groups(recipe, assignments).values() if group.methods]
     denses = {
         name: meta_dense(name, assignment, source, output_dtype(recipe))

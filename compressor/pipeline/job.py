@@ -4,17 +4,19 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compressor.allocation.assign import Assignment, Group, assign, groups
 from compressor.calibrate import windows as data
+from compressor.checkpoint.weights import tied_tensors, warn_of_untying
 from compressor.errors import ConfigError
 from compressor.evaluation.perplexity import compare, in_float32
 from compressor.files import model_folder
@@ -51,6 +53,8 @@ class Job:
     clock: Clock = NO_LIMIT  # what is left of the budget
     cache: Cache = field(default_factory=Cache)  # of what blocks return
     team: Team = ALONE  # processes that heal together
+    # parameters that the source stores under another name, on the meta device
+    ties: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -101,6 +105,7 @@ def start(recipe: Recipe, source: model_folder.ModelFolder, progress: Progress =
     device = choose_device(recipe.model.device)
     model, tokenizer = models.load(source.path, device=device, device_map=recipe.model.device_map)
     assignments = assign(recipe, model)
+    warn_of_untying(model, assignments)
     if experts := linears.fused(model):
         share = sum(experts.values()) / sum(parameter.numel() for parameter in model.parameters())
         log.warning(
@@ -133,6 +138,7 @@ def start(recipe: Recipe, source: model_folder.ModelFolder, progress: Progress =
         fit,
         heldout,
         cache=cache,
+        ties=tied_tensors(model),
     )
 
 

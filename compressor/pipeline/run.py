@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compressor.allocation import curves
@@ -182,6 +183,11 @@ def described_report(job: Job, made: Plan, weights: Path) -> dict[str, Any]:
         unit=job.recipe.allocation.count,
         reason=PENDING if job.recipe.evaluation.enabled else "evaluation is switched off",
         fingerprints=jobs.fingerprint(job) | {"recipe": digest(job.recipe.model_dump(mode="json"))},
+        warnings=[
+            f"{name} repeats another tensor of the source, which stores it once; here both are "
+            "stored, so it makes the files larger"
+            for name in untied_tensors(job)
+        ],
     )
 
 
@@ -201,7 +207,7 @@ def sizes_of(job: Job, made: Plan, original_bytes: int, written: int) -> report.
     """Bytes of the files, and what the model stores besides the targets, from the installed
     model.
     """
-    tensors = stored_tensors(job.model)
+    tensors, untied = stored_tensors(job.model), untied_tensors(job).values()
     bits = sum(tensor.nbytes * 8 for tensor in tensors.values()) - sum(
         choice.bits for choice in made.linears.values()
     )
@@ -211,7 +217,21 @@ def sizes_of(job: Job, made: Plan, original_bytes: int, written: int) -> report.
         written,
         bits,
         parameters - sum(choice.parameters for choice in made.linears.values()),
+        sum(tensor.nbytes * 8 for tensor in untied),
+        sum(tensor.numel() for tensor in untied),
     )
+
+
+def untied_tensors(job: Job) -> dict[str, Tensor]:
+    """List the parameters that the source stores under another name and the output by themselves,
+    as the source would be stored in the output dtype; on the meta device.
+    """
+    dtype, stored = stages.output_dtype(job.recipe), stored_tensors(job.model)
+    return {
+        name: tensor.to(dtype) if dtype else tensor
+        for name, tensor in job.ties.items()
+        if name in stored
+    }
 
 
 def score(

@@ -33,6 +33,9 @@ class Sizes:
     # tensors outside the targeted linears, as stored in the output (before and after alike)
     other_bits: int
     other_parameters: int
+    # tensors that the original stores under another name, and the compressed model by themselves
+    untied_bits: int = 0
+    untied_parameters: int = 0
 
 
 def build(
@@ -56,7 +59,9 @@ def build(
     the compressed model and for the original.
     """
     counts = {
-        count: _count(plan, count, getattr(sizes, f"other_{count}"))
+        count: _count(
+            plan, count, getattr(sizes, f"other_{count}"), getattr(sizes, f"untied_{count}")
+        )
         for count in ("bits", "parameters")
     }
     kept = {count: _kept(found["targets"]) for count, found in counts.items()}
@@ -89,13 +94,16 @@ def build(
     }
 
 
-def _count(plan: Plan, count: str, other: int) -> dict[str, dict[str, int]]:
+def _count(plan: Plan, count: str, other: int, untied: int) -> dict[str, dict[str, int]]:
     """Bits or parameters of the targets and of the model, before and after."""
     original = sum(getattr(choice, f"dense_{count}") for choice in plan.linears.values())
     compressed = sum(getattr(choice, count) for choice in plan.linears.values())
     return {
         "targets": {"original": original, "compressed": compressed},
-        "model": {"original": original + other, "compressed": compressed + other},
+        "model": {
+            "original": original + other - untied,
+            "compressed": compressed + other,
+        },
     }
 
 

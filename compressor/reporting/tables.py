@@ -39,8 +39,13 @@ def kept_removed(fraction: float) -> str:
 
     >>> kept_removed(0.7)
     '70.0 % kept, 30.0 % removed'
+    >>> kept_removed(1.2)
+    '120.0 % kept, 20.0 % added'
     """
-    return f"{percent(fraction)} kept, {percent(1 - fraction)} removed"
+    change = (
+        f"{percent(1 - fraction)} removed" if fraction <= 1 else f"{percent(fraction - 1)} added"
+    )
+    return f"{percent(fraction)} kept, {change}"
 
 
 def number(value: float) -> str:

@@ -224,6 +224,22 @@ def test_f28_compressed_head_of_tied_embeddings_is_untied(tmp_path):
     assert verify(output) == []
 
 
+def test_other_ties_are_stored_twice_once_a_tied_linear_is_compressed(tmp_path):
+    source = save_tiny(tmp_path / "tied", "llama", tie_word_embeddings=True)
+    model, _ = load(source)
+    first, second = (f"model.layers.{block}.mlp.up_proj" for block in (0, 1))
+    model.get_submodule(second).weight = model.get_submodule(first).weight
+    model.all_tied_weights_keys[f"{second}.weight"] = f"{first}.weight"
+    assert tied_names(model) == {
+        "lm_head.weight": "model.embed_tokens.weight",
+        f"{second}.weight": f"{first}.weight",
+    }
+    model = compress(model, every=1000, names=("lm_head",))
+    output = store(tmp_path / "out", model, source)
+    assert {f"{first}.weight", f"{second}.weight"} <= read(output).tensors.keys()
+    assert verify(output) == []
+
+
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [

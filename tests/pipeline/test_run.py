@@ -450,6 +450,35 @@ def test_f28_ties_biases_and_odd_widths_survive(text_file, tmp_path):
     assert "lm_head.weight" not in read_headers(tmp_path / "out").tensors
 
 
+def test_a_tied_head_that_is_compressed_is_counted_as_the_files_are(text_file, tmp_path, caplog):
+    source = save_tiny(tmp_path / "model", "llama", tie_word_embeddings=True)
+    made = recipe(
+        source, text_file, "method=[{targets: lm_head, dense: false}]", "allocation.keep=0.5"
+    )
+    outline = pipeline.plan(made)
+    assert "lm_head shares its weight with model.embed_tokens.weight" in caplog.text
+    caplog.clear()
+    found = pipeline.compress(made, tmp_path / "out")
+    assert "lm_head shares its weight with model.embed_tokens.weight" in caplog.text
+    (warning,) = found["warnings"]
+    assert warning.startswith("lm_head.weight repeats another tensor of the source")
+    for side, folder in (("original", source), ("compressed", tmp_path / "out")):
+        stored = read_headers(folder).tensors.values()
+        assert found["sizes"]["model"]["bits"][side] == 8 * sum(info.bytes for info in stored)
+    assert found["bytes"]["compressed"] > found["bytes"]["original"]
+    assert found["kept"]["model"] > 1 > found["kept"]["targets"]
+    least = found["bytes"]["compressed"] - outline["bytes"]["source"]
+    assert 0 < least <= outline["bytes"]["compressed_at_most"] - outline["bytes"]["source"]
+
+
+def test_a_tied_head_that_stays_dense_stays_tied(text_file, tmp_path):
+    source = save_tiny(tmp_path / "model", "llama", tie_word_embeddings=True)
+    found = pipeline.compress(recipe(source, text_file, "allocation.keep=0.7"), tmp_path / "out")
+    assert found["warnings"] == [] and found["kept"]["model"] < 1
+    stored = read_headers(source).tensors.values()
+    assert found["sizes"]["model"]["bits"]["original"] == 8 * sum(info.bytes for info in stored)
+
+
 def test_compressed_and_quantised_inputs_are_refused(run, tmp_path, text_file):
     _, folder, _ = run
     with pytest.raises(CheckpointError, match="compressed"):
