@@ -8,7 +8,7 @@ import torch
 from compressor.errors import ConfigError
 from compressor.methods import build
 from compressor.methods.base import LINEAR, PAIR, Method
-from compressor.methods.low_rank import compensate
+from compressor.methods.low_rank import residual
 from compressor.models.linears import LinearInfo, linears, selects
 from compressor.models.roles import GROUPS
 from compressor.recipe.sections import Recipe
@@ -100,7 +100,7 @@ def assign(recipe: Recipe, model: torch.nn.Module) -> dict[str, Assignment]:
                 f"on other modules: {units}; "
                 "narrow the targets or add a method"
             )
-        residual_needs = compensate.needs(recipe.compensation)
+        residual_needs = residual.needs(recipe.compensation)
         assignments[name] = Assignment(
             info, tuple(alone), entry.dense, dtype, tuple(shared), residual_needs
         )

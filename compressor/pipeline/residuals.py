@@ -7,7 +7,7 @@ from compressor.allocation.decompose import dense_weight
 from compressor.errors import ConfigError
 from compressor.linears import CompressedLinear
 from compressor.linears.base import Modules
-from compressor.methods.low_rank import compensate
+from compressor.methods.low_rank import residual
 from compressor.pipeline.job import Job
 from compressor.plan import Choice, Plan
 from compressor.statistics import LinearStats
@@ -25,7 +25,7 @@ def ranks_of(
     # What is gone is not to come back.
     modules = {name: module for name, module in modules.items() if not module.is_pruned}
     limits = {
-        name: compensate.largest_rank(module, dense_weight(job.assignments[name]))
+        name: residual.largest_rank(module, dense_weight(job.assignments[name]))
         for name, module in modules.items()
     }
     if section.rank is not None:
@@ -61,7 +61,7 @@ def offer(
     """
     assignment, metric = job.assignments[name], job.recipe.compensation.metric
     dense = dense_weight(assignment)
-    fit = compensate.fit(name, dense, module, stats, metric)
+    fit = residual.fit(name, dense, module, stats, metric)
     lost = fit.residual.tail[0].item()
     if choice.kl is not None:
         scale = choice.kl / lost if lost > 0 else 0.0

@@ -24,7 +24,7 @@ from compressor.errors import ConfigError
 from compressor.linears import Dense
 from compressor.linears.base import Modules
 from compressor.methods.base import LINEAR, PAIR, Member
-from compressor.methods.low_rank import compensate
+from compressor.methods.low_rank import residual
 from compressor.pipeline.job import Job
 from compressor.pipeline.residuals import ranks_of
 from compressor.plan import Choice, Plan
@@ -316,7 +316,7 @@ class Run:
         for name, target in targets.items():
             if rank := self.ranks.get(name, 0):
                 if rank > (
-                    most := compensate.largest_rank(
+                    most := residual.largest_rank(
                         self.modules[name], dense_weight(self.job.assignments[name])
                     )
                 ):
@@ -324,14 +324,14 @@ class Run:
                         f"{name}: the plan says a residual of rank {rank}; {most} is the largest "
                         "that is smaller than dense"
                     )
-                fit = compensate.fit(
+                fit = residual.fit(
                     name,
                     target,
                     self.modules[name],
                     stats[name],
                     self.job.recipe.compensation.metric,
                 )
-                self.modules[name] = compensate.extend(self.modules[name], fit, rank)
+                self.modules[name] = residual.extend(self.modules[name], fit, rank)
         modules = {name: self.modules[name] for name in part.members}
         if any(self.ranks.get(name, 0) for name in part.members):
             error = part.method.measure_unit(state, modules)

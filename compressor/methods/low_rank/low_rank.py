@@ -41,7 +41,10 @@ from compressor.methods.base import Approximation, LinearMethod
 from compressor.plan import Candidate, Curve
 from compressor.statistics import LinearStats
 
-NEEDS = {
+MetricName = Literal[
+    "identity", "fisher", "mean_abs", "gram_diagonal", "gram", "centred_gram", "two_sided"
+]
+NEEDS: dict[MetricName, tuple[str, ...]] = {
     "identity": (),
     "fisher": ("fisher",),
     "mean_abs": ("abs_sum",),
@@ -113,9 +116,7 @@ class LowRankMethod(LinearMethod[Factors]):
         "SVD-LLM, arXiv 2403.07378; LoRD, arXiv 2309.14021; KFAC-SVD / LEMS, ICML 2026"
     )
 
-    metric: Literal[
-        "identity", "fisher", "mean_abs", "gram_diagonal", "gram", "centred_gram", "two_sided"
-    ] = "two_sided"
+    metric: MetricName = "two_sided"
     alpha: Annotated[float, Field(ge=0)] = 0.5  # exponent of E|x|, `mean_abs` only
     storage: Literal["factors", "pivoted"] = "pivoted"
     shrink_gram: Fraction = 0.01  # `two_sided` only: shrinkage of the input Gram

@@ -16,7 +16,7 @@ from compressor.errors import BudgetError, ConfigError
 from compressor.linears import Adapted, Dense, Dictionary, LowRank, Sparse, build_empty
 from compressor.linears.masks import pack_mask
 from compressor.methods import build
-from compressor.methods.low_rank import compensate
+from compressor.methods.low_rank import residual
 from compressor.models import install
 from compressor.pipeline import run
 from compressor.recipe.load import load_recipe
@@ -57,12 +57,12 @@ def test_eora_leaves_the_tail_of_the_whitened_spectrum_and_never_more_than_plain
     values, vectors = torch.linalg.eigh(case.stats.gram / case.stats.tokens)
     whitened = torch.linalg.svdvals(lost @ vectors * values.clamp(min=0).sqrt()).square()
     fit = {
-        metric: compensate.fit("linear", case.dense, base, case.stats, metric)
-        for metric in compensate.METRICS
+        metric: residual.fit("linear", case.dense, base, case.stats, metric)
+        for metric in residual.METRICS
     }
     tiny = TAIL * whitened.sum().item()
     for rank in (1, 3, 9):
-        made = compensate.extend(base, fit["gram"], rank)
+        made = residual.extend(base, fit["gram"], rank)
         assert objective(case, made) == pytest.approx(
             whitened[rank:].sum().item(), rel=TAIL, abs=tiny
         )
@@ -72,7 +72,7 @@ def test_eora_leaves_the_tail_of_the_whitened_spectrum_and_never_more_than_plain
         for other in ("identity", "diagonal", "two_sided"):
             assert (
                 objective(case, made)
-                <= objective(case, compensate.extend(base, fit[other], rank)) * (1 + TAIL) + tiny
+                <= objective(case, residual.extend(base, fit[other], rank)) * (1 + TAIL) + tiny
             )
         assert isinstance(made, Adapted) and made.bits() == base.extended_size(rank, 8)[0]
         assert made.stored_parameters() == base.extended_size(rank, 8)[1]
@@ -90,8 +90,8 @@ def test_the_plain_metric_is_the_truncated_svd_and_the_diagonal_one_its_scaled_f
     scales = case.stats.gram.diagonal().sqrt()
     for metric, scale in (("identity", torch.ones_like(scales)), ("diagonal", scales)):
         left, values, right = torch.linalg.svd(lost * scale, full_matrices=False)
-        made = compensate.extend(
-            base, compensate.fit("linear", case.dense, base, case.stats, metric), 4
+        made = residual.extend(
+            base, residual.fit("linear", case.dense, base, case.stats, metric), 4
         )
         expected = left[:, :4] * values[:4] @ right[:4] / scale
         torch.testing.assert_close(
@@ -103,7 +103,7 @@ def test_the_two_sided_residual_is_the_best_where_outputs_count():
     case = make("square", dtype=torch.float64)
     base = pruned(case)
     fits = {
-        metric: compensate.fit("linear", case.dense, base, case.stats, metric)
+        metric: residual.fit("linear", case.dense, base, case.stats, metric)
         for metric in ("gram", "two_sided")
     }
     moment = linalg.Metric(case.stats.gram, 1 / case.stats.tokens).shrunk(0.01)
@@ -112,7 +112,7 @@ def test_the_two_sided_residual_is_the_best_where_outputs_count():
     def damage(made):
         return moment.energy(root.T @ (case.dense.weight - made.to_dense()))
 
-    made = {metric: compensate.extend(base, fit, 5) for metric, fit in fits.items()}
+    made = {metric: residual.extend(base, fit, 5) for metric, fit in fits.items()}
     assert damage(made["two_sided"]) == pytest.approx(
         fits["two_sided"].residual.tail[5].item(), rel=1e-8
     )
@@ -147,8 +147,8 @@ def test_every_storage_takes_a_residual_and_is_counted_and_reloaded(kind):
     case = make("wide", dtype=torch.float64)
     base = bases(case)[kind]
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
-    fit = compensate.fit("linear", case.dense, base, case.stats, "gram")
-    made = compensate.extend(base, fit, 3)
+    fit = residual.fit("linear", case.dense, base, case.stats, "gram")
+    made = residual.extend(base, fit, 3)
     assert type(made) is (LowRank if kind in ("factors", "pivoted") else Adapted)
     assert (made.bits(), made.stored_parameters()) == base.extended_size(3, 8)
     expected = fit.residual.tail[3].item()
@@ -258,9 +258,7 @@ def test_sequential_residuals_are_fitted_on_the_compressed_prefix_behind_compens
     x = received(job.model, name, job.calibration.tokens)
     case = cases.Case(Dense(dense.weight.detach(), None, torch.float64), x, x, cases.sums(x, x))
     base = pruned(case, "2:4")
-    expected = compensate.extend(
-        base, compensate.fit(name, case.dense, base, case.stats, "gram"), 3
-    )
+    expected = residual.extend(base, residual.fit(name, case.dense, base, case.stats, "gram"), 3)
     torch.testing.assert_close(modules[name].to_dense(), expected.to_dense(), rtol=1e-6, atol=1e-8)
 
 
