@@ -85,7 +85,7 @@ def compress(
     from compressor.runtime import launched
 
     hub.check(push_to, public)
-    story = distributed if launched.count() > 1 else run
+    story = distributed if launched.world_size() > 1 else run
     found = story.compress(
         recipe, output, plan=plan, stats=stats, progress=progress, restart=restart
     )
@@ -113,8 +113,9 @@ def plan(
     nothing.
     """
     from compressor.pipeline import run
+    from compressor.reporting.records import Outline
 
-    return Outcome(run.plan(recipe, stats=stats, progress=progress))
+    return Outcome(run.plan(recipe, stats=stats, progress=progress), record=Outline)
 
 
 @app.command()
@@ -130,12 +131,13 @@ def calibrate(
 ) -> Outcome:
     """Collect the statistics that a recipe needs, for `compress --stats`."""
     from compressor.pipeline import run
+    from compressor.reporting.records import Collected
 
-    return Outcome(
-        run.calibrate(
-            recipe, stats, overwrite=recipe.output.overwrite, progress=progress, restart=restart
-        )
+    overwrite = recipe.output.overwrite
+    collected = run.calibrate(
+        recipe, stats, overwrite=overwrite, progress=progress, restart=restart
     )
+    return Outcome(collected, record=Collected)
 
 
 @app.command()
@@ -220,8 +222,9 @@ def inspect(
 ) -> Outcome:
     """Print what is stored for each linear of a compressed checkpoint, and what it cost."""
     from compressor.pipeline import run
+    from compressor.reporting.records import Inspection
 
-    return Outcome(run.inspect(checkpoint, plot=plot))
+    return Outcome(run.inspect(checkpoint, plot=plot), record=Inspection)
 
 
 @app.command()
@@ -259,13 +262,14 @@ def sweep(
     from compressor.pipeline.sweep import points
     from compressor.pipeline.sweep import run as sweep
     from compressor.reporting import tables
+    from compressor.reporting.records import PlannedSweep
 
     if dry_run and (jobs is not None or restart):
         option = "--restart" if restart else "--jobs"
         raise ConfigError(f"--dry-run runs nothing, so it takes no {option}; leave it out")
     found = points.read_points(file)
     if dry_run:
-        return Outcome({"points": sweep.outline(found, progress)})
+        return Outcome({"points": sweep.outline(found, progress)}, record=PlannedSweep)
     result = sweep.run(found, output, jobs or 1, restart, progress)
     failed = result["failed"]
     failure = (
@@ -379,6 +383,7 @@ def report(
     damage, recipes.
     """
     from compressor.reporting import page
+    from compressor.reporting.records import Page
 
     if tokens is not None and not sample:
         raise ConfigError("--tokens is the length of samples; give --sample too")
@@ -389,7 +394,7 @@ def report(
         runs = page.with_samples(
             runs, samples.side_by_side(checkpoints, sample, tokens or 48, progress=progress)
         )
-    return Outcome(page.write(runs, output))
+    return Outcome(page.write(runs, output), record=Page)
 
 
 @app.command()
@@ -450,12 +455,13 @@ def gate(
     perplexity rose by over 2 %.
     """
     from compressor.reporting import gate
+    from compressor.reporting.records import Baseline
 
     ceilings = [*(max_ or ()), *([f"kl={max_kl}"] if max_kl is not None else ())]
     named = gate.named_limits(ceilings, min_ or (), tolerance or (), max_perplexity_increase)
     if update:
         gate.refuse_limits(named, limits, junit, github)
-        return Outcome(gate.update(report, baseline))
+        return Outcome(gate.update(report, baseline), record=Baseline)
     given = gate.merge(gate.read_limits(limits), named) if limits else named or None
     found = gate.compare(report, baseline, given)
     if junit:

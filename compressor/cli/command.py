@@ -19,7 +19,7 @@ import typer
 
 from compressor.cli.options import FLAGS, read_recipe, recipe_options
 from compressor.errors import CompressorError, ConfigError
-from compressor.runtime.launched import count, rank
+from compressor.runtime.launched import process_rank, world_size
 from compressor.runtime.logs import recorded
 from compressor.runtime.progress import shown
 
@@ -32,16 +32,13 @@ PIPE_WIDTH = 140  # columns of a table that is not printed on a terminal
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a verb found: data for `--json`, the same for people if not simply as tables, and why
-    the verb failed all the same.
-    """
+    """The result of a verb: for programs, for people, and why the verb failed all the same."""
 
-    data: dict[str, Any]
-    shown: Any = None  # text, or anything that rich prints
+    data: Mapping[str, Any]  # printed by --json
+    shown: Any = None  # text, or anything that rich prints; None for tables of the data
     failure: str | None = None
-    broken: Sequence[
-        str
-    ] = ()  # limits that do not hold, one line each: printed last, and the exit code is BROKEN
+    broken: Sequence[str] = ()  # limits that do not hold, a line each; the exit code is BROKEN
+    record: type | None = None  # of `reporting.records`: units of the data
 
 
 def verb(function: Callable[..., Outcome]) -> Callable[..., None]:
@@ -63,7 +60,7 @@ def verb(function: Callable[..., Outcome]) -> Callable[..., None]:
         **arguments: Any,
     ) -> None:
         results = sys.stdout
-        if helps := rank() > 0:
+        if helps := process_rank() > 0:
             quiet, log_file, events = (
                 True,
                 None,
@@ -71,8 +68,8 @@ def verb(function: Callable[..., Outcome]) -> Callable[..., None]:
             )  # the main process shows and notes what happens
             if function.__name__ not in SHARED:
                 print(
-                    f"process {rank()} of {count()} ends: `{function.__name__}` is done by the "
-                    "main process",
+                    f"process {process_rank()} of {world_size()} ends: "
+                    f"`{function.__name__}` is done by the main process",
                     file=sys.stderr,
                 )
                 return
@@ -154,7 +151,9 @@ def _print(outcome: Outcome, as_json: bool, file: Any) -> None:
 
     from compressor.reporting.tables import render_result
 
-    shown = render_result(outcome.data) if outcome.shown is None else outcome.shown
+    shown = outcome.shown
+    if shown is None:
+        shown = render_result(outcome.data, outcome.record)
     if isinstance(shown, str):
         print(shown.rstrip("\n"), file=file)
     else:

@@ -37,7 +37,7 @@ def compress(
     """`pipeline.compress`; None in all processes but the main one. Raises ConfigError for a model
     that is spread over devices.
     """
-    count, rank = launched.count(), launched.rank()
+    count, rank = launched.world_size(), launched.process_rank()
     given = {"plan": plan, "stats": stats, "progress": progress, "restart": restart}
     if not (recipe.heal.enabled or rank):
         return run.compress(recipe, output, **given)

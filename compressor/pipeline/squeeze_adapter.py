@@ -102,7 +102,7 @@ class Adapter:
         return sum(product.rank * product.price for product in self.products.values())
 
 
-def squeezed(
+def squeeze_adapter(
     source: str | Path,
     output: Path,
     rank: int | None = None,

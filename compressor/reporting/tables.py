@@ -1,17 +1,18 @@
 """Tables for people: figures with their units, and what the verbs print, as rich renderables
 (nothing is written here).
 
-The unit of a figure is read from its dotted key: under `…bits` and `…bytes` it becomes KiB, MiB or
-GiB, under `kept` and `…share` a percentage, under `…seconds` it gets an s. So a verb's JSON object
-and its table have the same keys.
+Units belong to fields: a record in `records` says which of a verb's figures are sizes, fractions or
+times. A verb's JSON object and its table have the same keys.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+
+from compressor.reporting.records import Speed, Unit, unit_at, units_of
 
 ABSENT = "–"
 SPEEDS = ("prefill_tokens_per_second", "decode_tokens_per_second", "peak_memory_bytes")
@@ -57,28 +58,33 @@ def number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.5g}"
 
 
-def figure(key: str, value: Any) -> str:
-    """A value as text, in the unit that its dotted key names.
+def figure(value: Any, unit: Unit | None = None) -> str:
+    """Write a value as text, figures in their unit.
 
-    >>> figure("bytes.original", 2048), figure("dense_bits", 64), figure("kept.targets", 0.5),
-    figure("probe_seconds", 2) ('2.00 KiB', '8 bytes', '50.0 %', '2.0 s')
+    >>> figure(2048, "bytes"), figure(64, "bits"), figure(0.5, "fraction"), figure(2, "seconds")
+    ('2.00 KiB', '8 bytes', '50.0 %', '2.0 s')
     """
     if value is None:
         return ABSENT
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, dict):
-        return ", ".join(f"{name} {figure(name, entry)}" for name, entry in value.items()) or ABSENT
+        entries = (f"{name} {figure(entry, unit)}" for name, entry in value.items())
+        return ", ".join(entries) or ABSENT
     if isinstance(value, (list, tuple)):
-        return ", ".join(figure(key, entry) for entry in value) or ABSENT
+        return ", ".join(figure(entry, unit) for entry in value) or ABSENT
     if not isinstance(value, (int, float)):
         return str(value)
-    units = {part.rsplit("_", 1)[-1] for part in key.split(".")}
-    if units & {"bits", "bytes"}:
-        return size(value if "bytes" in units else value / 8)
-    if units & {"kept", "share"}:
-        return percent(value)
-    return f"{value:.1f} s" if "seconds" in units else number(value)
+    match unit:
+        case "bits":
+            return size(value / 8)
+        case "bytes":
+            return size(value)
+        case "fraction":
+            return percent(value)
+        case "seconds":
+            return f"{value:.1f} s"
+    return number(value)
 
 
 def columns(
@@ -105,29 +111,33 @@ def columns(
     return table
 
 
-def render_result(data: dict[str, Any]) -> RenderableType:
-    """Any verb's result: its figures by dotted key, then one table for each list of objects, whose
-    columns are their keys.
+def render_result(data: Mapping[str, Any], record: type | None = None) -> RenderableType:
+    """Render a verb's result: its figures by dotted key, then one table for each list of objects,
+    whose columns are their keys. record: says the units.
     """
-    lines, records = [], []
+    units, lines, tables = units_of(record), [], []
     for key, value in _leaves(data):
         if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
-            records.append(_records(key, value))
+            tables.append(_record_table(key, value, units))
         else:
-            lines.append((key, figure(key, value)))
-    return Group(*([columns(None, ("", "value"), lines, words=(0, 1))] if lines else []), *records)
+            lines.append((key, figure(value, unit_at(units, key))))
+    return Group(*([columns(None, ("", "value"), lines, words=(0, 1))] if lines else []), *tables)
 
 
-def _records(title: str, data: Sequence[dict[str, Any]]) -> Table:
-    """One row an object; columns are the keys in order of first appearance, words before
-    figures.
+def _record_table(
+    title: str, data: Sequence[Mapping[str, Any]], units: Mapping[str, Unit]
+) -> Table:
+    """Return a table with a row for each object; its columns are the keys in order of first
+    appearance, words before figures.
     """
     keys = list(dict.fromkeys(key for entry in data for key in entry))
     words = [
         key for key in keys if not any(isinstance(entry.get(key), (int, float)) for entry in data)
     ]
     ordered = words + [key for key in keys if key not in words]
-    lines = ([figure(key, entry.get(key)) for key in ordered] for entry in data)
+    lines = (
+        [figure(entry.get(key), units.get(f"{title}.{key}")) for key in ordered] for entry in data
+    )
     return columns(
         title, [key.replace("_", " ") for key in ordered], lines, words=range(len(words))
     )
@@ -152,12 +162,16 @@ def render_evaluation(evaluation: dict[str, Any]) -> RenderableType:
         (label, *("" if value is None else number(value) for value in values))
         for label, *values in body
     ]
+    speed_units = units_of(Speed)
     for key in SPEEDS if evaluation.get("speed") else ():
         values = (evaluation["speed"].get(who) for who in ("original", "compressed"))
         lines.append(
             (
                 key.replace("_", " "),
-                *("" if value is None else figure(key, value[key]) for value in values),
+                *(
+                    "" if value is None else figure(value[key], speed_units.get(key))
+                    for value in values
+                ),
             )
         )
     counted = Text(
@@ -185,7 +199,7 @@ def render_sweep(points: Sequence[dict[str, Any]]) -> RenderableType:
                 percent(row["kept"]),
                 size(row["bytes"]),
                 *scores,
-                figure("seconds", row["seconds"]),
+                figure(row["seconds"], "seconds"),
             )
         )
     headings = (
@@ -217,7 +231,7 @@ def metric_rows(
     return found
 
 
-def _leaves(data: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(data: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in data.items():
         if isinstance(value, dict) and value:
             yield from _leaves(value, f"{above}{key}.")

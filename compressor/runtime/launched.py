@@ -5,11 +5,11 @@ command.
 import os
 
 
-def count() -> int:
-    """How many were started together; 1 without a launcher."""
+def world_size() -> int:
+    """Return how many processes were started together; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
 
 
-def rank() -> int:
-    """Number of this one; 0 is the main process, which alone writes and shows anything."""
-    return int(os.environ.get("RANK", 0)) if count() > 1 else 0
+def process_rank() -> int:
+    """Return the number of this process; 0 is the main one, which alone writes and shows."""
+    return int(os.environ.get("RANK", 0)) if world_size() > 1 else 0

@@ -224,7 +224,7 @@ PATTERNS = {
 def test_the_old_rank_gives_the_same_product_and_logits(trained, tmp_path, kind, options):
     source = trained(kind, **options)
     most = max([6, *options.get("rank_pattern", {}).values()])
-    found = squeeze_adapter.squeezed(source, tmp_path / "out", rank=most)
+    found = squeeze_adapter.squeeze_adapter(source, tmp_path / "out", rank=most)
     assert found["kept"] == 1.0 and found["parameters"]["removed"] == 0
     before, after = (
         squeeze_adapter.read(source).products,
@@ -245,7 +245,7 @@ def test_the_old_rank_gives_the_same_product_and_logits(trained, tmp_path, kind,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_smaller_adapters_load_and_have_the_errors_that_are_printed(trained, tmp_path, dtype):
     source = trained(dtype=dtype, **PATTERNS)
-    found = squeeze_adapter.squeezed(source, tmp_path / "out", keep=0.4)
+    found = squeeze_adapter.squeeze_adapter(source, tmp_path / "out", keep=0.4)
     assert (
         found["kept"] <= 0.4
         and found["parameters"]["before"] == squeeze_adapter.read(source).parameters
@@ -283,7 +283,7 @@ def test_modules_that_matter_least_are_left_out(trained, tmp_path):
         {key: tensor * (1e-3 if weak in key else 1) for key, tensor in load_file(path).items()},
         path,
     )
-    found = squeeze_adapter.squeezed(source, tmp_path / "out", keep=0.5)
+    found = squeeze_adapter.squeeze_adapter(source, tmp_path / "out", keep=0.5)
     assert {module["module"]: module["rank_after"] for module in found["modules"]}[weak] == 0
     assert weak not in read_json(tmp_path / "out" / "adapter_config.json")["target_modules"]
     assert not hasattr(
@@ -321,8 +321,8 @@ def statistics(bases, tmp_path):
 def test_statistics_lower_what_is_lost_at_the_inputs(trained, tmp_path, statistics):
     source, stats = trained(), statistics()
     grams = statistics_folder.load_statistics(stats)
-    found = squeeze_adapter.squeezed(source, tmp_path / "aware", rank=2, stats=stats)
-    squeeze_adapter.squeezed(source, tmp_path / "plain", rank=2)
+    found = squeeze_adapter.squeeze_adapter(source, tmp_path / "aware", rank=2, stats=stats)
+    squeeze_adapter.squeeze_adapter(source, tmp_path / "plain", rank=2)
     before, aware, plain = (
         squeeze_adapter.read(path).products
         for path in (source, tmp_path / "aware", tmp_path / "plain")
@@ -338,7 +338,9 @@ def test_statistics_lower_what_is_lost_at_the_inputs(trained, tmp_path, statisti
         assert errors[0] < errors[1]
     assert found["metric"] == "gram"
     assert (
-        squeeze_adapter.squeezed(source, tmp_path / "shared", keep=1 / 3, stats=stats)["error"]
+        squeeze_adapter.squeeze_adapter(source, tmp_path / "shared", keep=1 / 3, stats=stats)[
+            "error"
+        ]
         < found["error"]
     )
 
@@ -356,7 +358,9 @@ def test_statistics_lower_what_is_lost_at_the_inputs(trained, tmp_path, statisti
 )
 def test_statistics_of_another_model_are_refused(trained, tmp_path, statistics, changes, words):
     with pytest.raises(DataError, match=words):
-        squeeze_adapter.squeezed(trained(), tmp_path / "out", rank=2, stats=statistics(**changes))
+        squeeze_adapter.squeeze_adapter(
+            trained(), tmp_path / "out", rank=2, stats=statistics(**changes)
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -366,12 +370,12 @@ def test_an_adapter_may_come_from_the_hub(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(
         model_folder, "download", lambda name, revision: (asked.append(name), local)[1]
     )
-    found = squeeze_adapter.squeezed("organisation/adapter", tmp_path / "out", rank=2)
+    found = squeeze_adapter.squeeze_adapter("organisation/adapter", tmp_path / "out", rank=2)
     assert asked == ["organisation/adapter"] and {
         module["rank_after"] for module in found["modules"]
     } == {2}
     with pytest.raises(ConfigError, match="there is no such folder"):
-        squeeze_adapter.squeezed(str(tmp_path / "nowhere"), tmp_path / "other", rank=2)
+        squeeze_adapter.squeeze_adapter(str(tmp_path / "nowhere"), tmp_path / "other", rank=2)
 
 
 @pytest.mark.parametrize(
@@ -389,7 +393,7 @@ def test_an_adapter_may_come_from_the_hub(trained, tmp_path, monkeypatch):
 )
 def test_sizes_out_of_range_are_refused(trained, tmp_path, options, words):
     with pytest.raises(ConfigError, match=words):
-        squeeze_adapter.squeezed(trained(), tmp_path / "out", **options)
+        squeeze_adapter.squeeze_adapter(trained(), tmp_path / "out", **options)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
 
 
@@ -410,13 +414,13 @@ def test_adapters_that_are_more_than_plain_lora_are_refused(trained, tmp_path, c
     path = trained() / "adapter_config.json"
     path.write_text(json.dumps(read_json(path) | changes))
     with pytest.raises(ConfigError, match=words):
-        squeeze_adapter.squeezed(path.parent, tmp_path / "out", rank=2)
+        squeeze_adapter.squeeze_adapter(path.parent, tmp_path / "out", rank=2)
 
 
 def test_factors_of_embeddings_are_refused(trained, tmp_path):
     source = trained(target_modules=["q_proj", "embed_tokens"])
     with pytest.raises(ConfigError, match=r"embed_tokens.* is not a LoRA factor of a linear"):
-        squeeze_adapter.squeezed(source, tmp_path / "out", rank=2)
+        squeeze_adapter.squeeze_adapter(source, tmp_path / "out", rank=2)
 
 
 def test_damaged_adapters_are_named(trained, tmp_path):
@@ -444,12 +448,12 @@ def test_damaged_adapters_are_named(trained, tmp_path):
         squeeze_adapter.read(source)
     weights.rename(source / "adapter_model.bin")
     with pytest.raises(CheckpointError, match="only pickled weights"):
-        squeeze_adapter.squeezed(source, tmp_path / "out", rank=2)
+        squeeze_adapter.squeeze_adapter(source, tmp_path / "out", rank=2)
     config.unlink()
     with pytest.raises(ConfigError, match=r"has no adapter_config.json"):
-        squeeze_adapter.squeezed(source, tmp_path / "out", rank=2)
+        squeeze_adapter.squeeze_adapter(source, tmp_path / "out", rank=2)
     with pytest.raises(ConfigError, match="no such folder"):
-        squeeze_adapter.squeezed(tmp_path / "nowhere", tmp_path / "out", rank=2)
+        squeeze_adapter.squeeze_adapter(tmp_path / "nowhere", tmp_path / "out", rank=2)
 
 
 def test_what_peft_would_not_load_is_never_put_in_place(trained, tmp_path, monkeypatch):
@@ -466,7 +470,7 @@ def test_what_peft_would_not_load_is_never_put_in_place(trained, tmp_path, monke
         CheckpointError,
         match=r"PEFT loads something else than was written in model.layers.0.mlp.down_proj",
     ):
-        squeeze_adapter.squeezed(source, tmp_path / "out", rank=2)
+        squeeze_adapter.squeeze_adapter(source, tmp_path / "out", rank=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
 
 

@@ -1,11 +1,13 @@
 """Figures and their units, and tables that fit 100 columns."""
 
 import doctest
+from typing import Annotated, TypedDict
 
 import pytest
 from rich.console import Console
 
-from compressor.reporting import tables
+from compressor.reporting import records, tables
+from compressor.reporting.records import Outline, unit_at, units_of
 from compressor.reporting.tables import columns, figure, render_evaluation, render_result, size
 
 
@@ -17,7 +19,8 @@ def text(renderable, width: int = 100) -> str:
 
 
 def test_examples_of_the_docstrings():
-    assert doctest.testmod(tables).failed == 0 and doctest.testmod(tables).attempted >= 3
+    for module in (tables, records):
+        assert doctest.testmod(module).failed == 0 and doctest.testmod(module).attempted
 
 
 @pytest.mark.parametrize(
@@ -35,25 +38,43 @@ def test_sizes(count, shown):
 
 
 @pytest.mark.parametrize(
-    "key, value, shown",
+    "value, unit, shown",
     [
-        ("kl", None, "–"),
-        ("dense", True, "yes"),
-        ("setting", {"rank": 1200, "gram_bytes": 1024}, "rank 1,200, gram_bytes 1.00 KiB"),
-        ("needs", ["gram", "sum"], "gram, sum"),
-        ("needs", [], "–"),
-        ("kl", 0.373123, "0.37312"),
-        ("covered_share", 0.9312, "93.1 %"),
-        ("sizes.targets.bits.original", 8 * 1024, "1.00 KiB"),
-        ("seconds.probe", 12.34, "12.3 s"),
-        ("kept.unit", "bits", "bits"),
+        (None, None, "–"),
+        (True, None, "yes"),
+        ({"rank": 1200, "bits": 3}, None, "rank 1,200, bits 3"),
+        ({"original": 1024}, "bytes", "original 1.00 KiB"),
+        (["gram", "sum"], None, "gram, sum"),
+        ([], None, "–"),
+        (0.373123, None, "0.37312"),
+        (0.9312, "fraction", "93.1 %"),
+        (8 * 1024, "bits", "1.00 KiB"),
+        (12.34, "seconds", "12.3 s"),
+        ("bits", "fraction", "bits"),
     ],
 )
-def test_figures(key, value, shown):
-    assert figure(key, value) == shown
+def test_figures(value, unit, shown):
+    assert figure(value, unit) == shown
+
+
+def test_units_belong_to_the_fields_of_a_record_not_to_their_names():
+    units = units_of(Outline)
+    assert unit_at(units, "bytes.source") == "bytes"
+    assert unit_at(units, "estimated_seconds.probe") == "seconds"
+    assert unit_at(units, "linears.dense_bits") == "bits"
+    assert unit_at(units, "unit") is None and unit_at(units, "linears.candidates") is None
+    shown = text(render_result({"methods": [{"name": "rtn", "options": {"bits": 4}}], "bits": 4}))
+    assert "bits 4" in shown and "bytes" not in shown
 
 
 def test_any_result_is_shown_with_its_lists_as_tables():
+    class Linear(TypedDict):
+        bits: Annotated[int, "bits"]
+
+    class Result(TypedDict):
+        kept: Annotated[dict, "fraction"]
+        linears: list[Linear]
+
     linears = [
         {
             "name": f"model.layers.{i}.self_attn.q_proj",
@@ -69,7 +90,8 @@ def test_any_result_is_shown_with_its_lists_as_tables():
                 "kept": {"unit": "bits", "targets": 0.7},
                 "linears": [*linears, {"name": "x", "bits": None}],
                 "files": [],
-            }
+            },
+            Result,
         )
     )
     assert all(len(line) <= 100 for line in shown.splitlines()) and "…" not in shown

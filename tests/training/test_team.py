@@ -208,8 +208,8 @@ def test_another_process_without_a_part_ends_at_once(verb, tmp_path, monkeypatch
 
 
 def test_without_healing_a_model_that_is_spread_is_no_reason_to_stop(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(processes, "count", lambda: 2)
-    monkeypatch.setattr(processes, "rank", lambda: 1)
+    monkeypatch.setattr(processes, "world_size", lambda: 2)
+    monkeypatch.setattr(processes, "process_rank", lambda: 1)
     spread = load_recipe(None, ["model.device_map=auto"], {"model.name": "nowhere"})
     assert (
         distributed.compress(spread, tmp_path / "out") is None

@@ -45,6 +45,8 @@ def squeeze(
     overwrite: OVERWRITE = False,
 ) -> Outcome:
     """Write an adapter of smaller ranks, the nearest there is to what this one adds to its base."""
-    from compressor.pipeline.squeeze_adapter import squeezed
+    from compressor.pipeline.squeeze_adapter import squeeze_adapter
+    from compressor.reporting.records import Squeezed
 
-    return Outcome(squeezed(adapter, output, rank, keep, stats, overwrite))
+    squeezed = squeeze_adapter(adapter, output, rank, keep, stats, overwrite)
+    return Outcome(squeezed, record=Squeezed)
