@@ -6,8 +6,10 @@ be stale. For other builders `python docs/generate.py FOLDER` writes the same pa
 
 import ast
 import inspect
+import io
 import sys
 import textwrap
+import tokenize
 import types
 import typing
 from collections.abc import Iterable, Iterator
@@ -315,25 +317,27 @@ def methods_page() -> str:
 
 
 def comments_on_fields(method: type) -> dict[str, str]:
-    """Return the comment behind each field in the source, or the docstring below it."""
+    """Return the comments on each field in the source, or the docstring below it."""
     notes: dict[str, str] = {}
     for owner in reversed(
-        [owner for owner in method.__mro__ if owner.__module__.startswith("compressor.")]
+        [one for one in method.__mro__ if one.__module__.startswith("compressor.")]
     ):
         source = textwrap.dedent(inspect.getsource(owner))
-        lines, body = source.splitlines(), ast.parse(source).body[0].body
+        body = ast.parse(source).body[0].body
+        comments = [
+            (token.start[0], token.string.removeprefix("#").strip())
+            for token in tokenize.generate_tokens(io.StringIO(source).readline)
+            if token.type == tokenize.COMMENT
+        ]
         for node, below in zip(body, [*body[1:], None], strict=True):
-            if isinstance(node, ast.AnnAssign):
-                comment = (
-                    lines[node.end_lineno - 1][node.end_col_offset :]
-                    .strip()
-                    .removeprefix("#")
-                    .strip()
-                )
-                if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
-                    comment = " ".join(str(below.value.value).split())
-                if comment:
-                    notes[node.target.id] = comment
+            if not isinstance(node, ast.AnnAssign):
+                continue
+            lines = range(node.lineno, node.end_lineno + 1)
+            note = " ".join(text for line, text in comments if line in lines)
+            if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+                note = " ".join(str(below.value.value).split())
+            if note:
+                notes[node.target.id] = note
     return notes
 
 

@@ -1,9 +1,9 @@
 """What is written down about a run beside its results: messages on stderr, `--log-file` for people,
 `--events` for machines.
 
-An events file holds one JSON object for each line; README.md lists the keys. Both files are
-appended to, a line at a time, so that whoever follows them is up to date and a run that is killed
-has lost nothing.
+An events file holds one JSON object for each line; docs/reference/events.md lists the keys. Both
+files are appended to, a line at a time, so that whoever follows them is up to date and a run that
+is killed has lost nothing.
 """
 
 import json
