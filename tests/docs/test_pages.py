@@ -98,9 +98,10 @@ def test_the_preset_page_has_every_preset_with_its_deviations(generated):
     assert page.count("Deviations from the paper") == len(presets())
 
 
-def test_the_options_page_has_the_defaults(generated):
+def test_the_options_page_has_values_defaults_and_meanings(generated):
     page = generated["reference/method-options.md"]
-    assert "| `shrink_grad_gram` | number ≥ 0, ≤ 1 | `0.1` |" in page
+    row = next(row for row in page.splitlines() if row.startswith("| `max_rank` "))
+    assert row.startswith("| `max_rank` | number > 0, ≤ 1 | `1` | largest rank offered")
     assert [name for name in METHODS if f"\n## {name}\n" not in page] == []
 
 
@@ -124,7 +125,7 @@ def test_figures_are_drawn_from_the_measured_numbers(tmp_path):
     assert {path.name for path in drawn} <= {path.name for path in (DOCS / "assets").iterdir()}
     shown = json.loads(read("docs/assets/figures.json"))["smollm2"]["series"]
     ours = next(series["points"] for series in shown if series.get("ours"))
-    assert all(f"{divergence:g}" in read("docs/results.md") for _, divergence in ours)
+    assert all(f"**{divergence:g}**" in read("docs/results.md") for _, divergence in ours)
 
 
 def test_every_page_is_in_the_navigation():
