@@ -20,10 +20,10 @@ import yaml
 from support.markdown import ROOT, Block, anchors, blocks, blocks_of, links, pages
 
 from compressor.cli.app import app
-from compressor.cli.options import RECIPE_OPTIONS, read_recipe
+from compressor.cli.options import read_recipe
 from compressor.methods.registry import build
 from compressor.pipeline.sweep.points import read_points
-from compressor.recipe.load import keys_of, load_recipe
+from compressor.recipe.load import load_recipe, parse_key
 from compressor.recipe.presets import presets
 from compressor.recipe.sections import Recipe
 from compressor.reporting.gate import read_limits
@@ -66,9 +66,10 @@ def check_verb(arguments: list[str]) -> None:
     if command.name == "lm-eval":
         return
     given = command.make_context(command.name, list(arguments)).params
-    if given.keys() >= RECIPE_OPTIONS.keys():
+    if "overrides" in given:
         config = given["config"]
-        check_recipe(read_recipe(given | {"config": USERS_FILES.get(config, config)}))
+        given |= {"config": USERS_FILES.get(config, config)}
+        check_recipe(read_recipe(command.name, given))
     if command.name == "presets" and given["name"]:
         assert given["name"] in presets()
 
@@ -115,7 +116,7 @@ def test_settings_in_prose_exist():
         text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
         for key in re.findall(r"`--set '?([a-z_0-9.]+)=", text):
             found += key not in ("a.b",)
-            assert key == "a.b" or keys_of(key, f"{page.name}: --set {key}")
+            assert key == "a.b" or parse_key(key, f"{page.name}: --set {key}")
     assert found >= 5
 
 
