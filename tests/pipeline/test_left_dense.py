@@ -20,12 +20,13 @@ from compressor.linears import CompressedLinear
 from compressor.pipeline import build, run, stages
 from compressor.pipeline import job as jobs
 from compressor.plan import DENSE
+from compressor.recipe.presets import presets
 from compressor.runtime.deadline import Clock
 from compressor.runtime.progress import silent
 from compressor.runtime.stopwatch import Stopwatch
 from compressor.statistics import LinearStats, dense_lines
 
-PRESETS = sorted(path.stem for path in (Path(__file__).parent.parent / "configs").glob("*.yaml"))
+PRESETS = sorted(presets())
 SMALLER = {  # what a preset needs on a model of two blocks of width 32
     "armor": ["allocation.keep=0.85"],
     "best": ["budget=12s"],
