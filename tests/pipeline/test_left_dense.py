@@ -27,6 +27,9 @@ from compressor.runtime.stopwatch import Stopwatch
 from compressor.statistics import LinearStats, dense_lines
 
 PRESETS = sorted(presets())
+# a preset of each kind of metric and storage; the others are slow tests
+OFTEN = ["default", "kfac_svd", "sparse_admm", "sparse_low_rank", "mixed", "mlorq"]
+OFTEN += ["gptq_w4", "eora_24", "transact", "geopair", "modules"]
 SMALLER = {  # what a preset needs on a model of two blocks of width 32
     "armor": ["allocation.keep=0.85"],
     "best": ["budget=12s"],
@@ -114,10 +117,7 @@ def started(folder: Path, text: Path, preset: str, *sets: str) -> jobs.Job:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "preset",
-    [
-        pytest.param(name, marks=pytest.mark.slow) if name.startswith("best") else name
-        for name in PRESETS
-    ],
+    [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in PRESETS],
 )
 def test_every_preset_compresses_what_the_text_speaks_of(preset, kind, folders, text_file):
     job = started(folders[kind], text_file, preset, *settings(kind, preset))
