@@ -23,8 +23,6 @@ from compressor.errors import ConfigError
 from compressor.pipeline import job as jobs
 from compressor.pipeline import run, stages
 from compressor.recipe.load import load_recipe
-from compressor.runtime.progress import silent
-from compressor.runtime.stopwatch import Stopwatch
 
 pytestmark = pytest.mark.slow
 
@@ -92,7 +90,7 @@ def outcome(tmp_path_factory):
             "calibration.source": f"{folder / 'tokens.safetensors'}:windows",
         }
         job = jobs.start(load_recipe(preset, [*SMALL, *sets, *more], named), source(kind))
-        return job, run.plan_and_build(job, stages.statistics(job), None, Stopwatch(), silent)[1]
+        return job, run.plan_and_build(job, stages.statistics(job)).modules
 
     @cache
     def found(kind: str, column: str) -> str | None:

@@ -7,8 +7,9 @@ import pytest
 from compressor.calibrate import windows as data
 from compressor.evaluation import perplexity
 from compressor.models import load as models
-from compressor.pipeline import contest, stages
 from compressor.pipeline import job as jobs
+from compressor.pipeline import stages
+from compressor.pipeline.solution import allocate
 from compressor.recipe.load import load_recipe
 
 KEEP = 0.5
@@ -31,14 +32,11 @@ def divergence():
     def measure(preset: str) -> float:
         if preset not in found:
             job = jobs.start(load_recipe(preset, SMALL, {"model.device": "cpu"}), source)
-            stats = stages.statistics(job)
-            parts = stages.decompositions(job, stats)
-            plan, modules = contest.choose(job, parts, stages.probes(job, parts))
-            kept = sum(c.parameters for c in plan.linears.values()) / sum(
-                c.dense_parameters for c in plan.linears.values()
-            )
+            solution = allocate(job, stages.statistics(job))
+            choices = solution.plan.linears.values()
+            kept = sum(c.parameters for c in choices) / sum(c.dense_parameters for c in choices)
             assert KEEP - 0.03 < kept <= KEEP
-            stages.install(job, modules)
+            stages.install(job, solution.modules)
             found[preset] = perplexity.compare(original, job.model, windows).kl
         return found[preset]
 

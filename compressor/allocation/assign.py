@@ -51,6 +51,11 @@ class Assignment:
         """Bits of the dense linear in the dtype of the result."""
         return self.parameters * self.dtype.itemsize * 8
 
+    @property
+    def multiply_adds(self) -> int:
+        """Multiply-adds of the dense linear for one token."""
+        return self.info.out_features * self.info.in_features
+
 
 @dataclass(frozen=True)
 class Group:

@@ -40,6 +40,9 @@ class Decomposition:
         return built(self.method, self.state, candidate.setting, self.members)
 
 
+Decompositions = dict[str, list[Decomposition]]  # linear or group → one for each of its methods
+
+
 def built(
     method: Method, state: Any, setting: dict[str, Any], outputs: Mapping[str, int]
 ) -> tuple[dict[str, CompressedLinear], float]:
@@ -55,9 +58,11 @@ def options_as_json(part: Decomposition) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(part.method)))
 
 
-def apart(part: Decomposition, found: Sequence[Decomposition]) -> dict[str, Any] | None:
-    """The options in which decompositions of one linear by one method differ, as this one has them;
-    None if it is the only one.
+def distinguishing_options(
+    part: Decomposition, found: Sequence[Decomposition]
+) -> dict[str, Any] | None:
+    """Return the options that tell a decomposition from others of its method; None if it has none
+    beside it.
     """
     same = [options_as_json(one) for one in found if one.method.name == part.method.name]
     if len(same) == 1:
@@ -69,11 +74,6 @@ def apart(part: Decomposition, found: Sequence[Decomposition]) -> dict[str, Any]
     }
 
 
-def setting_of(choice: Choice) -> dict[str, Any]:
-    """The setting as the method knows it."""
-    return {key: value for key, value in choice.setting.items() if key != "shared"}
-
-
 def offering(
     name: str, choice: Choice, found: Sequence[Decomposition]
 ) -> tuple[Decomposition, Candidate]:
@@ -82,7 +82,7 @@ def offering(
     Raises ConfigError if there are none in the recipe, or several and the choice does not say
     which.
     """
-    setting, wanted = setting_of(choice), choice.options or {}
+    setting, wanted = choice.setting, choice.options or {}
     named = [one for one in found if one.method.name == choice.method]
     named = [
         one
@@ -104,7 +104,7 @@ def offering(
             "it has"
         )
     if choice.options is None and any(one is not offers[0][0] for one, _ in offers):
-        labels = " or ".join(str(apart(one, found)) for one, _ in offers)
+        labels = " or ".join(str(distinguishing_options(one, found)) for one, _ in offers)
         raise ConfigError(
             f"{name}: several candidates '{choice.method}' offer {setting}; say which by "
             f"`options`: {labels}"
@@ -116,7 +116,7 @@ def dense_weight(assignment: Assignment) -> Dense:
     return dense_of(assignment.info, assignment.dtype)
 
 
-def beside(
+def move_beside(
     assignments: Mapping[str, Assignment], stats: dict[str, LinearStats]
 ) -> dict[str, LinearStats]:
     """Statistics on the devices of their linears' weights, since files and calibrations in several
@@ -178,6 +178,34 @@ def decompose(unit: str, method: Method, members: dict[str, Member], store: Stor
 def _prepare(method: Method, unit: str, members: dict[str, Member]) -> tuple[Any, Curve]:
     state = method.prepare_unit(unit, members)
     return state, method.candidates(state)
+
+
+def list_sizes(
+    assignments: Mapping[str, Assignment], groups: Mapping[str, Group]
+) -> Decompositions:
+    """Return decompositions that know their sizes alone, errors NaN, from shapes.
+
+    Linears on the meta device will do. None of them can be built.
+    """
+
+    def size(unit: str, method: Method, names: Sequence[str]) -> Decomposition:
+        linears = [assignments[name] for name in names]
+        members = {
+            name: Member(name, dense_weight(linear), role=linear.info.role)
+            for name, linear in zip(names, linears, strict=True)
+        }
+        candidates = tuple(method.sizes_of_unit(members))
+        whole = sum(linear.bits for linear in linears), sum(linear.parameters for linear in linears)
+        curve = Curve(unit, method.name, candidates, *whole, energy=1.0)
+        outputs = {name: assignments[name].info.out_features for name in names}
+        return Decomposition(method, None, curve, outputs)
+
+    units = {name: ([name], assignment.methods) for name, assignment in assignments.items()}
+    units |= {name: (group.members, group.methods) for name, group in groups.items()}
+    return {
+        unit: [size(unit, method, names) for method in methods]
+        for unit, (names, methods) in units.items()
+    }
 
 
 def gram_error(assignment: Assignment, module: nn.Module, stats: LinearStats) -> float:

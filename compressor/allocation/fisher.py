@@ -45,7 +45,7 @@ from compressor.models.linears import blocks
 from compressor.models.partial_forward import passing, require_restartable, watching
 from compressor.recipe.sections import Probe
 from compressor.resume.store import Store
-from compressor.runtime.progress import Progress, silent
+from compressor.runtime.progress import Steps, list_silently
 
 Key = TypeVar("Key", bound=Hashable)
 Modules = Mapping[str, nn.Module]  # name of a linear → what stands in for it
@@ -59,7 +59,7 @@ def probe_all(
     fraction: float,
     memory: int,
     store: Store,
-    progress: Progress = silent,
+    steps: Steps = list_silently,
 ) -> dict[Key, ProbeResult]:
     """Estimate the divergence that one candidate of each decomposition alone causes.
 
@@ -69,7 +69,7 @@ def probe_all(
         fraction: size of the candidates, as of `probe_candidate`.
         memory: bytes for the candidates of one pass; more passes are made when they do not fit.
         store: where the result of each decomposition is kept.
-        progress: shown over candidates that are built, and over windows.
+        steps: taken over candidates that are built, and over windows.
 
     Returns:
         A result for each decomposition, as `probe.probe` gives it, with the estimate as `kl`.
@@ -79,10 +79,10 @@ def probe_all(
         if not keys:
             return {}
         built = {}
-        for key in progress(keys, "probe: build"):
+        for key in steps(keys, "probe: build"):
             candidate = probe_candidate(parts[key].curve, fraction)
             built[key] = candidate, *parts[key].build(candidate)
-        damages = prober.damages({key: modules for key, (_, modules, _) in built.items()}, progress)
+        damages = prober.damages({key: modules for key, (_, modules, _) in built.items()}, steps)
         return {
             key: ProbeResult(candidate.setting, candidate.error, error, damages[key])
             for key, (candidate, _, error) in built.items()
@@ -150,7 +150,7 @@ class FisherProber:
         self.blocks = blocks(model)[1]
 
     def damages(
-        self, candidates: Mapping[Key, Modules], progress: Progress = silent
+        self, candidates: Mapping[Key, Modules], steps: Steps = list_silently
     ) -> dict[Key, float]:
         """Estimate KL(original‖candidate), nats per token, for each candidate alone.
 
@@ -163,7 +163,7 @@ class FisherProber:
         self._require_head()
         total = dict.fromkeys(candidates, 0.0)
         with freeze_weights(self.model), torch.enable_grad(), scores.watching():
-            for index in progress(range(len(self.tokens)), "probe"):
+            for index in steps(range(len(self.tokens)), "probe"):
                 self._run(self.tokens[index, None], self.numbers[:, index], scores)
                 for key, values in scores.take().items():
                     total[key] += values.square().sum().item()

@@ -35,31 +35,38 @@ Bundle = tuple[Option, ...]  # one entry of a row: an option for every linear th
 def linear_options(
     name: str,
     assignment: Assignment,
-    found: Sequence[Decomposition],
-    damages: list[list[float]],
-    bits: bool,
+    decompositions: Sequence[Decomposition],
+    damages: Sequence[Sequence[float]],
+    count: str,
 ) -> list[Option]:
-    """All options of one linear in order of growing cost; dense is among them if it may be kept, or
-    if nothing is smaller.
+    """List all options of one linear in order of growing cost, `count` being its unit.
+
+    Dense is among them if it may be kept, or if nothing is smaller.
     """
-    options = decomposed(name, found, damages, bits)
+    options = decomposed_options(name, decompositions, damages, count)
     if assignment.keep_dense or not options:
-        multiply_adds = assignment.info.out_features * assignment.info.in_features
-        dense = Candidate(DENSE, {}, assignment.bits, assignment.parameters, 0.0, multiply_adds)
-        options.append(Option(name, dense.bits if bits else dense.parameters, 0.0, dense, None))
+        dense = dense_candidate(assignment)
+        options.append(Option(name, getattr(dense, count), 0.0, dense, None))
     return sorted(options, key=lambda option: (option.cost, option.damage))
 
 
-def decomposed(
-    unit: str, found: Sequence[Decomposition], damages: list[list[float]], bits: bool
+def dense_candidate(assignment: Assignment) -> Candidate:
+    """Return the candidate that leaves a linear as it is."""
+    sizes = assignment.bits, assignment.parameters
+    return Candidate(DENSE, {}, *sizes, error=0.0, multiply_adds=assignment.multiply_adds)
+
+
+def decomposed_options(
+    unit: str,
+    decompositions: Sequence[Decomposition],
+    damages: Sequence[Sequence[float]],
+    count: str,
 ) -> list[Option]:
-    """Options of all candidates of some decompositions."""
+    """List the options of all candidates of some decompositions."""
     return [
-        Option(
-            unit, candidate.bits if bits else candidate.parameters, hurt, candidate, decomposition
-        )
-        for decomposition, hurts in zip(found, damages, strict=True)
-        for candidate, hurt in zip(decomposition.curve.candidates, hurts, strict=True)
+        Option(unit, getattr(candidate, count), damage, candidate, decomposition)
+        for decomposition, own in zip(decompositions, damages, strict=True)
+        for candidate, damage in zip(decomposition.curve.candidates, own, strict=True)
     ]
 
 
@@ -72,9 +79,7 @@ def damage_of(bundle: Bundle) -> float:
 
 
 def hull(options: Sequence[Option]) -> list[Option]:
-    """Lower convex hull of options over cost: those that some price of a unit of cost makes the
-    best.
-    """
+    """Return the lower convex hull of options over cost, each the best at some price."""
     points: list[Option] = []
     for option in sorted(options, key=lambda option: (option.cost, option.damage)):
         if points and option.damage >= points[-1].damage:
@@ -86,13 +91,14 @@ def hull(options: Sequence[Option]) -> list[Option]:
 
 
 def slope(cheap: Option, dear: Option) -> float:
-    """Change of damage for a unit of cost, negative."""
+    """Return the change of damage for a unit of cost, negative."""
     return (dear.damage - cheap.damage) / max(dear.cost - cheap.cost, 1)
 
 
-def joint(members: Sequence[Sequence[Option]]) -> list[Bundle]:
-    """Bundles of the independent choices of several linears that some price makes the best,
-    cheapest first.
+def combine(members: Sequence[Sequence[Option]]) -> list[Bundle]:
+    """Bundle the independent choices of several linears that some price makes the best.
+
+    They are in order of growing cost.
 
     Along falling prices one linear after the other moves up its hull, steepest step first: the hull
     of the sum is the merged hulls.
@@ -111,10 +117,8 @@ def joint(members: Sequence[Sequence[Option]]) -> list[Bundle]:
     return bundles
 
 
-def tied(group: Group, members: Sequence[Sequence[Option]]) -> list[Bundle]:
-    """Bundles in which all linears have the same method and setting. Raises ConfigError if they
-    have none in common.
-    """
+def tie(group: Group, members: Sequence[Sequence[Option]]) -> list[Bundle]:
+    """Bundle options of equal method and setting. Raises ConfigError if there are none."""
     tables = [{option.scheme: option for option in options} for options in members]
     bundles = [
         tuple(table[scheme] for table in tables)
@@ -128,9 +132,9 @@ def tied(group: Group, members: Sequence[Sequence[Option]]) -> list[Bundle]:
     return bundles
 
 
-def without(options: dict[str, list[Option]], methods: set[str]) -> dict[str, list[Option]]:
-    """Options of some methods taken out, dense ones kept."""
+def leave_out(options: dict[str, list[Option]], methods: set[str]) -> dict[str, list[Option]]:
+    """Leave out the options of some methods, dense ones excepted."""
     return {
-        unit: [option for option in found if option.candidate.method not in methods]
-        for unit, found in options.items()
+        unit: [option for option in own if option.candidate.method not in methods]
+        for unit, own in options.items()
     }

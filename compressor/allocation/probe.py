@@ -118,7 +118,7 @@ def probe(prober: Prober, decomposition: Decomposition, block: int, fraction: fl
     return ProbeResult(candidate.setting, candidate.error, error, prober.kl(modules, block))
 
 
-def damage(curve: Curve, result: ProbeResult, weight: float = 1.0) -> list[float]:
+def predict_damages(curve: Curve, result: ProbeResult, weight: float = 1.0) -> list[float]:
     """Predicted divergence of every candidate of a curve, nats per token, times a depth weight.
 
     The curve gives ratios of errors only, so one whose screening errors are all too large by a

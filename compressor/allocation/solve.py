@@ -7,33 +7,30 @@ from dataclasses import dataclass
 
 from compressor.allocation import knapsack, published
 from compressor.allocation.assign import Assignment, Group
-from compressor.allocation.budgets import budgets, reserved
-from compressor.allocation.decompose import Decomposition, apart
-from compressor.allocation.knapsack import Limit, Row
+from compressor.allocation.budgets import Budget, divide, reserve_residuals
+from compressor.allocation.decompose import Decompositions, distinguishing_options
+from compressor.allocation.knapsack import Limit, Row, check_budget
 from compressor.allocation.options import (
     Bundle,
     Option,
+    combine,
     cost_of,
     damage_of,
-    decomposed,
-    joint,
+    decomposed_options,
     linear_options,
-    tied,
+    tie,
 )
-from compressor.allocation.probe import ProbeResult, damage
-from compressor.allocation.rules import RULES, Rule
+from compressor.allocation.probe import ProbeResult, predict_damages
+from compressor.allocation.published import RULES, Table
 from compressor.errors import BudgetError, ConfigError
-from compressor.linears import CompressedLinear
+from compressor.linears.base import Modules
 from compressor.plan import Choice, Plan
 from compressor.recipe.sections import Recipe
 
 MIB_BITS = 8 * 2**20
-ResultOf = dict[
-    tuple[str, int], ProbeResult
-]  # (linear or group, index of its decomposition) → probe
-Found = dict[
-    str, list[Decomposition]
-]  # linear or group → one decomposition for each method that competes for it
+# (linear or group, index of its decomposition) → probe
+ProbeResults = dict[tuple[str, int], ProbeResult]
+Options = Mapping[str, Sequence[Option]]  # linear or group → what can be chosen for it
 
 
 @dataclass(frozen=True)
@@ -43,38 +40,45 @@ class Problem:
     recipe: Recipe
     assignments: dict[str, Assignment]
     groups: dict[str, Group]
-    found: Found
+    decompositions: Decompositions
     other_bytes: int  # what the checkpoint holds besides the targets
     tokens: int  # of calibration
 
-    @property
-    def bits(self) -> bool:
-        return self.recipe.allocation.count == "bits"
+    def linears(self, names: Sequence[str]) -> list[Assignment]:
+        """Return the assignments of some linears."""
+        return [self.assignments[name] for name in names]
 
-    def whole(self, name: str) -> int:
-        """Dense cost of a linear."""
-        return self.assignments[name].bits if self.bits else self.assignments[name].parameters
+    def size(self, name: str) -> int:
+        """Return the dense size of a linear, bits or parameters."""
+        return getattr(self.assignments[name], self.recipe.allocation.count)
 
 
 @dataclass(frozen=True)
-class Solution:
-    """Chosen options by linear or group, together one for every linear; the price λ in damage for
-    each unit of cost; its currency.
+class Selection:
+    """One option for every linear, and the price at which they were chosen."""
+
+    options: dict[str, Option]  # by linear or group
+    price: float | None  # λ, damage for each unit of cost
+    in_nats: bool  # whether damages are nats per token
+
+
+def list_options(
+    problem: Problem, damages: Mapping[str, Sequence[Sequence[float]]]
+) -> dict[str, list[Option]]:
+    """List the options of every linear, and of every group whose linears share a decomposition.
+
+    Args:
+        problem: what is allocated.
+        damages: of every linear or group, a list for each decomposition, a number for each of its
+            candidates.
     """
-
-    options: dict[str, Option]
-    price: float | None
-    in_nats: bool
-
-
-def options_of(problem: Problem, damages: dict[str, list[list[float]]]) -> dict[str, list[Option]]:
-    """Options of every linear, and of every group whose linears are decomposed together."""
-    found = {
-        name: linear_options(name, assignment, problem.found[name], damages[name], problem.bits)
+    count, decompositions = problem.recipe.allocation.count, problem.decompositions
+    alone = {
+        name: linear_options(name, assignment, decompositions[name], damages[name], count)
         for name, assignment in problem.assignments.items()
     }
-    return found | {
-        name: decomposed(name, problem.found[name], damages[name], problem.bits)
+    return alone | {
+        name: decomposed_options(name, decompositions[name], damages[name], count)
         for name in problem.groups
     }
 
@@ -82,31 +86,39 @@ def options_of(problem: Problem, damages: dict[str, list[list[float]]]) -> dict[
 def damages_of(
     recipe: Recipe,
     blocks: Mapping[str, int],
-    found: Mapping[str, list[Decomposition]],
-    probes: ResultOf,
+    decompositions: Decompositions,
+    probes: ProbeResults,
     depth: int,
 ) -> dict[str, list[list[float]]]:
-    """Damage of every candidate: nats per token from a probe, an error as it is in the metric
-    named, or the relative error.
+    """Return the damage of every candidate in the currency of the recipe.
 
-    The two-sided error is the second-order term ½ tr(H D G Dᵀ) of the loss, in nats per token; that
-    of the Gram is tr(D G Dᵀ). blocks: block of each linear or group; depth: how many the model has.
-    Raises ConfigError if a method's metric has no such reading.
+    That is nats per token from a probe, an error as it is in the metric named, or the relative
+    error. The two-sided error is the second-order term ½ tr(H D G Dᵀ) of the loss, in nats per
+    token; that of the Gram is tr(D G Dᵀ).
+
+    Args:
+        recipe: its allocation names the currency.
+        blocks: block of each linear or group.
+        decompositions: of each linear or group.
+        probes: what each decomposition's probe gave.
+        depth: how many blocks the model has.
+
+    Raises:
+        ConfigError: if a method's metric has no such reading.
     """
     kind, result = recipe.allocation.damage, {}
-    for name, decompositions in found.items():
+    for name, parts in decompositions.items():
         weight = published.depth_weight(blocks[name], depth, recipe.allocation.depth_bias)
         result[name] = []
-        for index, (method, curve) in enumerate((d.method, d.curve) for d in decompositions):
-            if recipe.allocation.kind != "knapsack" or kind == "relative_error":
-                result[name].append([candidate.error for candidate in curve.candidates])
+        for index, (method, curve) in enumerate((part.method, part.curve) for part in parts):
+            errors = [candidate.error for candidate in curve.candidates]
+            if recipe.allocation.kind != "knapsack" or kind == "relative_error" or not errors:
+                result[name].append(errors)
             elif recipe.allocation.probes:
-                result[name].append(
-                    damage(curve, probes[name, index], weight) if curve.candidates else []
-                )
+                result[name].append(predict_damages(curve, probes[name, index], weight))
             elif getattr(method, "metric", None) == kind:
                 scale = curve.energy * (0.5 if kind == "two_sided" else 1.0)
-                result[name].append([scale * candidate.error for candidate in curve.candidates])
+                result[name].append([scale * error for error in errors])
             else:
                 raise ConfigError(
                     f"{name}: allocation.damage '{kind}' needs methods with metric '{kind}'; "
@@ -115,219 +127,256 @@ def damages_of(
     return result
 
 
-def rows_of(
-    problem: Problem,
-    options: Mapping[str, list[Option]],
-    names: Sequence[str],
-    sharing: set[str] | None,
+def rows_while_undecided(
+    problem: Problem, options: Options, names: Sequence[str]
 ) -> list[list[Bundle]]:
-    """Everything that can be chosen, a row for each decision: single linears, and groups that share
-    or are tied.
+    """List everything that can be chosen, a row for each decision, before groups have settled.
 
-    sharing: groups that are known to share or, None, not known yet. A known group has bundles that
-    share alone, others are taken apart: with single options for each linear the answer is exact,
-    where bundles hold only what some price makes the best. Raises ConfigError for a group that lies
-    in two budgets, BudgetError for a linear that is left without an option.
+    The row of a group that may share holds what its linears share and what they take apart, of
+    which bundles hold only the combinations on the convex hull. Raises ConfigError for a group
+    that lies in two budgets, BudgetError for a linear that is left without an option.
     """
-    rows, members = (
-        [],
-        {name for group in problem.groups.values() for name in group.members if name in names},
-    )
-    for group in problem.groups.values():
-        inside = [name for name in group.members if name in names]
-        if not inside:
+    rows, grouped = [], set()
+    for group in groups_within(problem, names):
+        apart = [options[name] for name in group.members]
+        together = [(option,) for option in options[group.name]]
+        if group.tied:
+            rows.append(tie(group, apart) + together)
+        elif together:
+            first = problem.assignments[group.members[0]]
+            may_part = first.methods or first.keep_dense
+            rows.append((combine(apart) if may_part else []) + together)
+        else:
             continue
-        if len(inside) < len(group.members):
+        grouped |= set(group.members)
+    return complete_rows(rows, options, [name for name in names if name not in grouped])
+
+
+def rows_with_sharing(
+    problem: Problem, options: Options, names: Sequence[str], sharing: set[str]
+) -> list[list[Bundle]]:
+    """List what can be chosen once it is known which groups share.
+
+    The others are taken apart. Their single options make the second solve exact, where bundles of
+    the first one held only combinations on the convex hull. Raises as `rows_while_undecided`.
+    """
+    rows, grouped = [], set()
+    for group in groups_within(problem, names):
+        together = [(option,) for option in options[group.name]]
+        if group.name in sharing:
+            rows.append(together)
+        elif group.tied:
+            rows.append(tie(group, [options[name] for name in group.members]) + together)
+        else:
+            continue
+        grouped |= set(group.members)
+    return complete_rows(rows, options, [name for name in names if name not in grouped])
+
+
+def groups_within(problem: Problem, names: Sequence[str]) -> list[Group]:
+    """Return the groups among some linears. Raises ConfigError for one that is so in part only."""
+    among = [group for group in problem.groups.values() if not set(group.members).isdisjoint(names)]
+    for group in among:
+        if not set(group.members) <= set(names):
             raise ConfigError(
                 f"{group.name}: linears that share or are tied need one budget; give them one "
                 "entry of allocation.keep"
             )
-        separate, together = (
-            [options[name] for name in inside],
-            [(option,) for option in options[group.name]],
-        )
-        if sharing is not None and group.name in sharing:
-            rows.append(together)
-        elif group.tied:
-            rows.append(tied(group, separate) + together)
-        elif sharing is None and together:
-            alone = problem.assignments[inside[0]]
-            rows.append((joint(separate) if alone.methods or alone.keep_dense else []) + together)
-        else:
-            members -= set(inside)
-    rows += [[(option,) for option in options[name]] for name in names if name not in members]
-    if not all(rows):
-        raise BudgetError(
-            "some linears have no candidate and may not stay dense"
-        )  # met by entrants of a contest only
+    return among
+
+
+def complete_rows(
+    rows: list[list[Bundle]], options: Options, single: Sequence[str]
+) -> list[list[Bundle]]:
+    """Add a row for each single linear, and order all rows by growing cost."""
+    rows = rows + [[(option,) for option in options[name]] for name in single]
+    if not all(rows):  # a method alone, in a contest, may have nothing for some linear
+        raise BudgetError("some linears have no candidate and may not stay dense")
     return [sorted(row, key=lambda bundle: (cost_of(bundle), damage_of(bundle))) for row in rows]
 
 
-def solve(problem: Problem, options: Mapping[str, list[Option]]) -> Solution:
-    """Choose one option for each linear by the recipe's rule. Raises BudgetError or ConfigError
-    where the rule cannot meet the budget.
+def check_size(problem: Problem, options: Options) -> int:
+    """Return what all linears take at most, residuals included, bits or parameters.
+
+    Raises BudgetError if their smallest options take more.
     """
-    recipe, assignments = problem.recipe, problem.assignments
-    whole = {name: problem.whole(name) for name in assignments}
+    total, section = 0, problem.recipe.allocation
+    shares = divide(problem.recipe, problem.assignments, problem.other_bytes)
+    left = reserve_residuals(problem.recipe, problem.assignments, shares)
+    for (names, whole), (_, budget) in zip(shares, left, strict=True):
+        rows = [row_of(problem, row) for row in rows_while_undecided(problem, options, names)]
+        linears = problem.linears(names)
+        least = sum(min(row.costs) for row in rows)
+        size = least if section.kind == "fixed" else budget.of(linears)
+        check_budget(rows, size)
+        total += size + Budget(section.count, whole.keep - budget.keep).of(linears)
+    return total
+
+
+def solve(problem: Problem, options: Options) -> Selection:
+    """Choose one option for each linear by the recipe's rule.
+
+    Raises BudgetError or ConfigError where the rule cannot meet the budget.
+    """
+    recipe, assignments, section = problem.recipe, problem.assignments, problem.recipe.allocation
     chosen: list[Bundle] = []
     prices = []
-    for names, keep in reserved(
-        recipe, assignments, whole, budgets(recipe, assignments, whole, problem.other_bytes)
-    ):
-        budget = int(keep * sum(whole[name] for name in names) + 1e-6)
-        if recipe.allocation.kind == "knapsack":
-            bundles, price = spend(problem, options, names, budget)
+    shares = divide(recipe, assignments, problem.other_bytes)
+    for names, budget in reserve_residuals(recipe, assignments, shares):
+        if section.kind == "knapsack":
+            bundles, price = spend(problem, options, names, budget.of(problem.linears(names)))
             prices.append(price)
         else:
-            table = rows_of(problem, options, names, sharing=None)
-            settled = [row[0] for row in table if not is_open(problem, row)]
-            table = [row for row in table if is_open(problem, row)]
-            rows = [row_of(problem, row) for row in table]
-            if (
-                recipe.allocation.target_size is None
-            ):  # rules keep a fraction of each linear: what stays dense anyway costs others nothing
-                left = int(keep * sum(row.whole for row in rows) + 1e-6)
-            else:
-                left = budget - sum(map(cost_of, settled))
-            units = [row[0][0].unit for row in table]
-            rule = Rule(
-                recipe, units, assignments, problem.found, options, rows, keep, left, problem.tokens
-            )
-            picks = RULES[recipe.allocation.kind](rule) if rows else []
-            bundles = settled + [row[pick] for row, pick in zip(table, picks, strict=True)]
+            bundles = apply_rule(problem, options, names, budget)
         chosen += bundles
-    in_nats = recipe.allocation.probes or (
-        recipe.allocation.kind == "knapsack" and recipe.allocation.damage == "two_sided"
-    )
-    return Solution(
+    in_nats = section.probes or (section.kind == "knapsack" and section.damage == "two_sided")
+    return Selection(
         {option.unit: option for bundle in chosen for option in bundle},
         max(prices) if prices and in_nats else None,
         in_nats,
     )
 
 
-def is_open(problem: Problem, row: Sequence[Bundle]) -> bool:
-    """Whether anything in a row was decomposed; a linear that stays dense whatever the budget was
-    not.
+def apply_rule(
+    problem: Problem, options: Options, names: Sequence[str], budget: Budget
+) -> list[Bundle]:
+    """Choose for the linears of one budget by a published rule.
+
+    Linears that stay dense anyway cost the others nothing, since rules keep a fraction of each;
+    with a target size they do.
     """
-    return any(problem.found[option.unit] for bundle in row for option in bundle)
+    rows = rows_while_undecided(problem, options, names)
+    settled = [row[0] for row in rows if not is_open(problem, row)]
+    rows = [row for row in rows if is_open(problem, row)]
+    if not rows:
+        return settled
+    plain = [row_of(problem, row) for row in rows]
+    if problem.recipe.allocation.target_size is None:
+        left = budget.share(sum(row.whole for row in plain))
+    else:
+        left = budget.of(problem.linears(names)) - sum(map(cost_of, settled))
+    table = Table(
+        problem.recipe.allocation,
+        [row[0][0].unit for row in rows],
+        plain,
+        options,
+        problem.assignments,
+        problem.decompositions,
+        budget,
+        left,
+        problem.tokens,
+    )
+    picks = RULES[problem.recipe.allocation.kind](table)
+    return settled + [row[pick] for row, pick in zip(rows, picks, strict=True)]
+
+
+def is_open(problem: Problem, row: Sequence[Bundle]) -> bool:
+    """Tell whether anything in a row was decomposed; else its linears stay dense."""
+    return any(problem.decompositions[option.unit] for bundle in row for option in bundle)
 
 
 def spend(
-    problem: Problem, options: Mapping[str, list[Option]], names: Sequence[str], budget: int
+    problem: Problem, options: Options, names: Sequence[str], budget: int
 ) -> tuple[list[Bundle], float]:
-    """Knapsack over the linears of one budget: which groups share is settled first, then everything
-    else exactly.
+    """Choose for the linears of one budget by the knapsack; return the options and the price.
+
+    Which groups share is settled first, then everything else exactly.
     """
-    sharing: set[str] | None = None
-    while True:
-        table = rows_of(problem, options, names, sharing)
-        rows = [row_of(problem, row) for row in table]
-        if problem.recipe.allocation.cap is not None:
-            keep = budget / sum(row.whole for row in rows)
-            rows = published.capped(
-                rows,
-                budget,
-                published.uniform(rows, [keep] * len(rows)),
-                problem.recipe.allocation.cap,
-            )
-        limits = [
-            limit_of(problem, name, fraction, table, names)
-            for name, fraction in problem.recipe.allocation.limits.items()
-        ]
-        answer = (
-            knapsack.knapsack(rows, budget)
-            if not limits
-            else knapsack.constrained(rows, budget, limits)
-        )
-        bundles = [row[pick] for row, pick in zip(table, answer.choice, strict=True)]
-        if sharing is not None or not any(problem.found[name] for name in problem.groups):
-            return bundles, answer.price
-        sharing = {option.unit for bundle in bundles for option in bundle} & problem.groups.keys()
+    bundles, price = choose_bundles(problem, rows_while_undecided(problem, options, names), budget)
+    if not any(problem.decompositions[name] for name in problem.groups):
+        return bundles, price
+    sharing = {option.unit for bundle in bundles for option in bundle} & problem.groups.keys()
+    return choose_bundles(problem, rows_with_sharing(problem, options, names, sharing), budget)
+
+
+def choose_bundles(
+    problem: Problem, table: Sequence[Sequence[Bundle]], budget: int
+) -> tuple[list[Bundle], float]:
+    """Choose a bundle of each row by the knapsack; return them and the price."""
+    section = problem.recipe.allocation
+    rows = [row_of(problem, row) for row in table]
+    if section.cap is not None:
+        keep = budget / sum(row.whole for row in rows)
+        picks = published.pick_uniform(rows, [keep] * len(rows))
+        rows = published.cap_damages(rows, budget, picks, section.cap)
+    limits = [limit_of(problem, table, Budget(*limit)) for limit in section.limits.items()]
+    answer = (
+        knapsack.constrained(rows, budget, limits) if limits else knapsack.knapsack(rows, budget)
+    )
+    return [row[pick] for row, pick in zip(table, answer.choice, strict=True)], answer.price
+
+
+def members_of(bundle: Bundle) -> list[str]:
+    """Return the linears that a bundle decides."""
+    parts = ((option.unit, option.decomposition) for option in bundle)
+    return [name for unit, part in parts for name in (part.members if part else [unit])]
 
 
 def row_of(problem: Problem, bundles: Sequence[Bundle]) -> Row:
-    members = [
-        name
-        for option in bundles[0]
-        for name in (option.decomposition.members if option.decomposition else [option.unit])
-    ]
-    return Row(
-        tuple(map(cost_of, bundles)),
-        tuple(map(damage_of, bundles)),
-        sum(problem.whole(name) for name in members),
-    )
+    """Return a row of bundles as plain numbers."""
+    whole = sum(map(problem.size, members_of(bundles[0])))
+    return Row(tuple(map(cost_of, bundles)), tuple(map(damage_of, bundles)), whole)
 
 
-def limit_of(
-    problem: Problem,
-    name: str,
-    fraction: float,
-    table: Sequence[Sequence[Bundle]],
-    names: Sequence[str],
-) -> Limit:
-    """Another constraint: what every bundle takes of it, and how much there is. Raises ConfigError
-    for a method that does not say.
+def limit_of(problem: Problem, table: Sequence[Sequence[Bundle]], budget: Budget) -> Limit:
+    """Return what every bundle takes of a further budget, and how large that is.
+
+    Raises ConfigError for a method that does not say.
     """
-    dense = [assignment for linear, assignment in problem.assignments.items() if linear in names]
-    whole = sum(
-        a.parameters if name == "parameters" else a.info.out_features * a.info.in_features
-        for a in dense
-    )
     for option in (option for row in table for bundle in row for option in bundle):
-        if getattr(option.candidate, name) is None:
+        if budget.size(option.candidate) is None:
             raise ConfigError(
-                f"method '{option.candidate.method}' does not say its {name}; take it out of "
-                "allocation.limits"
+                f"method '{option.candidate.method}' does not say its {budget.count}; take it out "
+                "of allocation.limits"
             )
-    return [
-        [sum(getattr(option.candidate, name) for option in bundle) for bundle in row]
-        for row in table
-    ], int(fraction * whole + 1e-6)
+    usages = [
+        [sum(budget.size(option.candidate) for option in bundle) for bundle in row] for row in table
+    ]
+    names = [name for row in table for name in members_of(row[0])]
+    return usages, budget.of(problem.linears(names))
 
 
 def to_plan(
-    solution: Solution,
+    selection: Selection,
     problem: Problem,
-    modules: Mapping[str, CompressedLinear],
+    modules: Modules,
     expected: Mapping[str, float],
     measured: Mapping[str, float],
     contest: dict[str, float],
 ) -> Plan:
-    """The solution as plain data; the price in nats for each MiB where both are known.
-
-    expected, measured: error of each linear or group before and after it was built.
+    """Return a selection as plain data; the price in nats for each MiB where both are known.
 
     Linears that share a decomposition are listed one by one: what each stores, the errors of all,
     and an equal part of the damage.
+
+    Args:
+        selection: what was chosen.
+        problem: what it was chosen from.
+        modules: as they are stored, of all linears that share a decomposition at least.
+        expected: error of each linear or group before it was built.
+        measured: the same error afterwards.
+        contest: held-out divergence of the plans that competed.
     """
     choices = {}
-    for option in solution.options.values():
-        candidate, members = (
-            option.candidate,
-            list(option.decomposition.members) if option.decomposition else [option.unit],
-        )
+    for option in selection.options.values():
+        candidate, part = option.candidate, option.decomposition
+        members = members_of((option,))
         for name in members:
-            dense, alone = problem.assignments[name], option.unit == name
+            dense, is_alone = problem.assignments[name], option.unit == name
             choices[name] = Choice(
                 candidate.method,
-                candidate.setting if alone else candidate.setting | {"shared": members},
-                candidate.bits if alone else modules[name].bits(),
-                candidate.parameters if alone else modules[name].stored_parameters(),
+                candidate.setting,
+                candidate.bits if is_alone else modules[name].bits(),
+                candidate.parameters if is_alone else modules[name].stored_parameters(),
                 dense.bits,
                 dense.parameters,
                 predicted=expected.get(option.unit, 0.0),
                 measured=measured.get(option.unit, 0.0),
-                kl=option.damage / len(members) if solution.in_nats else None,
-                options=apart(option.decomposition, problem.found[option.unit])
-                if option.decomposition
-                else None,
+                kl=option.damage / len(members) if selection.in_nats else None,
+                options=part and distinguishing_options(part, problem.decompositions[option.unit]),
+                members=() if is_alone else tuple(members),
             )
-    known = solution.price is not None and problem.recipe.allocation.count == "bits"
-    price = solution.price * MIB_BITS if known else None
-    return Plan(
-        {name: choices[name] for name in problem.assignments},
-        price,
-        problem.recipe.model_dump(mode="json"),
-        contest,
-    )
+    known = selection.price is not None and problem.recipe.allocation.count == "bits"
+    price = selection.price * MIB_BITS if known else None
+    recipe = problem.recipe.model_dump(mode="json")
+    return Plan({name: choices[name] for name in problem.assignments}, price, recipe, contest)

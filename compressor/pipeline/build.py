@@ -7,148 +7,132 @@ what comes out last is measured against the plan as it was allocated.
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
-from typing import Any
 
 from compressor.allocation import curves
 from compressor.errors import NumericalError
-from compressor.linears.base import Modules
-from compressor.pipeline import contest, residual_rival, search, sequential_solve, stages, train
 from compressor.pipeline import job as jobs
+from compressor.pipeline import search, stages
 from compressor.pipeline.job import Job
-from compressor.pipeline.search import Allocated
+from compressor.pipeline.residual_rival import compare_residuals
+from compressor.pipeline.sequential_solve import (
+    SEQUENTIAL_COST,
+    is_wanted,
+    prepare_solver,
+    solve_in_order,
+)
+from compressor.pipeline.solution import Solution, allocate, allocate_as_given
+from compressor.pipeline.train import train
 from compressor.plan import Plan
 from compressor.resume.store import NOWHERE
-from compressor.runtime.deadline import OutOfTime, paced
-from compressor.runtime.progress import Progress
-from compressor.runtime.stopwatch import Stopwatch
+from compressor.runtime.deadline import OutOfTime
 from compressor.statistics import LinearStats
 
-IN_ORDER = 0.3  # of the time that is left once the search has ended, at most, for solving in order
-# comparisons of two models on the calibration windows, which the passes of solving in order cost as
-# much as
-PASSES = 2.5
-
+ORDER_SHARE = 0.3  # of the time that a search leaves, at most, for solving in order
 
 log = logging.getLogger(__name__)
 
 
 def plan_and_build(
-    job: Job,
-    stats: dict[str, LinearStats],
-    edited: Plan | None,
-    watch: Stopwatch,
-    progress: Progress,
-) -> tuple[Plan, Modules]:
-    """The plan with its measured errors, and the modules as they will be stored."""
-    if job.clock.limited:
-        job.clock.hold(jobs.reserve(job))
-    start = allocated(job, stats, edited, watch, progress)
-    job, found, made, modules = start.job, start.found, start.plan, start.modules
-    reasons = stages.left_dense(job, stats)
-    searched = edited is None and job.recipe.allocation.search is not None
-    if not (sequential_solve.wanted(job.recipe, edited) or residual_rival.wanted(job.recipe)):
-        stats = {name: LinearStats(tokens=one.tokens, gram=one.gram) for name, one in stats.items()}
-    if sequential_solve.wanted(job.recipe, edited):
-        with watch("decompose"):
-            if searched:
-                job, made, modules = solved_if_better(start, stats, progress)
-            else:
-                made, modules = sequential_solve.finish(
-                    job, made, modules, found, stats, edited, progress
-                )
-    if residual_rival.wanted(job.recipe):
-        with watch("evaluate"):
-            made = residual_rival.judged(job, made, (start.plan, start.modules), found, stats)
-    if job.recipe.trains:
-        with watch("train"):
-            again = partial(
-                sequential_solve.in_order, job, start.plan, start.modules, found, stats, edited
-            )
-            made, modules = train.recover(job, made, modules, found, progress, again)
-    if searched:
-        made, modules = better(start, made, modules)
-    made = stages.with_reasons(stages.with_gram_errors(made, job, modules, stats), reasons)
-    return replace(made, curves=tuple(curves.summary(found))), modules
+    job: Job, statistics: dict[str, LinearStats], edited: Plan | None = None
+) -> Solution:
+    """Find the plan, with its measured errors, and build the modules as they will be stored.
 
-
-def allocated(
-    job: Job,
-    stats: dict[str, LinearStats],
-    edited: Plan | None,
-    watch: Stopwatch,
-    progress: Progress,
-) -> Allocated:
-    """The plan and its modules: as edited, as searched for, or as the recipe says."""
-    if edited is None:
-        searches = job.recipe.allocation.search is not None
-        return (search.search if searches else search.allocate)(job, stats, watch, progress)
-    job = search.chosen(job, edited)
-    with watch("decompose"):
-        found = stages.decompositions(job, stats, progress)
-    return Allocated(job, found, None, *contest.build_plan(job, edited, found, progress))
-
-
-def solved_if_better(
-    start: Allocated, stats: dict[str, LinearStats], progress: Progress
-) -> tuple[Job, Plan, Modules]:
-    """The plan solved in order where that lasts no longer than it may and lowers the held-out
-    divergence, else as it was allocated.
+    Args:
+        job: what is compressed.
+        statistics: of every target, on the dense model.
+        edited: a plan that is built as it stands; None: one is allocated.
     """
-    job, seconds = start.job, start.job.clock.left * IN_ORDER
-    solve = partial(
-        sequential_solve.finish, job, start.plan, start.modules, start.found, stats, None
-    )
-    made: list[tuple[Plan, Modules]] = []
+    if job.budget.is_limited:
+        job.budget.hold(jobs.reserve(job))
+    if edited is not None:
+        start = allocate_as_given(search.apply_search(job, edited), statistics, edited)
+    elif job.recipe.allocation.search is None:
+        start = allocate(job, statistics)
+    else:
+        start = search.search(job, statistics)
+    return finish(start)
 
-    def outcome() -> tuple[float | None, str | None]:
-        if job.clock.limited and expected(start, stats) > seconds:
+
+def finish(start: Solution, train: Callable[[Solution], Solution] = train) -> Solution:
+    """Better an allocation as the recipe says, and describe what has become of it."""
+    is_searched = bool(start.plan.search) and not start.is_given
+    with start.job.watch("decompose"):
+        solution = keep_order_if_better(start) if is_searched else solve_in_order(start)
+    solution = train(compare_residuals(solution))
+    if is_searched:
+        solution = better(start, solution)
+    job, reasons = solution.job, stages.explain_dense(solution.job, solution.statistics)
+    plan = stages.with_gram_errors(solution.plan, job, solution.modules, solution.statistics)
+    return replace(
+        solution,
+        plan=replace(
+            stages.with_reasons(plan, reasons),
+            curves=tuple(curves.summary(solution.decompositions)),
+        ),
+    )
+
+
+def keep_order_if_better(
+    start: Solution, solve: Callable[[Solution], Solution] = solve_in_order
+) -> Solution:
+    """Solve a plan in order, and keep that where it lowers the held-out divergence.
+
+    Where it lasts longer than it may, or its numbers fail, the plan stays as it was allocated.
+    """
+    job, seconds = start.job, start.job.budget.left * ORDER_SHARE
+    if not is_wanted(start):
+        return start
+    solutions: list[Solution] = []
+
+    def measure() -> tuple[float | None, str | None]:
+        if job.budget.is_limited and expected_seconds(start) > seconds:
             return None, search.NO_TIME
+        limited = replace(start, job=replace(job, deadline=job.budget.within(seconds)))
         try:
-            made.append(solve(paced(progress, seconds)))
+            solutions.append(replace(solve(limited), job=job))
         except OutOfTime:
             return None, search.NO_TIME
         except NumericalError as error:
             log.warning("%s; the linears are not solved in order", error)
             return None, str(error)
-        return start.divergence(made[0][1]), None
+        return solutions[0].divergence(), None
 
     heldout, dropped = job.store.within(start.plan.to_json()).recall(
-        "in order", search.depends(job.recipe), outcome
+        "in_order", search.outcome_fields(job.recipe), measure
     )
-    kept = heldout is not None and heldout < start.heldout
-    tried = {"heldout": heldout, "kept": kept} | ({"dropped": dropped} if dropped else {})
-    found = start.plan.search | {"in order": tried}
-    if not kept:
-        return (
-            replace(job, recipe=search.not_in_order(job.recipe)),
-            replace(start.plan, search=found),
-            start.modules,
-        )
-    plan, modules = made[0] if made else solve(progress)
-    return job, replace(plan, search=found), modules
+    is_better = heldout is not None and heldout < start.heldout
+    record = {"heldout": heldout, "kept": is_better} | ({"dropped": dropped} if dropped else {})
+    if not is_better:
+        recipe = search.without_order(job.recipe)
+        solution = replace(start, job=replace(job, recipe=recipe), start=start)
+    else:
+        solution = solutions[0] if solutions else solve(start)
+    return solution.noted(search=start.plan.search | {"in_order": record})
 
 
-def expected(start: Allocated, stats: dict[str, LinearStats]) -> float:
-    """Seconds that solving in order takes, about; its first block, which has the dense model's
-    inputs, does not show them.
+def expected_seconds(start: Solution) -> float:
+    """Estimate the seconds of solving in order.
+
+    Its first block, which has the dense model's inputs, does not show them.
     """
-    job = start.job
-    solving = sequential_solve.in_order(
-        job, start.plan, start.modules, start.found, stats, None, NOWHERE
-    ).seconds()
-    return solving + PASSES * job.calibration.tokens.numel() * jobs.seconds_per_token(job)
+    tokens = start.job.calibration.tokens.numel()
+    passes = SEQUENTIAL_COST * tokens * jobs.seconds_per_token(start.job)
+    return prepare_solver(start, NOWHERE).seconds() + passes
 
 
-def better(start: Allocated, plan: Plan, modules: Modules) -> tuple[Plan, Modules]:
-    """What a run with a search ends with: the modules that diverge less, now that both are measured
-    alike.
+def better(start: Solution, solution: Solution) -> Solution:
+    """Return the solution that diverges less, now that both are measured alike.
+
+    Args:
+        start: as it was allocated.
+        solution: what has become of it.
     """
-    final = start.divergence(modules)
-    kept = final < start.heldout
-    found: dict[str, Any] = plan.search | {"final": {"heldout": final, "kept": kept}}
-    if kept:
-        return replace(plan, search=found), modules
-    trained = {stage: outcome | {"kept": False} for stage, outcome in plan.trained.items()}
-    return replace(start.plan, search=found, trained=trained), start.modules
+    heldout = solution.divergence()
+    is_better = heldout < start.heldout
+    record = solution.plan.search | {"final": {"heldout": heldout, "kept": is_better}}
+    if is_better:
+        return solution.noted(search=record)
+    trained = {name: stage | {"kept": False} for name, stage in solution.plan.trained.items()}
+    return start.noted(search=record, trained=trained)

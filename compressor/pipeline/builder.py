@@ -1,6 +1,4 @@
-"""What has been built of the candidates so far, and what that shows about the curves they were
-chosen from.
-"""
+"""Candidates that have been built, and what that shows about the curves they were chosen from."""
 
 import json
 import math
@@ -10,48 +8,45 @@ from functools import partial
 
 import numpy as np
 
+from compressor.allocation.decompose import Decomposition, Decompositions
 from compressor.allocation.options import Option
-from compressor.allocation.solve import Found, ResultOf, Solution
-from compressor.linears import CompressedLinear
+from compressor.allocation.solve import ProbeResults, Selection
+from compressor.linears.base import Modules
 from compressor.resume.store import NOWHERE, Store
-from compressor.runtime.progress import Progress, silent
+from compressor.runtime.progress import Steps, list_silently
 
 
-class Workshop:
-    """Builds each candidate once. Curves of screening errors are corrected along their whole
-    length, exact ones where they were off.
+class CandidateBuilder:
+    """Cache of built candidates, which recalibrates screened curves.
 
-    The ratio of measured to predicted error of a screening curve is known where it was probed and
-    where candidates were built; between these it is interpolated, its logarithm over that of the
-    bits. So a cheap curve becomes as good as need be where it is chosen from.
+    The ratio of measured to predicted error of a curve is known where it was probed and where
+    candidates were built. Between these, the ratio of a screened curve is interpolated, log over
+    log of the bits; an exact curve is corrected at these points alone.
     """
 
-    def __init__(self, found: Found, probed: ResultOf, store: Store = NOWHERE):
+    def __init__(
+        self, decompositions: Decompositions, probes: ProbeResults, store: Store = NOWHERE
+    ):
         self.store = store
-        self.built: dict[tuple[int, str], tuple[dict[str, CompressedLinear], float]] = {}
-        self.ratios: dict[
-            int, dict[int, float]
-        ] = {}  # decomposition → bits of a candidate → measured ÷ predicted
+        self.built: dict[tuple[int, str], tuple[Modules, float]] = {}
+        # decomposition → bits of a candidate → measured ÷ predicted error
+        self.ratios: dict[int, dict[int, float]] = {}
         self.probed: dict[int, float] = {}  # the ratio at the probe, which damages are relative to
-        for (unit, index), result in probed.items():
-            part = found[unit][index]
+        for (unit, index), result in probes.items():
+            part = decompositions[unit][index]
             self.probed[id(part)] = result.departure
-            bits = next(
-                (
-                    candidate.bits
-                    for candidate in part.curve.candidates
-                    if candidate.setting == result.setting
-                ),
-                None,
-            )
+            candidates = part.curve.candidates
+            bits = next((c.bits for c in candidates if c.setting == result.setting), None)
             if bits is not None and result.departure > 0:
                 self.ratios[id(part)] = {bits: result.departure}
 
-    def build(self, option: Option) -> tuple[dict[str, CompressedLinear], float]:
-        """Modules of an option as they will be stored, and their error in the metric of the
-        method.
+    def build(self, option: Option) -> tuple[Modules, float]:
+        """Build the modules of an option as they will be stored, once.
+
+        Returns:
+            The modules, and their error in the metric of the method.
         """
-        part, candidate = option.decomposition, option.candidate
+        part, candidate = _decomposition_of(option), option.candidate
         key = id(part), json.dumps(candidate.setting, sort_keys=True)
         if key not in self.built:
             self.built[key] = self.store.recall(
@@ -63,20 +58,20 @@ class Workshop:
         return self.built[key]
 
     def build_all(
-        self, solution: Solution, progress: Progress = silent
-    ) -> tuple[dict[str, CompressedLinear], dict[str, float]]:
-        """Modules of a solution, and the error of each linear or group."""
-        modules, measured = {}, {}
-        for unit, option in progress(solution.options.items(), "build"):
-            if option.decomposition is not None:
-                made, measured[unit] = self.build(option)
-                modules |= made
-        return modules, measured
+        self, selection: Selection, steps: Steps = list_silently
+    ) -> tuple[Modules, dict[str, float]]:
+        """Build everything that was selected; return modules, and the error of each unit."""
+        modules, errors = {}, {}
+        chosen = [option for option in selection.options.values() if option.decomposition]
+        for option in steps(chosen, "build"):
+            own, errors[option.unit] = self.build(option)
+            modules |= own
+        return modules, errors
 
     def ratio(self, option: Option) -> float:
-        """What the stored error of an option is expected to be, over that of its curve."""
-        part = option.decomposition
-        known, bits = self.ratios.get(id(part), {}), option.candidate.bits
+        """Estimate the error of an option once it is stored, over that of its curve."""
+        part, bits = _decomposition_of(option), option.candidate.bits
+        known = self.ratios.get(id(part), {})
         if not part.curve.screened:
             return known.get(bits, self.probed.get(id(part), 1.0))
         if not known:
@@ -86,18 +81,18 @@ class Workshop:
             np.interp(math.log(bits), np.log(places), np.log([known[place] for place in places]))
         )
 
-    def corrected(self, options: Mapping[str, list[Option]]) -> dict[str, list[Option]]:
-        """Options with the damages that follow from everything measured so far."""
-        return {
-            unit: [self.revalued(option) for option in found] for unit, found in options.items()
-        }
+    def correct_damages(self, options: Mapping[str, list[Option]]) -> dict[str, list[Option]]:
+        """Return options with the damages that follow from everything measured so far."""
+        return {unit: [self._correct(option) for option in own] for unit, own in options.items()}
 
-    def revalued(self, option: Option) -> Option:
-        if option.decomposition is None:
-            return option
+    def _correct(self, option: Option) -> Option:
         base = self.probed.get(id(option.decomposition), 1.0)
-        return (
-            replace(option, damage=option.damage * self.ratio(option) / base)
-            if base > 0
-            else option
-        )
+        if option.decomposition is None or base <= 0:
+            return option
+        return replace(option, damage=option.damage * self.ratio(option) / base)
+
+
+def _decomposition_of(option: Option) -> Decomposition:
+    if option.decomposition is None:
+        raise ValueError(f"{option.unit} stays dense: there is nothing to build")
+    return option.decomposition

@@ -2,33 +2,36 @@
 meet on held-out windows.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from compressor.allocation.decompose import offering
-from compressor.allocation.options import Option, without
-from compressor.allocation.probe import Prober
+import torch
+
+from compressor.allocation.decompose import Decompositions, offering
+from compressor.allocation.options import Option, dense_candidate, leave_out
 from compressor.allocation.solve import (
-    Found,
+    ProbeResults,
     Problem,
-    Solution,
+    Selection,
     damages_of,
-    options_of,
+    list_options,
     solve,
     to_plan,
 )
 from compressor.checkpoint.weights import stored_tensors
-from compressor.errors import BudgetError, ConfigError
-from compressor.linears import CompressedLinear
+from compressor.errors import BudgetError, ConfigError, NumericalError
+from compressor.linears.base import Modules
 from compressor.methods.base import LINEAR, Method
 from compressor.models import linears
-from compressor.pipeline.builder import Workshop
+from compressor.models.install import installed
+from compressor.pipeline.builder import CandidateBuilder
 from compressor.pipeline.job import Job
-from compressor.pipeline.stages import Probes, other_bytes, output_dtype
-from compressor.plan import DENSE, Candidate, Plan
-from compressor.runtime.progress import Progress, silent
+from compressor.pipeline.stages import other_bytes, output_dtype
+from compressor.plan import DENSE, SINGLE_LINEARS, Plan
+from compressor.training.teacher import Original
 
 # a chosen candidate whose stored error departs by more than this from what was expected is entered
 # anew
@@ -36,148 +39,159 @@ REMEASURE = 0.05
 ROUNDS = 3  # solutions at most
 
 
-class Settled(NamedTuple):
-    """A solution and what it built: modules of linears; errors of linears and groups, as expected
-    and as stored, in the method's metric.
+class Entrant(NamedTuple):
+    """A selection and what was built of it; errors of linears and groups are in the metric of
+    their method.
     """
 
-    solution: Solution
+    selection: Selection
     problem: Problem
-    modules: dict[str, CompressedLinear]
+    modules: Modules
     expected: dict[str, float]
     measured: dict[str, float]
 
+    @property
+    def scheme(self) -> dict[str, Any]:
+        """What tells its modules from those of other entrants, JSON values."""
+        return {
+            unit: [option.decomposition and option.decomposition.key, option.candidate.setting]
+            for unit, option in self.selection.options.items()
+        }
+
+    def plan(self, contest: dict[str, float]) -> Plan:
+        """Return the plan of this entrant, with the outcome of the contest."""
+        return to_plan(*self, contest)
+
 
 def choose(
-    job: Job, found: Found, probed: Probes, progress: Progress = silent, measured: bool = False
-) -> tuple[Plan, dict[str, CompressedLinear]]:
+    job: Job, decompositions: Decompositions, probes: ProbeResults, measured: bool = False
+) -> tuple[Plan, Modules]:
     """Allocate and build what was chosen.
 
     Where several methods compete and divergence is measured, each also gets the whole budget alone,
     dense linears allowed, and so do all that work on single linears where others work on modules;
     of all these plans the one whose model diverges least on the held-out windows is taken, so it is
     never worse there than without one of the kinds. Probes look at one linear at a time, this looks
-    at all. measured: whether to measure that divergence for one method too.
+    at all.
+
+    Args:
+        job: its recipe says what is kept.
+        decompositions: what can be chosen.
+        probes: what each of them costs the model.
+        measured: whether to measure that divergence for one method too.
     """
-    damages = damages_of(
-        job.recipe, job.block_of, found, probed.results, len(linears.blocks(job.model)[1])
-    )
+    blocks = len(linears.blocks(job.model)[1])
+    damages = damages_of(job.recipe, job.block_of, decompositions, probes, blocks)
     others = other_bytes(stored_tensors(job.model), job.assignments, output_dtype(job.recipe))
-    problem = Problem(
-        job.recipe, job.assignments, job.groups, found, others, job.calibration.tokens.numel()
-    )
-    options, workshop = options_of(problem, damages), Workshop(found, probed.results, job.store)
-    methods = {part.method.name: part.method for parts in found.values() for part in parts}
-    several = len(methods) > 1 and probed.prober is not None
+    tokens = job.calibration.tokens.numel()
+    problem = Problem(job.recipe, job.assignments, job.groups, decompositions, others, tokens)
+    options = list_options(problem, damages)
+    builder = CandidateBuilder(decompositions, probes, job.store)
+    methods = {part.method.name: part.method for parts in decompositions.values() for part in parts}
+    several = len(methods) > 1 and bool(probes)
     entrants = {}
-    for entrant, taking_part in teams(methods).items() if several else ():
+    for name, team in list_teams(methods).items() if several else ():
         try:
-            entrants[entrant] = settle(
-                problem, without(options, methods.keys() - taking_part), workshop, progress
-            )
-        except BudgetError:  # it offers nothing small enough by itself
+            own = leave_out(options, methods.keys() - team)
+            entrants[name] = settle(job, problem, own, builder)
+        except BudgetError:  # nothing of this team is small enough, so it takes no part
             continue
     # the last: by now the curves have been corrected near what each method chose
-    entrants["all"] = settle(problem, options, workshop, progress)
+    entrants["all"] = settle(job, problem, options, builder)
     if not several and not measured:
-        return to_plan(*entrants["all"], {}), entrants["all"].modules
-    with job.computing():
-        contest = {
-            name: divergence(job, probed.prober, settled)
-            for name, settled in progress(entrants.items(), "contest")
-        }
+        return entrants["all"].plan({}), entrants["all"].modules
+    rivals = {name: entrant.modules for name, entrant in entrants.items()}
+    contest = job.store.recall(
+        "contest",
+        {name: entrant.scheme for name, entrant in entrants.items()},
+        partial(measure_divergences, job, rivals),
+    )
     best = entrants[min(contest, key=contest.__getitem__)]
-    return to_plan(*best, contest), best.modules
+    return best.plan(contest), best.modules
 
 
-def teams(methods: Mapping[str, Method]) -> dict[str, set[str]]:
-    """Names of the methods of each entrant of the contest but the last, which has all: each alone,
-    and those of single linears.
+def list_teams(methods: Mapping[str, Method]) -> dict[str, set[str]]:
+    """Return the methods of each entrant of the contest but the last, which has all of them.
+
+    Each method stands alone, and so do all of single linears together.
     """
     single = {name for name, method in methods.items() if method.unit == LINEAR}
-    several = {"single linears": single} if 1 < len(single) < len(methods) else {}
+    several = {SINGLE_LINEARS: single} if 1 < len(single) < len(methods) else {}
     return {name: {name} for name in sorted(methods)} | several
 
 
-def divergence(job: Job, prober: Prober, settled: Settled) -> float:
-    """Held-out divergence of the model with all modules of a solution, nats per token."""
-    options = settled.solution.options.items()
-    chosen = {
-        unit: [option.decomposition and option.decomposition.key, option.candidate.setting]
-        for unit, option in options
-    }
-    store = job.store.within(job.recipe.allocation.probe.model_dump(mode="json"))
-    return store.recall("contest", chosen, partial(prober.kl, settled.modules, 0))
+@torch.no_grad()
+def measure_divergences(job: Job, rivals: Mapping[str, Modules]) -> dict[str, float]:
+    """Return KL(original‖model) with each set of modules, nats per token, on held-out windows."""
+    batches = [
+        batch.to(job.device)
+        for batch in job.heldout.tokens.split(job.recipe.calibration.batch_size)
+    ]
+    divergences = {}
+    with job.computing():
+        original = Original(job.model, batches, cache=job.cache)
+        for name, modules in job.steps(rivals.items(), "contest"):
+            with installed(job.model, modules):
+                divergences[name] = original.divergence()
+            if not math.isfinite(divergences[name]):
+                raise NumericalError(f"{name}: the output of the compressed model is not finite")
+    return divergences
 
 
 def settle(
-    problem: Problem,
-    options: dict[str, list[Option]],
-    workshop: Workshop,
-    progress: Progress = silent,
-) -> Settled:
+    job: Job, problem: Problem, options: dict[str, list[Option]], builder: CandidateBuilder
+) -> Entrant:
     """Solve and build; where what is stored departs from what was expected, correct its curve and
     solve again, ROUNDS times at most.
     """
-    for last in (*(False,) * (ROUNDS - 1), True):
-        solution = solve(problem, workshop.corrected(options))
-        chosen = {
-            unit: option
-            for unit, option in solution.options.items()
+    for _ in range(ROUNDS):
+        selection = solve(problem, builder.correct_damages(options))
+        expected = {
+            unit: option.candidate.error * builder.ratio(option)
+            for unit, option in selection.options.items()
             if option.decomposition is not None
         }
-        expected = {
-            unit: option.candidate.error * workshop.ratio(option) for unit, option in chosen.items()
-        }
-        modules, measured = workshop.build_all(solution, progress)
-        off = any(
+        modules, errors = builder.build_all(selection, job.steps)
+        is_off = any(
             abs(error - expected[unit]) > REMEASURE * expected[unit] > 0
-            for unit, error in measured.items()
+            for unit, error in errors.items()
         )
-        if last or not off or problem.recipe.allocation.kind != "knapsack":
-            return Settled(solution, problem, modules, expected, measured)
+        entrant = Entrant(selection, problem, modules, expected, errors)
+        if not is_off or problem.recipe.allocation.kind != "knapsack":
+            break
+    return entrant
 
 
-def build_plan(
-    job: Job, plan: Plan, found: Found, progress: Progress = silent
-) -> tuple[Plan, dict[str, CompressedLinear]]:
-    """Build an edited plan as it stands. Raises ConfigError for linears or methods that the recipe
-    does not have.
+def build_edited(job: Job, edited: Plan, decompositions: Decompositions) -> tuple[Plan, Modules]:
+    """Build an edited plan as it stands; ranks of residuals are taken over, not yet built.
+
+    Raises ConfigError for linears or methods that the recipe does not have.
     """
-    if missing := sorted(job.assignments.keys() ^ plan.linears.keys()):
+    if missing := sorted(job.assignments.keys() ^ edited.linears.keys()):
         raise ConfigError(
             f"the plan and the targets of the recipe differ in {missing[0]} ({len(missing)} in all)"
         )
     chosen: dict[str, Option] = {}
-    for name, choice in plan.linears.items():
-        unit = next(
-            (
-                group.name
-                for group in job.groups.values()
-                if list(group.members) == choice.setting.get("shared")
-            ),
-            name,
-        )
+    for name, choice in edited.linears.items():
         if choice.method == DENSE:
-            assignment = job.assignments[name]
-            dense = Candidate(DENSE, {}, assignment.bits, assignment.parameters, 0.0)
-            chosen[name] = Option(name, 0, 0.0, dense, None)
+            chosen[name] = Option(name, 0, 0.0, dense_candidate(job.assignments[name]), None)
             continue
-        part, candidate = offering(name, choice, found[unit])
-        if (
-            chosen.setdefault(unit, Option(unit, 0, 0.0, candidate, part)).candidate
-            is not candidate
-        ):
+        unit = job.unit_of(name, choice)
+        part, candidate = offering(name, choice, decompositions[unit])
+        option = chosen.setdefault(unit, Option(unit, 0, 0.0, candidate, part))
+        if option.candidate is not candidate:
             raise ConfigError(
                 f"{name}: shares what it stores with others of {unit}, but their settings differ; "
                 "make them equal"
             )
-    solution = Solution(chosen, None, in_nats=False)
-    modules, measured = Workshop(found, {}, job.store).build_all(solution, progress)
-    problem = Problem(job.recipe, job.assignments, job.groups, found, 0, 0)
+    selection = Selection(chosen, None, in_nats=False)
+    builder = CandidateBuilder(decompositions, {}, job.store)
+    modules, errors = builder.build_all(selection, job.steps)
+    problem = Problem(job.recipe, job.assignments, job.groups, decompositions, 0, 0)
     expected = {unit: option.candidate.error for unit, option in chosen.items()}
-    return replace(
-        to_plan(solution, problem, modules, expected, measured, {}),
-        recipe=plan.recipe,
-        search=plan.search,
-    ), modules
+    plan = Entrant(selection, problem, modules, expected, errors).plan({})
+    choices = {
+        name: replace(choice, residual=edited.linears[name].residual)
+        for name, choice in plan.linears.items()
+    }
+    return replace(plan, linears=choices, recipe=edited.recipe, search=edited.search), modules

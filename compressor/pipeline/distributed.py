@@ -20,9 +20,8 @@ from compressor.recipe.sections import Recipe
 from compressor.resume.journal import Journal
 from compressor.resume.store import Store
 from compressor.runtime import launched
-from compressor.runtime.deadline import Clock
+from compressor.runtime.deadline import Deadline
 from compressor.runtime.progress import Progress, silent
-from compressor.runtime.stopwatch import Stopwatch
 from compressor.training.team import Dismissed, Team
 
 
@@ -72,15 +71,11 @@ def assist(recipe: Recipe, output: Path, plan: Path | None, stats: Path | None, 
             "or give an output on a disk that all processes share"
         )
     job = jobs.start(recipe, jobs.open_source(recipe.model.name, recipe.model.revision))
-    job = replace(jobs.keeping(job, pieces), clock=Clock(recipe.budget_seconds), team=team)
+    job = jobs.with_store(job, pieces)
+    job = replace(job, budget=Deadline(recipe.budget_seconds), team=team)
     try:
-        plan_and_build(
-            job,
-            run.statistics(job, stats),
-            None if plan is None else run.read_plan(plan),
-            Stopwatch(),
-            silent,
-        )
+        edited = None if plan is None else run.read_plan(plan)
+        plan_and_build(job, run.read_or_collect(job, stats), edited)
     except Dismissed:
         return
     raise CompressorError(

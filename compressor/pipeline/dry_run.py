@@ -4,23 +4,22 @@ weight is read.
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from compressor.allocation.assign import Assignment, Group, assign, groups
-from compressor.allocation.budgets import budgets, reserved
-from compressor.allocation.knapsack import Row, check_budget
+from compressor.allocation.assign import Assignment, assign, groups
+from compressor.allocation.decompose import Decomposition, list_sizes
+from compressor.allocation.solve import Problem, check_size, list_options
 from compressor.calibrate.collect import GRADIENT_FIELDS
 from compressor.calibrate.windows import heldout_count
 from compressor.checkpoint.weights import DTYPES, warn_of_untying
 from compressor.files.model_folder import ModelFolder
-from compressor.linears import Dense
-from compressor.methods.base import Member, Method
 from compressor.models.linears import LinearInfo, blocks, covered_share, fused
 from compressor.models.load import skeleton
+from compressor.pipeline.sequential_solve import SEQUENTIAL_COST
 from compressor.pipeline.stages import other_bytes, output_dtype
-from compressor.plan import Candidate
 from compressor.recipe.quantities import size_in_bytes
 from compressor.recipe.sections import Recipe
 
@@ -29,52 +28,34 @@ WRITES = (
     "weights (*.safetensors), config.json, tokenizer, recipe.yaml, plan.json, report.json, "
     "README.md, manifest.json, timings.json"
 )
-PASSES_IN_ORDER = 2.5  # forward passes that a sequential solve takes for each stream
 # side of the matrices whose products and eigenpairs are timed here, to scale the estimates by
 SAMPLE = 384
 
 
 def outline(recipe: Recipe, source: ModelFolder) -> dict[str, Any]:
-    """Candidate sizes of every linear, the budget, what would be written, and estimates of memory
-    and time.
+    """Return candidate sizes of every linear, the budget, what would be written, and estimates of
+    memory and time.
 
     Raises BudgetError if the smallest candidates exceed the budget, ConfigError for targets that
     select nothing.
     """
-    model = skeleton(source.path)
-    assignments = assign(recipe, model)
+    model, dtype = skeleton(source.path), output_dtype(recipe)
+    assignments = {
+        name: replace(assignment, dtype=dtype or stored_dtype(name, source))
+        for name, assignment in assign(recipe, model).items()
+    }
     warn_of_untying(model, assignments)
-    sharing = [group for group in groups(recipe, assignments).values() if group.methods]
-    denses = {
-        name: meta_dense(name, assignment, source, output_dtype(recipe))
-        for name, assignment in assignments.items()
+    tied = groups(recipe, assignments)
+    sizes = list_sizes(assignments, tied)
+    damages = {
+        name: [[0.0] * len(part.curve.candidates) for part in parts]
+        for name, parts in sizes.items()
     }
-    sizes = {
-        name: [
-            size
-            for method in assignments[name].methods
-            for size in method.sizes_of_unit({name: Member(name, dense)})
-        ]
-        for name, dense in denses.items()
-    }
-    bits = recipe.allocation.count == "bits"
-    whole = {name: dense.bits if bits else dense.parameters for name, dense in denses.items()}
-    others = other_bytes(stored(source), assignments, output_dtype(recipe))
-    kept = 0
-    shares = budgets(recipe, assignments, whole, others)
-    for (names, keep), (_, left) in zip(
-        shares, reserved(recipe, assignments, whole, shares), strict=True
-    ):
-        together = sum(whole[name] for name in names)
-        rows = rows_of(names, assignments, sharing, denses, sizes, bits)
-        budget = (
-            sum(min(row.costs) for row in rows)
-            if recipe.allocation.kind == "fixed"
-            else int(left * together + 1e-6)
-        )
-        check_budget(rows, budget)
-        kept += budget + int((keep - left) * together + 1e-6)
-    targets, share = sum(dense.bits for dense in denses.values()) // 8, kept / sum(whole.values())
+    others = other_bytes(stored(source), assignments, dtype)
+    problem = Problem(recipe, assignments, tied, sizes, others, tokens=0)
+    most = check_size(problem, list_options(problem, damages))
+    share = most / sum(map(problem.size, assignments))
+    targets = sum(assignment.bits for assignment in assignments.values()) // 8
     return {
         "model": recipe.model.name,
         "kept": share,
@@ -90,109 +71,41 @@ def outline(recipe: Recipe, source: ModelFolder) -> dict[str, Any]:
         "memory_bytes": memory(recipe, source, assignments),
         "estimated_seconds": seconds(recipe, source, assignments, len(blocks(model)[1])),
         "writes": WRITES,
-        "linears": [
-            row(name, assignments[name], denses[name], sizes[name]) for name in assignments
-        ],
+        "linears": [row(name, assignments[name], sizes[name]) for name in assignments],
     }
 
 
 def stored(source: ModelFolder) -> dict[str, torch.Tensor]:
-    """The tensors of a folder as meta tensors."""
+    """Return the tensors of a folder as meta tensors."""
     return {
         name: torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype], device="meta")
         for name, info in source.tensors.items()
     }
 
 
-def meta_dense(
-    name: str, assignment: Assignment, source: ModelFolder, dtype: torch.dtype | None
-) -> Dense:
-    """The dense linear of a target with the shape and dtype it will have, on the meta device."""
+def stored_dtype(name: str, source: ModelFolder) -> torch.dtype:
+    """Return the dtype of a linear as its folder holds it."""
+    info = source.tensors.get(f"{name}.weight") or next(iter(source.tensors.values()))
+    return TORCH_DTYPES[info.dtype]
+
+
+def row(
+    name: str, assignment: Assignment, decompositions: Sequence[Decomposition]
+) -> dict[str, Any]:
+    """Return what the outline says about one linear."""
+    candidates = [c for part in decompositions for c in part.curve.candidates]
+    bits = sorted(candidate.bits for candidate in candidates) or [assignment.bits]
     info = assignment.info
-    found = source.tensors.get(f"{name}.weight") or next(iter(source.tensors.values()))
-    bias = None if info.module.bias is None else torch.empty(info.out_features, device="meta")
-    weight = torch.empty(info.out_features, info.in_features, device="meta")
-    return Dense(weight, bias, dtype or TORCH_DTYPES[found.dtype], head_dim=info.head_dim)
-
-
-def rows_of(
-    names: list[str],
-    assignments: dict[str, Assignment],
-    sharing: Sequence[Group],
-    denses: dict[str, Dense],
-    sizes: dict[str, list[Candidate]],
-    bits: bool,
-) -> list[Row]:
-    """Costs of all choices for the linears of one budget; of a group that may share, also the least
-    and the most its linears take apart.
-    """
-
-    def cost(size: Candidate | Dense) -> int:
-        return size.bits if bits else size.parameters
-
-    costs = {
-        name: costs_of(sizes[name], cost(denses[name]), assignments[name].keep_dense, bits)
-        for name in names
-    }
-    rows = []
-    for group in (group for group in sharing if set(group.members) <= set(names)):
-        apart = [costs.pop(name) for name in group.members]
-        together = [
-            cost(size)
-            for method in group.methods
-            for size in sizes_of(method, group, assignments, denses)
-        ]
-        least, most = sum(map(min, apart)), sum(map(max, apart))
-        rows.append(
-            Row(
-                tuple(sorted([*together, least, most])),
-                (0.0,) * (len(together) + 2),
-                sum(cost(denses[n]) for n in group.members),
-            )
-        )
-    return rows + [Row(own, (0.0,) * len(own), cost(denses[name])) for name, own in costs.items()]
-
-
-def sizes_of(
-    method: Method, group: Group, assignments: dict[str, Assignment], denses: dict[str, Dense]
-) -> list[Candidate]:
-    """Sizes that a method offers for a group."""
-    return method.sizes_of_unit(
-        {
-            name: Member(name, denses[name], role=assignments[name].info.role)
-            for name in group.members
-        }
-    )
-
-
-def costs_of(sizes: list[Candidate], whole: int, keep_dense: bool, bits: bool) -> tuple[int, ...]:
-    """Costs of all options of a linear, ascending; dense among them if it may be kept or nothing is
-    smaller.
-    """
-    costs = [size.bits if bits else size.parameters for size in sizes]
-    return tuple(sorted(costs + ([whole] if keep_dense or not costs else [])))
-
-
-def row(name: str, assignment: Assignment, dense: Dense, sizes: list[Candidate]) -> dict[str, Any]:
-    info, least, most = (
-        assignment.info,
-        min(sizes, key=_bits, default=None),
-        max(sizes, key=_bits, default=None),
-    )
     return {
         "name": name,
         "role": info.role,
         "shape": f"{info.out_features} × {info.in_features}",
-        "dense_bits": dense.bits,
-        "methods": ", ".join(sorted({size.method for size in sizes})) or "none is smaller",
-        "candidates": len(sizes),
-        "least_bits": least.bits if least else dense.bits,
-        "most_bits": most.bits if most else dense.bits,
+        "dense_bits": assignment.bits,
+        "methods": ", ".join(sorted({c.method for c in candidates})) or "none is smaller",
+        "candidates": len(candidates),
+        "least_bits": bits[0],
+        "most_bits": bits[-1],
     }
-
-
-def _bits(size: Candidate) -> int:
-    return size.bits
 
 
 def memory(
@@ -258,7 +171,7 @@ def seconds(
         found["solve_in_order"] = (
             fitted
             * streams
-            * (PASSES_IN_ORDER * parameters + sum(width**2 for width in inputs.values()))
+            * (SEQUENTIAL_COST * parameters + sum(width**2 for width in inputs.values()))
             / rate
             + decompose
         )

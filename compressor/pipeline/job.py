@@ -1,14 +1,14 @@
-"""The stages of a run, each a function of what the stages before it made: job → statistics → curves
-→ probes → plan → modules.
+"""What a run works on, read once from its recipe: model, windows, targets, and how they are found
+again.
 """
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,18 +22,19 @@ from compressor.evaluation.perplexity import compare, in_float32
 from compressor.files import model_folder
 from compressor.models import linears
 from compressor.models import load as models
+from compressor.plan import Choice
 from compressor.recipe.quantities import size_in_bytes
 from compressor.recipe.sections import Recipe
 from compressor.resume.spill import Cache
 from compressor.resume.store import NOWHERE, Store
-from compressor.runtime.deadline import NO_LIMIT, Clock
+from compressor.runtime.deadline import NO_DEADLINE, Deadline
 from compressor.runtime.progress import Progress, silent
+from compressor.runtime.stopwatch import Stopwatch
 from compressor.training.team import ALONE, Team
 
-WRITING, SLOWER = (
-    5.0,
-    1.3,
-)  # seconds; times a comparison of the dense model with itself: compressed linears may be slower
+WRITE_SECONDS = 5.0
+COMPRESSED_SLOWDOWN = 1.3  # of a comparison of the dense model with itself
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -50,7 +51,10 @@ class Job:
     calibration: data.Windows
     heldout: data.Windows
     store: Store = NOWHERE  # where finished pieces of work are kept
-    clock: Clock = NO_LIMIT  # what is left of the budget
+    budget: Deadline = NO_DEADLINE  # of the run, which trials and steps of training are fitted to
+    deadline: Deadline = NO_DEADLINE  # of work that is dropped where it would end later
+    progress: Progress = silent
+    watch: Stopwatch = field(default_factory=Stopwatch)  # seconds of each stage
     cache: Cache = field(default_factory=Cache)  # of what blocks return
     team: Team = ALONE  # processes that heal together
     # parameters that the source stores under another name, on the meta device
@@ -60,11 +64,26 @@ class Job:
     def device(self) -> torch.device:
         return torch.device("cpu") if self.model.device.type == "meta" else self.model.device
 
+    def steps(self, items: Collection[T], title: str) -> Iterator[T]:
+        """Hand on the items of a stage, show its progress, and check the deadline before each.
+
+        Raises OutOfTime once the stage shows that it would end too late.
+        """
+        projection = self.deadline.project(len(items))
+        for item in self.progress(items, title):
+            projection.check()
+            yield item
+
     @property
     def block_of(self) -> dict[str, int]:
         """Block of every target and group."""
         blocks = {name: assignment.info.block for name, assignment in self.assignments.items()}
         return blocks | {name: blocks[group.members[0]] for name, group in self.groups.items()}
+
+    def unit_of(self, name: str, choice: Choice) -> str:
+        """Return the group whose members a choice of a linear names, or the linear itself."""
+        sharing = (group.name for group in self.groups.values() if group.members == choice.members)
+        return next(sharing, name)
 
     def computing(self) -> AbstractContextManager:
         """Forward passes in float32 on a CPU, where half precision is slow and coarse; in the
@@ -137,15 +156,14 @@ def start(recipe: Recipe, source: model_folder.ModelFolder, progress: Progress =
         groups(recipe, assignments),
         fit,
         heldout,
+        progress=progress,
         cache=cache,
         ties=tied_tensors(model),
     )
 
 
-def checked(job: Job) -> Job:
-    """The job. Raises ConfigError if its recipe measures something on held-out windows, and there
-    are none.
-    """
+def require_heldout(job: Job) -> Job:
+    """Return the job. Raises ConfigError if it needs held-out windows and there are none."""
     recipe, cure = job.recipe, "set calibration.heldout above 0, or give more windows"
     if len(job.heldout.tokens):
         return job
@@ -157,8 +175,8 @@ def checked(job: Job) -> Job:
     return job
 
 
-def evaluation_windows(job: Job, progress: Progress = silent) -> data.Windows:
-    """The windows that original and compressed model are compared on."""
+def evaluation_windows(job: Job) -> data.Windows:
+    """Read the windows that original and compressed model are compared on."""
     section, window, seed = job.recipe.evaluation, job.recipe.evaluation_window, job.recipe.seed
     text = section.source or str(data.bundled("evaluation"))
     return data.load_windows(
@@ -169,14 +187,12 @@ def evaluation_windows(job: Job, progress: Progress = silent) -> data.Windows:
         section.column,
         seed=seed,
         model=job.model,
-        progress=progress,
+        progress=job.progress,
     )
 
 
 def seconds_per_token(job: Job) -> float:
-    """Of comparing two models, timed on a batch of held-out windows and the model as it is, the
-    second time.
-    """
+    """Time one model comparison on a held-out batch; seconds per token, warm."""
     tokens = job.heldout.tokens[: job.recipe.calibration.batch_size]
     with job.computing():
         for _ in range(2):
@@ -187,28 +203,29 @@ def seconds_per_token(job: Job) -> float:
 
 
 def reserve(job: Job) -> float:
-    """Seconds that writing takes, and the evaluation that ends a run, on all its windows."""
+    """Estimate the seconds of writing and of the evaluation that ends a run, on all its windows."""
     tokens = evaluation_windows(job).tokens.numel() if job.recipe.evaluation.enabled else 0
     tokens += job.heldout.tokens.numel() + (
         job.calibration.tokens.numel() if job.recipe.trains else 0
     )
-    return SLOWER * seconds_per_token(job) * tokens + WRITING
+    return COMPRESSED_SLOWDOWN * seconds_per_token(job) * tokens + WRITE_SECONDS
 
 
-def needing(job: Job, others: Sequence[Recipe]) -> Job:
-    """The job with everything that other recipes need collected too; of use for its statistics
-    only.
+def with_needs(job: Job, others: Sequence[Recipe]) -> Job:
+    """Return the job with everything that other recipes need collected too.
+
+    It is of use for its statistics only.
     """
-    found = dict(job.assignments)
+    assignments = dict(job.assignments)
     for recipe in others:
         for name, other in assign(recipe, job.model).items():
-            first = found.setdefault(name, other)
-            found[name] = replace(first, residual_needs=first.needs | other.needs)
-    return replace(job, assignments=found)
+            first = assignments.setdefault(name, other)
+            assignments[name] = replace(first, residual_needs=first.needs | other.needs)
+    return replace(job, assignments=assignments)
 
 
 def fingerprint(job: Job) -> dict[str, Any]:
-    """What statistics depend on; two runs may share them only if all of it agrees."""
+    """Return what statistics depend on; runs may share them only if all of it agrees."""
     section = job.recipe.calibration
     return {
         "model": model_folder.content_digest(job.source),
@@ -220,18 +237,22 @@ def fingerprint(job: Job) -> dict[str, Any]:
     }
 
 
-def keeping(job: Job, store: Store, scratch: Path | None = None) -> Job:
-    """The job with a store for its pieces, which all depend on the source, the windows (held-out
-    ones too) and the calibration.
+def with_store(job: Job, store: Store, scratch: Path | None = None) -> Job:
+    """Return the job with a store for its pieces of work.
 
-    scratch: folder for what its cache does not hold in memory; None: with temporary files.
+    They all depend on the source, the windows (held-out ones too) and the calibration.
+
+    Args:
+        job: the job.
+        store: where finished pieces are kept.
+        scratch: folder for what its cache does not hold in memory; None: with temporary files.
     """
     scope = fingerprint(job), collected_as(job.recipe), job.heldout.digest
     return replace(job, cache=Cache(job.cache.budget, scratch), store=store.within(*scope))
 
 
 def collected_as(recipe: Recipe) -> dict[str, Any]:
-    """The part of the calibration that statistics of the dense model depend on."""
+    """Return the part of the calibration that statistics of the dense model depend on."""
     return recipe.calibration.model_dump(
         mode="json", exclude={"sequential", "anchor", "anchor_damping", "cache"}
     )

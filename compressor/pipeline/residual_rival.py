@@ -1,7 +1,6 @@
-"""Whether low-rank residuals are worth their bytes: finer bases of no more bytes in their place, on
-the held-out windows.
+"""Measure whether low-rank residuals are worth their bytes, against finer bases of no more bytes.
 
-A residual spends bytes that more bits or smaller groups could have (quantisation card §1). Which
+A residual spends bytes that more bits or smaller groups could have . Which
 one wins depends on the width, the rank and the bits, so it is measured: the plan as it is, against
 the plan whose linears with residuals have the finest base that fits instead. Both are solved on the
 inputs of the dense model, whatever the run does later.
@@ -9,23 +8,21 @@ inputs of the dense model, whatever the run does later.
 
 from dataclasses import replace
 
-from compressor.allocation.decompose import dense_weight, offering
-from compressor.allocation.probe import Prober
-from compressor.allocation.solve import Found
+from compressor.allocation.decompose import dense_weight
 from compressor.linears import CompressedLinear
-from compressor.linears.base import Modules
 from compressor.methods.integers.quantize import QuantizeMethod
-from compressor.pipeline import sequential_solve
-from compressor.pipeline.job import Job
-from compressor.plan import FINER_BASES, WITH_RESIDUALS, Candidate, Choice, Plan
+from compressor.pipeline.contest import measure_divergences
+from compressor.pipeline.search import without_order
+from compressor.pipeline.sequential_solve import solve_in_order
+from compressor.pipeline.solution import Solution
+from compressor.plan import FINER_BASES, WITH_RESIDUALS, Candidate, Choice
 from compressor.recipe.sections import Recipe
-from compressor.statistics import LinearStats
 
 GROUPS = ("auto:16", "auto:32", "auto:64", "auto:128", "channel")
 
 
-def wanted(recipe: Recipe) -> bool:
-    """Whether a plan of this recipe may have residuals that a finer base could stand in for."""
+def has_residuals(recipe: Recipe) -> bool:
+    """Tell whether plans of this recipe may have residuals that a finer base could replace."""
     listed = any(
         max(engine.options.get("residual") or (0,))
         for entry in recipe.method
@@ -34,94 +31,72 @@ def wanted(recipe: Recipe) -> bool:
     return listed or recipe.compensation.enabled
 
 
-def rank_of(choice: Choice) -> int:
-    return choice.residual or (
-        choice.setting.get("rank", 0) if choice.method == QuantizeMethod.name else 0
-    )
+def residual_rank(choice: Choice) -> int:
+    """Return the rank of the residual of a linear, 0 where it has none."""
+    inner = choice.setting.get("rank", 0) if choice.method == QuantizeMethod.name else 0
+    return choice.residual or inner
 
 
-def judged(
-    job: Job, plan: Plan, base: tuple[Plan, Modules], found: Found, stats: dict[str, LinearStats]
-) -> Plan:
-    """The plan with two more entries in its contest, if it has residuals: held-out divergence with
-    them, and with finer bases.
+def compare_residuals(solution: Solution) -> Solution:
+    """Add two entries to the contest of a plan with residuals: held-out divergence with them, and
+    with finer bases.
 
-    base: plan and modules before compensation and before anything was solved again in order. The
-    second entry is missing where no linear has a finer base of its kind that fits, or where no
-    windows are held out.
+    Both are missing where no linear has a finer base of its kind that fits, or where no windows are
+    held out.
     """
-    adapted = {name: choice for name, choice in plan.linears.items() if rank_of(choice)}
-    if not adapted or len(job.heldout.tokens) == 0:
-        return plan
-    finer = {}
-    for name, choice in adapted.items():
-        rival = finest(job, name, choice, base[0].linears[name], found, stats[name])
-        finer |= {} if rival is None else {name: rival}
-    if not finer:
-        return plan
-    recipe = job.recipe.model_copy(
-        update={"calibration": job.recipe.calibration.model_copy(update={"sequential": False})}
-    )
-    ranked = replace(
-        base[0],
-        linears={
-            name: replace(choice, residual=plan.linears[name].residual)
-            for name, choice in base[0].linears.items()
-        },
-    )
-    whole = sequential_solve.finish(
-        replace(job, recipe=recipe), ranked, base[1], found, stats, ranked
-    )[1]
-    return replace(
-        plan,
-        contest=plan.contest
-        | dict(
-            zip((WITH_RESIDUALS, FINER_BASES), divergences(job, whole, whole | finer), strict=True)
-        ),
-    )
+    job, start = solution.job, solution.allocated
+    if not has_residuals(job.recipe) or len(job.heldout.tokens) == 0:
+        return solution
+    with job.watch("evaluate"):
+        choices = solution.plan.linears
+        rivals = {
+            name: find_finest(solution, name)
+            for name, choice in choices.items()
+            if residual_rank(choice)
+        }
+        finer = {name: rival for name, rival in rivals.items() if rival is not None}
+        if not finer:
+            return solution
+        ranked = {
+            name: replace(choice, residual=choices[name].residual)
+            for name, choice in start.plan.linears.items()
+        }
+        given = replace(
+            start,
+            job=replace(job, recipe=without_order(job.recipe)),
+            is_given=True,
+        ).noted(linears=ranked)
+        modules = solve_in_order(given).modules
+        pair = {WITH_RESIDUALS: modules, FINER_BASES: modules | finer}
+        contest = solution.plan.contest | measure_divergences(job, pair)
+        return solution.noted(contest=contest)
 
 
-def finest(
-    job: Job, name: str, choice: Choice, base: Choice, found: Found, stats: LinearStats
-) -> CompressedLinear | None:
-    """The finest base that takes no more bits than base and residual together; None if none is
-    finer than the base.
+def find_finest(solution: Solution, name: str) -> CompressedLinear | None:
+    """Build the finest base that takes no more bits than base and residual of a linear together;
+    None if none is finer than the base.
     """
-    if base.setting.get("shared"):
+    choice, base = solution.plan.linears[name], solution.allocated.plan.linears[name]
+    if base.members:
         return None
-    part = offering(name, base, found[name])[0]
-    dense = dense_weight(job.assignments[name])
+    part = solution.allocated.decomposition(name)
+    dense = dense_weight(solution.job.assignments[name])
     if not isinstance(part.method, QuantizeMethod):
-        best = max(
-            (one for one in part.curve.candidates if one.bits <= choice.bits),
-            key=lambda one: one.bits,
-        )
+        fitting = [size for size in part.curve.candidates if size.bits <= choice.bits]
+        best = max(fitting, key=lambda size: size.bits)
         return None if best.setting == base.setting else part.build(best)[0][name]
-    own = {base.setting["group"], *part.method.group, *GROUPS}
+    groups = {base.setting["group"], *part.method.group, *GROUPS}
     method = replace(
-        part.method, bits=tuple(range(base.setting["bits"], 9)), group=tuple(own), residual=(0,)
+        part.method, bits=tuple(range(base.setting["bits"], 9)), group=tuple(groups), residual=(0,)
     )
-    fitting = [one for one in method.sizes(dense, name) if one.bits <= choice.bits]
+    fitting = [size for size in method.sizes(dense, name) if size.bits <= choice.bits]
     best = max(fitting, key=fineness)
     if fineness(best) <= (base.setting["bits"], -base.setting["group"]):
         return None
-    return method.compress(method.prepare(name, dense, stats), best.setting)
+    state = method.prepare(name, dense, solution.statistics[name])
+    return method.compress(state, best.setting)
 
 
 def fineness(candidate: Candidate) -> tuple[int, int]:
+    """Return what candidates of a quantiser are ordered by: bits, then the smallness of groups."""
     return candidate.setting["bits"], -candidate.setting["group"]
-
-
-def divergences(job: Job, *rivals: Modules) -> list[float]:
-    """KL(original‖model) of the model with each set of modules, nats per token on the held-out
-    windows.
-    """
-    tokens, sums = job.heldout.tokens, [0.0] * len(rivals)
-    with job.computing():
-        for batch in tokens.split(job.recipe.calibration.batch_size):
-            prober = Prober(job.model, batch, len(batch))
-            sums = [
-                total + prober.kl(modules, 0) * len(batch)
-                for total, modules in zip(sums, rivals, strict=True)
-            ]
-    return [total / len(tokens) for total in sums]

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compressor.allocation import curves
-from compressor.allocation.decompose import beside
+from compressor.allocation.decompose import move_beside
 from compressor.calibrate import statistics_folder
 from compressor.checkpoint import write as checkpoint
 from compressor.checkpoint.export import dense as exporting
@@ -43,7 +43,7 @@ from compressor.recipe.training import Heal, Repair
 from compressor.reporting import card, report
 from compressor.resume.journal import Journal
 from compressor.resume.store import Store, digest
-from compressor.runtime.deadline import Clock
+from compressor.runtime.deadline import Deadline
 from compressor.runtime.progress import Progress, silent
 from compressor.runtime.stopwatch import Stopwatch
 from compressor.statistics import LinearStats
@@ -83,7 +83,7 @@ def compress(
     healing with this process, its main one. Raises CompressorError before anything is written or
     changed at `output`.
     """
-    output, watch, clock = Path(output), Stopwatch(), Clock(recipe.budget_seconds)
+    output, watch, budget = Path(output), Stopwatch(), Deadline(recipe.budget_seconds)
     train.require_optimizers(recipe)
     source_path = model_folder.resolve(recipe.model.name, recipe.model.revision)
     with Journal(output, restart) as journal:
@@ -92,47 +92,43 @@ def compress(
         edited = None if plan is None else read_plan(plan)
         source = jobs.open_source(recipe.model.name, recipe.model.revision, progress)
         preflight(output, source.path, overwrite, source.weight_bytes + ROOM)
-        job = replace(jobs.checked(jobs.start(recipe, source, progress)), clock=clock, team=team)
-        job = jobs.keeping(
-            job, journal.begin(described(job, edited, stats), shared), journal.scratch
-        )
+        job = jobs.require_heldout(jobs.start(recipe, source, progress))
+        job = replace(job, budget=budget, team=team, watch=watch)
+        store = journal.begin(describe_run(job, edited, stats), shared)
+        job = jobs.with_store(job, store, journal.scratch)
         with watch("calibrate"):
-            collected = statistics(job, stats, progress)
-        made, modules = plan_and_build(job, collected, edited, watch, progress)
+            collected = read_or_collect(job, stats)
+        solution = plan_and_build(job, collected, edited)
         team.dismiss()
         with watch("write"):
-            stages.install(job, modules)
-            found = (
-                described_report(job, made, output)
-                if journal.committed
-                else write(job, made, output, watch, journal, progress)
-            )
+            stages.install(job, solution.modules)
+            if journal.committed:
+                results = describe_model(job, solution.plan, output)
+            else:
+                results = write(job, solution.plan, output, journal)
         if recipe.evaluation.enabled:
             with watch("evaluate"):
-                found = score(job, output, found, made, progress)
+                results = score(job, solution.plan, output, results)
         replace_text(output / "timings.json", report.to_json(watch.to_json()))
-    return found
+    return results
 
 
-def statistics(job: Job, stats: Path | None, progress: Progress = silent) -> dict[str, LinearStats]:
-    """What `calibrate` has collected in the folder `stats`, or (None) collected now; on the devices
-    of the linears.
+def read_or_collect(job: Job, stats: Path | None) -> dict[str, LinearStats]:
+    """Read what `calibrate` has collected in the folder `stats`, or (None) collect it now.
 
-    Raises ConfigError for settings of a search that do not fit, before anything is computed.
+    It is put on the devices of the linears. Raises ConfigError for settings of a search that do not
+    fit, before anything is computed.
     """
-    whole = jobs.needing(job, search.recipes(job.recipe))
-    found = (
-        stages.statistics(whole, progress)
-        if stats is None
-        else statistics_folder.load_statistics(stats, jobs.fingerprint(job))
-    )
-    return beside(whole.assignments, found)
+    job = jobs.with_needs(job, search.list_recipes(job.recipe))
+    if stats is None:
+        collected = stages.statistics(job)
+    else:
+        collected = statistics_folder.load_statistics(stats, jobs.fingerprint(job))
+    return move_beside(job.assignments, collected)
 
 
-def described(job: Job, edited: Plan | None, stats: Path | None) -> dict[str, Any]:
-    """What a run depends on, JSON: a run that was stopped goes on only where all of it is the
-    same.
-    """
+def describe_run(job: Job, edited: Plan | None, stats: Path | None) -> dict[str, Any]:
+    """Return what a run depends on, JSON; a stopped one goes on only where it is the same."""
     recipe = job.recipe.model_dump(mode="json", exclude={"output": {"overwrite"}})
     given = {
         "plan": edited and digest(edited.to_json()),
@@ -145,41 +141,37 @@ def described(job: Job, edited: Plan | None, stats: Path | None) -> dict[str, An
     } | given
 
 
-def write(
-    job: Job, made: Plan, output: Path, watch: Stopwatch, journal: Journal, progress: Progress
-) -> dict[str, Any]:
+def write(job: Job, plan: Plan, output: Path, journal: Journal) -> dict[str, Any]:
     """Write the folder of the compressed model, prove that it reloads bit for bit, and put it in
     place; return the report so far.
     """
     with Staging(output, job.recipe.output.overwrite) as staging:
         shard_size = size_in_bytes(job.recipe.output.shard_size)
         checkpoint.write_model(
-            staging.folder, job.model, job.tokenizer, job.source.path, shard_size, progress
+            staging.folder, job.model, job.tokenizer, job.source.path, shard_size, job.progress
         )
-        checkpoint.compare_reload(staging.folder, job.model, progress)
-        found = described_report(job, made, staging.folder)
-        written, limit = found["bytes"]["compressed"], job.recipe.allocation.target_size
+        checkpoint.compare_reload(staging.folder, job.model, job.progress)
+        results = describe_model(job, plan, staging.folder)
+        written, limit = results["bytes"]["compressed"], job.recipe.allocation.target_size
         if limit is not None and written > size_in_bytes(limit):
             raise CheckpointError(
                 f"{output}: the weights take {written:,} bytes, target_size {limit} allows less; "
                 "lower it by the excess"
             )
-        for name, text in documents(job.recipe, made, found).items():
+        for name, text in render_documents(job.recipe, plan, results).items():
             replace_text(staging.folder / name, text)
-        replace_text(staging.folder / "timings.json", report.to_json(watch.to_json()))
+        replace_text(staging.folder / "timings.json", report.to_json(job.watch.to_json()))
         staging.commit(journal.note)
-    return found
+    return results
 
 
-def described_report(job: Job, made: Plan, weights: Path) -> dict[str, Any]:
-    """The report of a model that is written but not evaluated. weights: the folder that holds
-    it.
-    """
+def describe_model(job: Job, plan: Plan, weights: Path) -> dict[str, Any]:
+    """Return the report of a model that is written, in the folder `weights`, but not evaluated."""
     original_bytes = sum((job.source.path / name).stat().st_size for name in job.source.files)
     written = sum(path.stat().st_size for path in weights.glob("*.safetensors"))
     return report.build(
-        made,
-        sizes_of(job, made, original_bytes, written),
+        plan,
+        measure_sizes(job, plan, original_bytes, written),
         unit=job.recipe.allocation.count,
         reason=PENDING if job.recipe.evaluation.enabled else "evaluation is switched off",
         fingerprints=jobs.fingerprint(job) | {"recipe": digest(job.recipe.model_dump(mode="json"))},
@@ -191,32 +183,30 @@ def described_report(job: Job, made: Plan, weights: Path) -> dict[str, Any]:
     )
 
 
-def documents(recipe: Recipe, made: Plan, found: dict[str, Any]) -> dict[str, str]:
-    """The readable files of a checkpoint folder, by name."""
+def render_documents(recipe: Recipe, plan: Plan, results: dict[str, Any]) -> dict[str, str]:
+    """Render the readable files of a checkpoint folder, by name."""
     yaml = dump_yaml(recipe)
     return {
         "recipe.yaml": yaml,
-        "plan.json": report.to_json(made.to_json()),
-        "curves.json": curves.to_json(made.curves),
-        "report.json": report.to_json(found),
-        "README.md": card.model_card(found, yaml, recipe.model.name),
+        "plan.json": report.to_json(plan.to_json()),
+        "curves.json": curves.to_json(plan.curves),
+        "report.json": report.to_json(results),
+        "README.md": card.model_card(results, yaml, recipe.model.name),
     }
 
 
-def sizes_of(job: Job, made: Plan, original_bytes: int, written: int) -> report.Sizes:
-    """Bytes of the files, and what the model stores besides the targets, from the installed
-    model.
-    """
+def measure_sizes(job: Job, plan: Plan, original_bytes: int, written: int) -> report.Sizes:
+    """Return bytes of files, and what the installed model stores besides the targets."""
     tensors, untied = stored_tensors(job.model), untied_tensors(job).values()
     bits = sum(tensor.nbytes * 8 for tensor in tensors.values()) - sum(
-        choice.bits for choice in made.linears.values()
+        choice.bits for choice in plan.linears.values()
     )
     parameters = sum(t.numel() for t in tensors.values() if t.is_floating_point())
     return report.Sizes(
         original_bytes,
         written,
         bits,
-        parameters - sum(choice.parameters for choice in made.linears.values()),
+        parameters - sum(choice.parameters for choice in plan.linears.values()),
         sum(tensor.nbytes * 8 for tensor in untied),
         sum(tensor.numel() for tensor in untied),
     )
@@ -234,69 +224,68 @@ def untied_tensors(job: Job) -> dict[str, Tensor]:
     }
 
 
-def score(
-    job: Job, output: Path, found: dict[str, Any], made: Plan, progress: Progress
-) -> dict[str, Any]:
-    """Evaluate the committed folder against its source and amend its report; a failure leaves null
-    scores and a reason.
+def score(job: Job, plan: Plan, output: Path, results: dict[str, Any]) -> dict[str, Any]:
+    """Evaluate the committed folder against its source and amend its report.
+
+    A failure leaves null scores and a reason.
     """
     failure = None
     try:
-        found = evaluation.measure(job, found, job.store.within(made.to_json()), progress)
+        results = evaluation.measure(job, results, job.store.within(plan.to_json()))
     except CompressorError as error:
         failure = f"the checkpoint is written, its evaluation failed: {error}"
-        found = found | {"reason": str(error)}
+        results = results | {"reason": str(error)}
     amend(
         output,
         {
             name: text
-            for name, text in documents(job.recipe, made, found).items()
+            for name, text in render_documents(job.recipe, plan, results).items()
             if name in ("report.json", "README.md")
         },
     )
-    return found | ({"failure": failure} if failure else {})
+    return results | ({"failure": failure} if failure else {})
 
 
 def read_plan(path: Path) -> Plan:
     """Read an edited plan.json. Raises ConfigError if it is not one."""
     try:
         return Plan.from_json(read_json(path))
-    except (CheckpointError, KeyError, TypeError, AttributeError) as error:
+    except (CheckpointError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(
             f"{path}: is not a plan ({error}); start from the plan.json of a checkpoint"
         ) from None
 
 
 def plan(recipe: Recipe, stats: Path | None = None, progress: Progress = silent) -> dict[str, Any]:
-    """What `compress` would do; writes nothing but temporary files. Reads headers only, unless
-    `stats` is given: then it decomposes and allocates too, with a search within the budget. Errors
-    are those before solving in order, repair and healing, which change no size."""
-    clock = Clock(recipe.budget_seconds)
+    """Say what `compress` would do; write nothing but temporary files.
+
+    Reads headers only, unless `stats` is given: then it decomposes and allocates too, with a search
+    within the budget. Errors are those before solving in order, repair and healing, which change no
+    size.
+    """
+    budget = Deadline(recipe.budget_seconds)
     source = model_folder.read_headers(
         model_folder.resolve(recipe.model.name, recipe.model.revision)
     )
     model_folder.refuse_quantised(source)
-    found = dry_run.outline(recipe, source)
+    outline = dry_run.outline(recipe, source)
     if stats is None:
-        return found
-    job = jobs.checked(
-        jobs.start(
-            recipe, jobs.open_source(recipe.model.name, recipe.model.revision, progress), progress
-        )
-    )
-    sizing = search.not_in_order(recipe).model_copy(update={"repair": Repair(), "heal": Heal()})
-    job = replace(job, recipe=sizing, clock=clock)
-    collected = statistics(job, stats, progress)
+        return outline
+    source = jobs.open_source(recipe.model.name, recipe.model.revision, progress)
+    job = jobs.require_heldout(jobs.start(recipe, source, progress))
+    sizing = search.without_order(recipe).model_copy(update={"repair": Repair(), "heal": Heal()})
+    job = replace(job, recipe=sizing, budget=budget)
+    collected = read_or_collect(job, stats)
     with TemporaryDirectory(prefix="plan-") as pieces:  # which the trials of a search share
-        job = jobs.keeping(job, Store(None if recipe.allocation.search is None else Path(pieces)))
-        made, _ = plan_and_build(job, collected, None, Stopwatch(), progress)
+        store = Store(None if recipe.allocation.search is None else Path(pieces))
+        planned = plan_and_build(jobs.with_store(job, store), collected).plan
     chosen = {
         name: {"method": c.method, "setting": c.setting, "bits": c.bits, "error": c.error}
-        for name, c in made.linears.items()
+        for name, c in planned.linears.items()
     }
-    return found | {
-        "price": made.price,
-        "linears": [linear | chosen[linear["name"]] for linear in found["linears"]],
+    return outline | {
+        "price": planned.price,
+        "linears": [linear | chosen[linear["name"]] for linear in outline["linears"]],
     }
 
 
@@ -318,11 +307,10 @@ def calibrate(
         source = jobs.open_source(recipe.model.name, recipe.model.revision, progress)
         preflight(output, source.path, overwrite, 0)
         job = jobs.start(recipe, source, progress)
-        job = jobs.needing(
-            job, [every for one in (recipe, *others) for every in (one, *search.recipes(one))]
-        )
-        job = jobs.keeping(job, journal.begin(described(job, None, None)))
-        collected = stages.statistics(job, progress)
+        needed = [r for base in (recipe, *others) for r in (base, *search.list_recipes(base))]
+        job = jobs.with_needs(job, needed)
+        job = jobs.with_store(job, journal.begin(describe_run(job, None, None)))
+        collected = stages.statistics(job)
         mark = jobs.fingerprint(job)
         statistics_folder.save_statistics(output, collected, mark, overwrite)
     written = sum(path.stat().st_size for path in output.iterdir())
@@ -336,12 +324,12 @@ def calibrate(
 
 
 def inspect(path: str | Path, plot: Path | None = None) -> dict[str, Any]:
-    """What a checkpoint stores for each linear, from headers and its own plan and report."""
+    """Say what a checkpoint stores for each linear, from headers and its own plan and report."""
     return inspection(model_folder.read_headers(model_folder.resolve(path)), plot)
 
 
 def verify(path: str | Path, progress: Progress = silent) -> list[str]:
-    """Problems of a checkpoint folder, one line each; none means that it is what was written."""
+    """List problems of a checkpoint folder, one line each; none if it is what was written."""
     return verify_checkpoint(model_folder.resolve(path), progress)
 
 

@@ -25,14 +25,15 @@ from compressor.runtime.progress import Progress, silent
 WINDOW = 512
 
 
-def measure(job: Job, found: dict[str, Any], store: Store, progress: Progress) -> dict[str, Any]:
-    """The report `found` with the scores of the model that the job has become, bit for bit what a
-    reload gives, against its source.
+def measure(job: Job, results: dict[str, Any], store: Store) -> dict[str, Any]:
+    """Add to a report the scores of the model that the job has become, against its source.
+
+    That model is bit for bit what a reload gives.
     """
-    recipe, model = job.recipe, job.model
+    recipe, model, progress = job.recipe, job.model, job.progress
     section = recipe.evaluation
     original, tokenizer = models.load(job.source.path, device=job.device)
-    windows = jobs.evaluation_windows(job, progress)
+    windows = jobs.evaluation_windows(job)
     store = store.within(windows.digest)
     result = perplexity.compare(
         original, model, windows.tokens, section.batch_size, progress, store
@@ -45,7 +46,7 @@ def measure(job: Job, found: dict[str, Any], store: Store, progress: Progress) -
             held = perplexity.compare(
                 original, model, tokens, section.batch_size, progress, store.within(which)
             )
-            found = found | {which: report.scores(held.to_json())}
+            results = results | {which: report.scores(held.to_json())}
     tasks = {
         key: store.recall(
             "tasks", [key, *section.tasks], partial(tasks_of, each, tokenizer, recipe, progress)
@@ -59,9 +60,9 @@ def measure(job: Job, found: dict[str, Any], store: Store, progress: Progress) -
         if shared
         else []
     )
-    found = found | {"reason": None, "warnings": found["warnings"] + warnings}
-    found |= report.scores(result.to_json()) | tasks
-    return found | {"fingerprints": found["fingerprints"] | {"evaluation": windows.digest}}
+    results = results | {"reason": None, "warnings": results["warnings"] + warnings}
+    results |= report.scores(result.to_json()) | tasks
+    return results | {"fingerprints": results["fingerprints"] | {"evaluation": windows.digest}}
 
 
 def tasks_of(

@@ -1,8 +1,7 @@
-"""From the modules of a plan to the final ones, methods and settings fixed: solved again in order,
-and given low-rank residuals.
+"""Solve the linears of a plan again in order, methods and settings fixed, and give them low-rank
+residuals.
 """
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,178 +14,154 @@ from compressor.allocation.decompose import (
     Decomposition,
     built,
     dense_weight,
-    offering,
-    setting_of,
 )
-from compressor.allocation.solve import Found
-from compressor.calibrate.streams import Streams, solve_block, solve_in_order
+from compressor.calibrate import streams
+from compressor.calibrate.streams import Streams, solve_block
 from compressor.errors import ConfigError
 from compressor.linears import Dense
 from compressor.linears.base import Modules
 from compressor.methods.base import LINEAR, PAIR, Member
 from compressor.methods.low_rank import residual
-from compressor.pipeline.job import Job
-from compressor.pipeline.residuals import ranks_of
-from compressor.plan import Choice, Plan
-from compressor.recipe.sections import Recipe
+from compressor.pipeline.residuals import choose_ranks
+from compressor.pipeline.solution import Solution
+from compressor.plan import Choice
 from compressor.resume.store import Store
-from compressor.runtime.progress import Progress, silent
 from compressor.statistics import LinearStats
 
 READERS = ("o", "down", "fc2")  # linears that read what the others of their module write
+SEQUENTIAL_COST = 2.5  # forward passes that a sequential solve takes for each stream
 
 
-def wanted(recipe: Recipe, edited: Plan | None) -> bool:
-    """Whether a recipe, or a plan that is to be built as it stands, asks for anything here."""
-    residuals = edited is not None and any(choice.residual for choice in edited.linears.values())
-    return recipe.calibration.sequential or recipe.compensation.enabled or residuals
+def is_wanted(solution: Solution) -> bool:
+    """Tell whether a recipe, or a plan that was given, asks for anything here."""
+    recipe = solution.job.recipe
+    has_residuals = solution.is_given and any(
+        choice.residual for choice in solution.plan.linears.values()
+    )
+    return recipe.calibration.sequential or recipe.compensation.enabled or has_residuals
 
 
-def finish(
-    job: Job,
-    plan: Plan,
-    modules: Modules,
-    found: Found,
-    stats: dict[str, LinearStats],
-    edited: Plan | None,
-    progress: Progress = silent,
-) -> tuple[Plan, Modules]:
-    """Final choices and modules of a plan; nothing is allocated again, and linears that are kept
-    dense stay as they are.
+def solve_in_order(solution: Solution) -> Solution:
+    """Return the final choices and modules of a plan; nothing is allocated again.
 
     Sequential runs solve each linear on the inputs behind the compressed ones before it, and give
-    it its residual there; its rank was settled on the plan's modules. stats: of the dense model;
-    their gradient sums serve in either case. edited: a plan whose ranks are taken as they are.
-    Raises ConfigError for residuals that do not fit.
+    it its residual there; its rank was settled on the plan's modules. Gradient sums of the dense
+    model serve in either case. Linears that are kept dense stay as they are.
+
+    Raises ConfigError for residuals that do not fit, OutOfTime behind the deadline of the job.
     """
-    run = in_order(job, plan, modules, found, stats, edited, job.store)
+    if not is_wanted(solution):
+        return solution
+    job, solver = solution.job, prepare_solver(solution, solution.job.store)
     if not job.recipe.calibration.sequential:
-        for name in progress(list(modules), "compensate"):
-            run.solve([name], None)
-    else:
-        with job.computing():
-            solve_in_order(
-                job.model,
-                {
-                    name: assignment.info
-                    for name, assignment in job.assignments.items()
-                    if name in modules
-                },
-                [
-                    batch.to(job.device)
-                    for batch in job.calibration.tokens.split(job.recipe.calibration.batch_size)
-                ],
-                {name: assignment.needs for name, assignment in job.assignments.items()},
-                run.section.anchor > 0,
-                run.solve,
-                run.keep,
-                progress,
-                job.cache,
-            )
-    return run.plan, run.modules
-
-
-def in_order(
-    job: Job,
-    plan: Plan,
-    modules: Modules,
-    found: Found,
-    stats: dict[str, LinearStats],
-    edited: Plan | None,
-    store: Store,
-) -> "Run":
-    """What `finish` works with, nothing solved yet. store: where it keeps the modules of blocks."""
-    if edited is None:
-        ranks = job.store.recall(
-            "ranks", plan.to_json(), partial(ranks_of, job, plan, modules, stats)
+        for name in job.steps(list(solution.modules), "compensate"):
+            solver.solve([name], None)
+        return solver.solution
+    compressed = {n: a for n, a in job.assignments.items() if n in solution.modules}
+    with job.computing():
+        streams.solve_in_order(
+            job.model,
+            {name: assignment.info for name, assignment in compressed.items()},
+            [
+                batch.to(job.device)
+                for batch in job.calibration.tokens.split(job.recipe.calibration.batch_size)
+            ],
+            {name: assignment.needs for name, assignment in job.assignments.items()},
+            job.recipe.calibration.anchor > 0,
+            solver.solve,
+            solver.keep,
+            job.progress,
+            job.cache,
         )
-    else:
-        ranks = {name: choice.residual or 0 for name, choice in edited.linears.items()}
-    return Run(job, plan, modules, found, stats, ranks, store)
+    return solver.solution
 
 
-class Run:
+def prepare_solver(solution: Solution, store: Store) -> "SequentialSolver":
+    """Create the sequential solver for a plan, ranks of residuals settled, nothing solved yet.
+
+    store: where it keeps the modules of blocks.
+    """
+    ranks = solution.job.store.recall(
+        "ranks", [solution.plan.to_json(), solution.is_given], partial(choose_ranks, solution)
+    )
+    return SequentialSolver(solution, ranks, store)
+
+
+class SequentialSolver:
     """The modules and choices of a plan, replaced group by group."""
 
-    def __init__(
-        self,
-        job: Job,
-        plan: Plan,
-        modules: Modules,
-        found: Found,
-        stats: dict[str, LinearStats],
-        ranks: dict[str, int],
-        store: Store,
-    ):
-        self.job, self.found, self.stats, self.ranks = job, found, stats, ranks
-        self.section = job.recipe.calibration
-        self.planned, self.choices, self.modules = plan, dict(plan.linears), dict(modules)
-        self.store = store.within(
-            plan.to_json(), ranks, [self.section.anchor, *self.section.anchor_damping]
-        )
+    def __init__(self, solution: Solution, ranks: dict[str, int], store: Store):
+        self.base, self.ranks = solution, ranks
+        self.job, self.statistics = solution.job, solution.statistics
+        self.choices, self.modules = dict(solution.plan.linears), dict(solution.modules)
+        self.anchor = self.job.recipe.calibration.anchor
+        self.dampings = self.job.recipe.calibration.anchor_damping
+        self.store = store.within(solution.plan.to_json(), ranks, [self.anchor, *self.dampings])
         # linears of modules whose last one has not been reached
         self.waiting: dict[str, Member] = {}
+        blocks = {self.job.assignments[name].info.block for name in self.modules}
+        self.projection = self.job.deadline.project(len(blocks))
 
     @property
-    def plan(self) -> Plan:
-        """The plan with the choices as they are now."""
-        return replace(self.planned, linears=self.choices)
+    def solution(self) -> Solution:
+        """The solution as far as it is solved."""
+        return self.base.improved(self.choices, self.modules)
 
     def block(self, streams: Streams) -> Modules:
-        """Final modules of the block that streams have come to."""
+        """Solve the block that streams have come to, and return its final modules."""
         members = {
-            name: one.info
-            for name, one in self.job.assignments.items()
-            if name in self.modules and one.info.block == streams.block
+            name: assignment.info
+            for name, assignment in self.job.assignments.items()
+            if name in self.modules and assignment.info.block == streams.block
         }
         needs = {name: self.job.assignments[name].needs for name in members}
-        made = partial(solve_block, streams, members, needs, self.section.anchor > 0, self.solve)
-        return self.keep(list(members), made) if members else {}
+        make = partial(solve_block, streams, members, needs, self.anchor > 0, self.solve)
+        return self.keep(list(members), make) if members else {}
 
     def solve(self, names: Sequence[str], sums: LinearStats | None) -> Modules:
-        """Final modules of linears that read the same inputs, from their sums; None: those of the
-        dense model, the plan's modules serve.
+        """Solve linears that read the same inputs, and return their final modules.
+
+        sums: of their inputs; None: they are those of the dense model, the plan's modules serve.
         """
         shift, took = None, {}
         if sums is not None and sums.cross_gram is not None:
             shift, took["anchor_damping"] = linalg.drift(
-                sums.gram, sums.cross_gram, self.section.anchor_damping, names[0]
+                sums.gram, sums.cross_gram, self.dampings, names[0]
             )
         placed = self.solve_modules(names, sums, shift, took)
-        for part in self.parts([name for name in names if self.module_of(name) is None]):
+        single = [name for name in names if self.module_of(name) is None]
+        for part in self.decompositions(single):
             targets = {name: self.target(name, shift) for name in part.members}
             stats = {
-                name: self.stats[name] if sums is None else over(self.stats[name], sums)
+                name: self.statistics[name]
+                if sums is None
+                else with_input_sums(self.statistics[name], sums)
                 for name in part.members
             }
             state = part.state if sums is None else self.solve_part(part, targets, stats, took)
             self.compensate(part, state, targets, stats)
-        return placed | {name: self.modules[name] for name in names if self.module_of(name) is None}
+        return placed | {name: self.modules[name] for name in single}
 
     def keep(self, names: Sequence[str], make: Callable[[], Modules]) -> Modules:
-        """Modules of a block, made now or in a run that was stopped, with its final modules and
-        choices.
+        """Recall the modules of a block, or make them, with its final modules and choices.
+
+        Raises OutOfTime, before it is begun, if the last block would end behind the deadline.
         """
+        self.projection.check()
 
-        def outcome() -> tuple[Modules, Modules, dict[str, Choice]]:
+        def solve() -> tuple[Modules, Modules, dict[str, Choice]]:
             placed = make()
-            return (
-                placed,
-                {name: self.modules[name] for name in names},
-                {name: self.choices[name] for name in names},
-            )
+            modules = {name: self.modules[name] for name in names}
+            return placed, modules, {name: self.choices[name] for name in names}
 
-        placed, modules, choices = self.store.recall("solved", list(names), outcome)
+        placed, modules, choices = self.store.recall("solved", list(names), solve)
         self.modules |= modules
         self.choices |= choices
         return placed
 
     def module_of(self, name: str) -> Decomposition | None:
-        """The decomposition that compresses this linear with the rest of its module, if one
-        does.
-        """
-        members = self.choices[name].setting.get("shared")
-        part = None if members is None else next(self.parts(members))
+        """Return the decomposition that compresses this linear with its module, if one does."""
+        part = self.base.decomposition(name) if self.choices[name].members else None
         return part if part is not None and part.method.unit != LINEAR else None
 
     def solve_modules(
@@ -196,66 +171,54 @@ class Run:
         shift: Tensor | None,
         took: dict[str, float],
     ) -> Modules:
-        """Whole modules, once the sums of their last linear are known; before, their linears run as
-        they were.
+        """Solve whole modules once the sums of their last linear are known; before, their linears
+        run as they were.
 
         That linear reads channels, heads or value dimensions that are the same whether the others
         have been removed or not. Queries and keys end with what they read, so values are mixed by
         the compressed ones. Pairs in two blocks stay as planned: the first is needed before the
         second is known.
         """
-        found: Modules = {}
+        solved: Modules = {}
         for name, part in ((name, part) for name in names if (part := self.module_of(name))):
             if part.method.unit == PAIR:
-                found[name] = self.modules[name]
+                solved[name] = self.modules[name]
                 continue
-            stats = self.stats[name] if sums is None else over(self.stats[name], sums)
+            stats = self.statistics[name]
+            stats = stats if sums is None else with_input_sums(stats, sums)
             role = self.job.assignments[name].info.role
             anchored = shift if role in READERS else None
             self.waiting[name] = Member(name, self.target(name, anchored), stats, role)
             if not part.members.keys() <= self.waiting.keys():
                 continue
             if sums is not None:
-                state = part.method.prepare_unit(
-                    part.curve.linear, {each: self.waiting[each] for each in part.members}
-                )
-                modules, error = built(
-                    part.method, state, setting_of(self.choices[name]), part.members
-                )
-                self.modules |= modules
-                for each in modules:
-                    self.choices[each] = replace(
-                        self.choices[each],
-                        measured=error,
-                        sequential={} if anchored is None else took,
-                    )
-            found |= {each: self.modules[each] for each in part.members}
-        return found
+                members = {member: self.waiting[member] for member in part.members}
+                state = part.method.prepare_unit(part.curve.linear, members)
+                self.install(part, state, {} if anchored is None else took)
+            solved |= {member: self.modules[member] for member in part.members}
+        return solved
 
-    def parts(self, names: Sequence[str]) -> Iterator[Decomposition]:
-        """The decompositions behind the choices of some linears, those that share one together."""
+    def install(self, part: Decomposition, state: Any, took: dict[str, float]) -> None:
+        """Build the linears of a decomposition from a new state, at the setting of the plan."""
+        setting = self.choices[next(iter(part.members))].setting
+        modules, error = built(part.method, state, setting, part.members)
+        self.modules |= modules
+        for name in modules:
+            self.choices[name] = replace(self.choices[name], measured=error, sequential=took)
+
+    def decompositions(self, names: Sequence[str]) -> Iterator[Decomposition]:
+        """Yield the decompositions behind the choices of some linears, shared ones once."""
         for name in names:
-            choice = self.choices[name]
-            members = choice.setting.get("shared")
-            if members is None or name == members[0]:
-                unit = (
-                    name
-                    if members is None
-                    else next(
-                        group.name
-                        for group in self.job.groups.values()
-                        if [*group.members] == members
-                    )
-                )
-                yield offering(name, choice, self.found[unit])[0]
+            if name == (self.choices[name].members or (name,))[0]:
+                yield self.base.decomposition(name)
 
     def target(self, name: str, shift: Tensor | None) -> Dense:
-        """The dense linear, its weight moved by what its inputs lack: W + β W Δ."""
+        """Return the dense linear, its weight moved by what its inputs lack: W + β W Δ."""
         dense = dense_weight(self.job.assignments[name])
         if shift is None:
             return dense
         weight = dense.weight.double()
-        return replace(dense, weight=weight + self.section.anchor * weight @ shift)
+        return replace(dense, weight=weight + self.anchor * weight @ shift)
 
     def solve_part(
         self,
@@ -267,22 +230,18 @@ class Run:
         """Solve one linear, or several that share what they store, at the setting of the plan;
         return the state of the method.
         """
-        setting = setting_of(self.choices[next(iter(part.members))])
         members = {name: Member(name, targets[name], stats[name]) for name in part.members}
         state = part.method.prepare_unit(part.curve.linear, members)
-        modules, error = built(part.method, state, setting, part.members)
-        if (
-            "damping" in setting
-        ):  # the method's own: the setting says what the dense Gram took, this what the new one did
+        if "damping" in self.choices[next(iter(members))].setting:
+            # the method's own: the setting says what the dense Gram took, this what the new one did
             took = took | {"damping": state.damping}
-        self.modules |= modules
-        for name in modules:
-            self.choices[name] = replace(self.choices[name], measured=error, sequential=took)
+        self.install(part, state, took)
         return state
 
     def seconds(self) -> float:
-        """What solving everything anew takes, about: as the largest linear takes, which is solved
-        here, for each of its numbers.
+        """Estimate the seconds of solving everything anew.
+
+        The largest linear is solved here, and all take as long for each of their numbers.
         """
         sizes = {
             name: self.job.assignments[name].parameters
@@ -291,19 +250,13 @@ class Run:
         }
         if not sizes:
             return 0.0
-        name = max(sizes, key=sizes.__getitem__)
-        part = next(self.parts(self.choices[name].setting.get("shared") or [name]))
-        targets, stats = (
-            {each: self.target(each, None) for each in part.members},
-            {each: self.stats[each] for each in part.members},
-        )
-        start = time.monotonic()
+        part = self.base.decomposition(max(sizes, key=sizes.__getitem__))
+        targets = {name: self.target(name, None) for name in part.members}
+        stats = {name: self.statistics[name] for name in part.members}
+        start = self.job.deadline.now()
         self.solve_part(part, targets, stats, {})
-        return (
-            (time.monotonic() - start)
-            * sum(sizes.values())
-            / sum(sizes[each] for each in part.members)
-        )
+        spent = self.job.deadline.now() - start
+        return spent * sum(sizes.values()) / sum(sizes[name] for name in part.members)
 
     def compensate(
         self,
@@ -313,24 +266,16 @@ class Run:
         stats: dict[str, LinearStats],
     ) -> None:
         """Give linears their residuals, and measure and count what they have become."""
+        metric = self.job.recipe.compensation.metric
         for name, target in targets.items():
             if rank := self.ranks.get(name, 0):
-                if rank > (
-                    most := residual.largest_rank(
-                        self.modules[name], dense_weight(self.job.assignments[name])
-                    )
-                ):
+                dense = dense_weight(self.job.assignments[name])
+                if rank > (most := residual.largest_rank(self.modules[name], dense)):
                     raise ConfigError(
                         f"{name}: the plan says a residual of rank {rank}; {most} is the largest "
                         "that is smaller than dense"
                     )
-                fit = residual.fit(
-                    name,
-                    target,
-                    self.modules[name],
-                    stats[name],
-                    self.job.recipe.compensation.metric,
-                )
+                fit = residual.fit(name, target, self.modules[name], stats[name], metric)
                 self.modules[name] = residual.extend(self.modules[name], fit, rank)
         modules = {name: self.modules[name] for name in part.members}
         if any(self.ranks.get(name, 0) for name in part.members):
@@ -342,8 +287,8 @@ class Run:
             self.choices[name] = replace(self.choices[name], residual=self.ranks.get(name), **sizes)
 
 
-def over(stats: LinearStats, sums: LinearStats) -> LinearStats:
-    """Statistics of the dense model with its input sums replaced by new ones."""
+def with_input_sums(stats: LinearStats, sums: LinearStats) -> LinearStats:
+    """Return statistics of the dense model with its input sums replaced by new ones."""
     return replace(
         sums, fisher=stats.fisher, grad_tokens=stats.grad_tokens, grad_gram=stats.grad_gram
     )

@@ -1,21 +1,22 @@
 """The stages of a run, each a function of what the stages before it made."""
 
 from collections.abc import Container, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from compressor.allocation import fisher
 from compressor.allocation.decompose import (
     Decomposition,
+    Decompositions,
     decompose_group,
     decompose_one,
     gram_error,
 )
-from compressor.allocation.fisher import FisherProber, probe_all
-from compressor.allocation.probe import Prober, ProbeResult, probe
-from compressor.allocation.solve import Found
+from compressor.allocation.probe import Prober, probe
+from compressor.allocation.solve import ProbeResults
 from compressor.calibrate.collect import collect
 from compressor.errors import ConfigError
 from compressor.linears import CompressedLinear
@@ -24,14 +25,13 @@ from compressor.pipeline.job import Job, log
 from compressor.plan import Plan
 from compressor.recipe.quantities import size_in_bytes
 from compressor.recipe.sections import Recipe
-from compressor.runtime.progress import Progress, silent
 from compressor.statistics import LinearStats, blind_spots, dense_lines
 
 HEADER_BYTES = 160  # of a stored tensor in a safetensors header, its name apart; for target sizes
 
 
-def statistics(job: Job, progress: Progress = silent) -> dict[str, LinearStats]:
-    """One calibration run for everything that the methods need."""
+def statistics(job: Job) -> dict[str, LinearStats]:
+    """Collect everything that the methods need in one calibration run."""
     section = job.recipe.calibration
     with job.computing():
         return collect(
@@ -43,39 +43,41 @@ def statistics(job: Job, progress: Progress = silent) -> dict[str, LinearStats]:
             gradients=section.gradients,
             memory=size_in_bytes(section.memory),
             generator=torch.Generator().manual_seed(job.recipe.seed),
-            progress=progress,
+            progress=job.progress,
             store=job.store,
         )
 
 
-def left_dense(job: Job, stats: Mapping[str, LinearStats]) -> dict[str, str]:
-    """Why targets stay dense, by name: the text says nothing about them, or about one that they can
-    only be compressed together with.
+def explain_dense(job: Job, stats: Mapping[str, LinearStats]) -> dict[str, str]:
+    """Return why targets stay dense whatever the budget, by name.
+
+    The text says nothing about them, or about one that they can only be compressed together with.
     """
-    found = {name: reason for name in job.assignments if (reason := stats[name].silence)}
-    silenced = set(found)
+    reasons = {name: reason for name in job.assignments if (reason := stats[name].silence)}
+    silenced = set(reasons)
     for group in job.groups.values():
         if cause := next((name for name in group.members if name in silenced), None):
             bound = [
                 name for name in group.members if group.tied or not job.assignments[name].methods
             ]
-            found |= {
+            reasons |= {
                 name: f"{cause}, which it is compressed with, stays dense"
                 for name in bound
                 if name not in silenced
             }
-    return found
+    return reasons
 
 
-def decompositions(job: Job, stats: dict[str, LinearStats], progress: Progress = silent) -> Found:
-    """One decomposition for each method and each linear or group that it decomposes; it serves
-    every size. None of what stays dense.
+def decompose_all(job: Job, stats: dict[str, LinearStats]) -> Decompositions:
+    """Decompose every linear and group by each of its methods, but for those that stay dense.
+
+    A decomposition serves every size.
     """
-    dense = left_dense(job, stats)
+    dense = explain_dense(job, stats)
     for line in dense_lines(dense) + blind_spots(stats):
         log.warning(line)
 
-    def of(unit: str) -> list[Decomposition]:
+    def decompose(unit: str) -> list[Decomposition]:
         group = job.groups.get(unit)
         if not dense.keys().isdisjoint([unit] if group is None else group.members):
             return []
@@ -83,28 +85,18 @@ def decompositions(job: Job, stats: dict[str, LinearStats], progress: Progress =
             return decompose_group(group, job.assignments, stats, job.store)
         return decompose_one(unit, job.assignments[unit], stats[unit], job.store)
 
-    return {unit: of(unit) for unit in progress([*job.assignments, *job.groups], "decompose")}
+    units = [*job.assignments, *job.groups]
+    return {unit: decompose(unit) for unit in job.steps(units, "decompose")}
 
 
-@dataclass(frozen=True)
-class Probes:
-    """What the probes found; keys are the linear or group and the index of its method. The prober
-    can measure any other modules.
-    """
+def probe_all(job: Job, decompositions: Decompositions) -> ProbeResults:
+    """Probe one candidate of every curve; nothing where the allocation does not ask for it.
 
-    results: dict[tuple[str, int], ProbeResult]
-    prober: Prober | None
-
-
-def probes(job: Job, found: Found, progress: Progress = silent) -> Probes:
-    """Probe one candidate of every curve, where the allocation asks for it.
-
-    `fisher_probe` estimates all, and measures those that do not look small; whole models are
-    measured later where several methods compete, or a search decides.
+    `fisher_probe` estimates all, and measures those that do not look small.
     """
     allocation = job.recipe.allocation
     if not allocation.probes:
-        return Probes({}, None)
+        return {}
     section, tokens = allocation.probe, job.heldout.tokens
     if section.skip >= tokens.shape[1]:
         raise ConfigError(
@@ -114,44 +106,47 @@ def probes(job: Job, found: Found, progress: Progress = silent) -> Probes:
     tokens = tokens[-(section.windows or len(tokens)) :]
     candidates = {
         (name, index): part
-        for name, parts in found.items()
+        for name, parts in decompositions.items()
         for index, part in enumerate(parts)
         if part.curve.candidates
     }
-    several = len({part.method.name for part in candidates.values()}) > 1
     calibration, store = job.recipe.calibration, job.store.within(section.model_dump(mode="json"))
     with job.computing(), torch.no_grad():
         results = {}
         if allocation.damage == "fisher_probe":
             generator = torch.Generator().manual_seed(job.recipe.seed)
-            results = probe_all(
-                FisherProber(job.model, tokens, section, generator),
+            results = fisher.probe_all(
+                fisher.FisherProber(job.model, tokens, section, generator),
                 candidates,
                 section.rank,
                 size_in_bytes(calibration.memory),
                 store,
-                progress,
+                job.steps,
             )
         limit = float("inf") if section.exact_above is None else section.exact_above
         exact = [key for key in candidates if key not in results or results[key].kl > limit]
-        if not (exact or several or allocation.search is not None):
-            return Probes(results, None)
+        if not exact:
+            return results
         prober = Prober(
             job.model, tokens, calibration.batch_size, section.temperature, section.skip
         )
-        for key in progress(exact, "probe"):
+        for key in job.steps(exact, "probe"):
             part, block = candidates[key], job.block_of[key[0]]
             results[key] = store.recall(
                 "probe", part.key, partial(probe, prober, part, block, section.rank)
             )
-        return Probes(results, prober)
+        return results
 
 
 def other_bytes(
     tensors: Mapping[str, Tensor], targets: Container[str], dtype: torch.dtype | None
 ) -> int:
-    """Bytes of a checkpoint besides its targets, stored in `dtype` (None: as they are), with room
-    for every tensor's header entry.
+    """Count the bytes of a checkpoint besides its targets, header entries of all tensors included.
+
+    Args:
+        tensors: stored ones by name; meta tensors will do.
+        targets: names of the linears that are targets.
+        dtype: that floating tensors are stored in; None: as they are.
     """
     total = 0
     for name, tensor in tensors.items():
@@ -167,7 +162,7 @@ def other_bytes(
 
 
 def output_dtype(recipe: Recipe) -> torch.dtype | None:
-    """The dtype that floating tensors are stored in; None for the one they have."""
+    """Return the dtype that floating tensors are stored in; None for the one they have."""
     return None if recipe.output.dtype == "auto" else getattr(torch, recipe.output.dtype)
 
 
@@ -195,7 +190,7 @@ def with_gram_errors(
 
 
 def with_reasons(plan: Plan, reasons: Mapping[str, str]) -> Plan:
-    """Add why linears stay dense. reasons: as `left_dense` gives them."""
+    """Add why linears stay dense, as `explain_dense` says."""
     return replace(
         plan,
         linears={
@@ -205,8 +200,9 @@ def with_reasons(plan: Plan, reasons: Mapping[str, str]) -> Plan:
 
 
 def install(job: Job, modules: Mapping[str, nn.Module]) -> None:
-    """Turn the loaded model into the compressed one, in the output dtype. The original weights of
-    the targets are let go.
+    """Turn the loaded model into the compressed one, in the output dtype.
+
+    The original weights of the targets are let go.
     """
     if dtype := output_dtype(job.recipe):
         for parameter in job.model.parameters():

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from compressor.errors import CheckpointError, ConfigError
 from compressor.files.documents import read_json, replace_text
 from compressor.files.yaml import parse_yaml
-from compressor.plan import DENSE
+from compressor.plan import DENSE, rename_keys
 from compressor.reporting import figures, plots, report
 from compressor.reporting.tables import ABSENT, number, percent, size
 
@@ -99,7 +99,7 @@ def _read(folder: Path, name: str) -> Run:
             raise CheckpointError(
                 f"{folder / needed}: no such file; give folders that `compressor compress` wrote"
             )
-    contest = read_json(folder / "plan.json").get("contest") or {}
+    contest = rename_keys(read_json(folder / "plan.json").get("contest") or {})
     drawn = (
         read_json(folder / "curves.json").get("curves", [])
         if (folder / "curves.json").is_file()

@@ -6,7 +6,7 @@ Fractions are fractions kept. Sizes count what the linears store in the output d
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ def build(
         "contest": dict(plan.contest),
         "search": plan.search,
         "trained": plan.trained,
-        "linears": [{"name": name} | asdict(choice) for name, choice in plan.linears.items()],
+        "linears": [{"name": name} | choice.to_json() for name, choice in plan.linears.items()],
         "warnings": dense_lines(
             {name: choice.reason for name, choice in plan.linears.items() if choice.reason}
         )

@@ -7,7 +7,7 @@ nest.
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
@@ -28,6 +28,14 @@ class Progress(Protocol):
 
 def silent(items: Iterable[T], title: str, total: int | None = None) -> Iterable[T]:
     """Show nothing: the progress of library calls and of `--quiet`."""
+    return items
+
+
+Steps = Callable[[Collection[T], str], Iterable[T]]  # (items, title) of a stage → its items
+
+
+def list_silently(items: Collection[T], title: str) -> Iterable[T]:
+    """Hand on the items of a stage, without more."""
     return items
 
 

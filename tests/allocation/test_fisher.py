@@ -294,7 +294,7 @@ def job(tiny_llama, text_file):
 
 
 def parts_of(job):
-    found = stages.decompositions(job, stages.statistics(job))
+    found = stages.decompose_all(job, stages.statistics(job))
     return {name: parts[0] for name, parts in found.items() if parts}
 
 

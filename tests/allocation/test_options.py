@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from compressor.allocation.assign import Group
-from compressor.allocation.options import Option, cost_of, damage_of, hull, joint, tied
+from compressor.allocation.options import Option, combine, cost_of, damage_of, hull, tie
 from compressor.errors import ConfigError
 from compressor.plan import Candidate
 
@@ -34,7 +34,7 @@ def test_some_price_makes_each_point_of_the_hull_the_best_and_no_other(seed):
 @pytest.mark.parametrize("price", [1e-3, 0.01, 0.05, 0.3, 5.0])
 def test_joint_bundles_hold_the_best_of_all_combinations_at_any_price(seed, price):
     members = [options("a", seed), options("b", seed + 100), options("c", seed + 200)]
-    bundles = joint(members)
+    bundles = combine(members)
     assert [cost_of(bundle) for bundle in bundles] == sorted(cost_of(bundle) for bundle in bundles)
     assert all([option.unit for option in bundle] == ["a", "b", "c"] for bundle in bundles)
     best = min(
@@ -47,7 +47,7 @@ def test_joint_bundles_hold_the_best_of_all_combinations_at_any_price(seed, pric
 
 def test_tied_linears_have_equal_schemes():
     group = Group("layer.{a,b}", ("a", "b"), (), True)
-    found = tied(group, [options("a", 1, 4), options("b", 2, 3)])
+    found = tie(group, [options("a", 1, 4), options("b", 2, 3)])
     assert [[option.candidate.setting["rank"] for option in bundle] for bundle in found] == [
         [0, 0],
         [1, 1],
@@ -55,4 +55,4 @@ def test_tied_linears_have_equal_schemes():
     ]
     other = [Option("b", 1, 1.0, Candidate("other", {"rank": 0}, 1, 1, 0.1), None)]
     with pytest.raises(ConfigError, match=r"layer\.\{a,b\}: tied linears offer no equal settings"):
-        tied(group, [options("a", 1), other])
+        tie(group, [options("a", 1), other])

@@ -5,7 +5,7 @@ import torch
 from support.models import tiny_model
 
 from compressor.allocation.decompose import Decomposition
-from compressor.allocation.probe import Prober, ProbeResult, damage, probe, probe_candidate
+from compressor.allocation.probe import Prober, ProbeResult, predict_damages, probe, probe_candidate
 from compressor.evaluation.perplexity import kl_sum
 from compressor.linears import Dense
 from compressor.methods import build
@@ -29,10 +29,10 @@ def test_probe_is_the_candidate_nearest_to_the_fraction():
 
 def test_damage_is_the_probe_scaled_along_the_curve():
     result = ProbeResult({"rank": 20}, predicted=1 / 20, measured=0.04, kl=0.5)
-    assert damage(curve(10, 20, 40), result) == pytest.approx([1.0, 0.5, 0.25])
-    assert damage(curve(10, 20, 40), result, weight=3) == pytest.approx([3.0, 1.5, 0.75])
+    assert predict_damages(curve(10, 20, 40), result) == pytest.approx([1.0, 0.5, 0.25])
+    assert predict_damages(curve(10, 20, 40), result, weight=3) == pytest.approx([3.0, 1.5, 0.75])
     assert result.departure == pytest.approx(0.8)
-    assert damage(curve(10, 20), ProbeResult({}, 0.0, 0.0, 0.0)) == [0.0, 0.0]
+    assert predict_damages(curve(10, 20), ProbeResult({}, 0.0, 0.0, 0.0)) == [0.0, 0.0]
 
 
 @torch.no_grad()

@@ -76,9 +76,6 @@ def test_dominated_option_changes_nothing():
 
 
 def test_without_dense_option_greedy_on_convex_curves_is_optimal():
-    """Rule R12: on convex curves without a dense option the greedy relaxation is optimal up to one
-    step.
-    """
     costs = tuple(range(1, 9))
     rows = [Row(costs, tuple(scale / cost for cost in costs), 10) for scale in (1.0, 2.0, 5.0)]
     for budget in (5, 9, 14):
@@ -91,7 +88,7 @@ def test_knapsack_is_never_worse_than_uniform():
     for seed in range(20):
         rows = random_rows(seed, groups=20, options=12)
         budget = int(0.7 * sum(row.whole for row in rows))
-        uniform = published.uniform(rows, [0.7] * len(rows))
+        uniform = published.pick_uniform(rows, [0.7] * len(rows))
         assert knapsack.knapsack(rows, budget).damage <= sum(
             row.damages[i] for row, i in zip(rows, uniform, strict=True)
         )
@@ -151,16 +148,16 @@ def test_infeasible_budget_names_the_least_reachable_fraction():
 
 def test_uniform_takes_the_largest_option_within_the_fraction():
     row = Row((10, 20, 30, 100), (3.0, 2.0, 1.0, 0.0), 100)
-    assert published.uniform([row] * 3, [0.2, 0.29, 1.0]) == [1, 1, 3]
+    assert published.pick_uniform([row] * 3, [0.2, 0.29, 1.0]) == [1, 1, 3]
 
 
 def test_threshold_is_one_cut_for_all_rows():
     rows = [Row((10, 20, 30, 100), (0.0,) * 4, 100), Row((10, 20, 30, 100), (0.0,) * 4, 100)]
     own = [(0.9, 0.5, 0.1, -1.0), (0.6, 0.4, 0.3, -1.0)]
-    assert published.threshold(rows, own, 30) == [1, 0]  # a cut at 0.5
-    assert published.threshold(rows, own, 40) == [1, 1]
-    assert published.threshold(rows, own, 59) == [1, 2]  # a cut between 0.3 and 0.1
-    assert published.threshold(rows, own, 129) == [
+    assert published.pick_by_threshold(rows, own, 30) == [1, 0]  # a cut at 0.5
+    assert published.pick_by_threshold(rows, own, 40) == [1, 1]
+    assert published.pick_by_threshold(rows, own, 59) == [1, 2]  # a cut between 0.3 and 0.1
+    assert published.pick_by_threshold(rows, own, 129) == [
         2,
         2,
     ]  # below every component, above the dense options
@@ -168,26 +165,30 @@ def test_threshold_is_one_cut_for_all_rows():
 
 def test_by_role_keeps_the_proportion_until_a_role_is_whole():
     row = Row(tuple(range(1, 101)), tuple(0.0 for _ in range(100)), 100)
-    light, heavy = published.by_role([row, row], [1.0, 3.0], 120)
+    light, heavy = published.pick_by_role([row, row], [1.0, 3.0], 120)
     assert row.costs[heavy] == pytest.approx(3 * row.costs[light], abs=3)
-    light, heavy = published.by_role([row, row], [1.0, 3.0], 180)
+    light, heavy = published.pick_by_role([row, row], [1.0, 3.0], 180)
     assert row.costs[heavy] == 100 and row.costs[light] == 80
 
 
 def test_svd_llm_v2_removes_in_proportion_to_one_over_log_loss():
     row = Row(tuple(range(1, 1001)), tuple(0.0 for _ in range(1000)), 1000)
-    low, high = published.svd_llm_v2([row, row], [math.e**2, math.e**4], ["q", "q"], 1400)
+    low, high = published.pick_by_loss([row, row], [math.e**2, math.e**4], ["q", "q"], 1400)
     removed = 1000 - row.costs[low], 1000 - row.costs[high]
     assert removed[0] == pytest.approx(2 * removed[1], abs=4)
     with pytest.raises(ConfigError, match="above e"):
-        published.svd_llm_v2([row, row], [2.0, 50.0], ["q", "q"], 1400)
+        published.pick_by_loss([row, row], [2.0, 50.0], ["q", "q"], 1400)
 
 
 def test_d_rank_follows_the_square_root_rule_and_moves_ranks_to_values():
     row = Row(tuple(range(1, 1001)), tuple(0.0 for _ in range(1000)), 1000)
-    one, four = published.d_rank([row, row], [10.0, 40.0], [20, 20], [None, None], 0.0, 900)
+    one, four = published.pick_by_effective_rank(
+        [row, row], [10.0, 40.0], [20, 20], [None, None], 0.0, 900
+    )
     assert row.costs[four] == pytest.approx(2 * row.costs[one], abs=3)
-    query, key, value = published.d_rank([row] * 3, [10.0] * 3, [20] * 3, [2, 2, None], 0.25, 900)
+    query, key, value = published.pick_by_effective_rank(
+        [row] * 3, [10.0] * 3, [20] * 3, [2, 2, None], 0.25, 900
+    )
     assert row.costs[query] == pytest.approx(225, abs=2)
     assert row.costs[value] == pytest.approx(450, abs=2)
     assert query == key
@@ -209,14 +210,14 @@ def test_capped_by_hand():
     1.1 damages up to 2.2 are let in.
     """
     rows = [Row((2, 5, 9), (5.0, 2.2, 0.0), 9), Row((4, 8), (1.8, 0.0), 8)]
-    capped = published.capped(rows, 12, (1, 0), 1.0)
+    capped = published.cap_damages(rows, 12, (1, 0), 1.0)
     assert [row.damages for row in capped] == [(math.inf, 2.2, 0.0), (1.8, 0.0)]
     assert [row.costs for row in capped] == [row.costs for row in rows]
-    assert published.capped(rows, 13, (1, 0), 1.0)[0].damages == (math.inf, math.inf, 0.0)
-    assert published.capped(rows, 12, (1, 0), 3.0) == rows
-    assert published.capped(rows, 17, (2, 1), 1.0) == rows  # nothing hurts
+    assert published.cap_damages(rows, 13, (1, 0), 1.0)[0].damages == (math.inf, math.inf, 0.0)
+    assert published.cap_damages(rows, 12, (1, 0), 3.0) == rows
+    assert published.cap_damages(rows, 17, (2, 1), 1.0) == rows  # nothing hurts
     with pytest.raises(BudgetError, match="the budget cannot be met"):
-        published.capped(rows, 5, (1, 0), 1.0)
+        published.cap_damages(rows, 5, (1, 0), 1.0)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -224,7 +225,7 @@ def test_capped_by_hand():
 def test_a_capped_knapsack_is_the_best_within_the_cap(seed, keep):
     rows = random_rows(seed, groups=5, options=5)
     budget = int(keep * sum(row.whole for row in rows))
-    capped = published.capped(rows, budget, published.uniform(rows, [keep] * 5), 1.0)
+    capped = published.cap_damages(rows, budget, published.pick_uniform(rows, [keep] * 5), 1.0)
     answer = knapsack.knapsack(capped, budget)
     assert answer.cost <= budget
     assert answer.damage == pytest.approx(brute_force(capped, budget), rel=EXACT)

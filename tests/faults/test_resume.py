@@ -154,7 +154,7 @@ def test_f29_another_run_finds_the_journal(tiny_llama, text_file, tmp_path, monk
     refused with the difference, exit 2.
     """
     output = tmp_path / "out"
-    killed(command(tiny_llama, output, text_file), "compressor.pipeline.stages.probes")
+    killed(command(tiny_llama, output, text_file), "compressor.pipeline.stages.probe_all")
     other_text = tmp_path / "text.txt"
     other_text.write_text("w7 w8 w9\n" * 3000)
     other_model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))

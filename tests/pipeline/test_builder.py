@@ -9,7 +9,7 @@ import pytest
 from compressor.allocation.decompose import Decomposition
 from compressor.allocation.options import Option
 from compressor.allocation.probe import ProbeResult
-from compressor.pipeline.builder import Workshop
+from compressor.pipeline.builder import CandidateBuilder
 from compressor.plan import Candidate, Curve
 
 
@@ -48,40 +48,40 @@ def options_of(part: Decomposition) -> list[Option]:
     return [Option("linear", c.bits, 20 * c.error, c, part) for c in part.curve.candidates]
 
 
-def workshop_of(part: Decomposition, departure: float) -> Workshop:
+def builder_of(part: Decomposition, departure: float) -> CandidateBuilder:
     probe = ProbeResult({"rank": 20}, predicted=1 / 20, measured=departure / 20, kl=1.0)
-    return Workshop({"linear": [part]}, {("linear", 0): probe})
+    return CandidateBuilder({"linear": [part]}, {("linear", 0): probe})
 
 
 def test_a_screening_curve_is_corrected_between_what_was_measured():
     part = decomposition(
         lambda rank: 0.5 if rank <= 20 else 0.5 * (20 / rank), screened=True
     )  # the share falls with the size
-    workshop, options = workshop_of(part, 0.5), options_of(part)
+    builder, options = builder_of(part, 0.5), options_of(part)
     assert [
-        option.damage for option in workshop.corrected({"linear": options})["linear"]
+        option.damage for option in builder.correct_damages({"linear": options})["linear"]
     ] == pytest.approx([2, 1, 0.5, 0.25])
-    assert workshop.ratio(options[3]) == pytest.approx(0.5)
-    workshop.build(options[3])  # rank 80: a quarter of the share at the probe
-    corrected = workshop.corrected({"linear": options})["linear"]
+    assert builder.ratio(options[3]) == pytest.approx(0.5)
+    builder.build(options[3])  # rank 80: a quarter of the share at the probe
+    corrected = builder.correct_damages({"linear": options})["linear"]
     assert [option.damage for option in corrected] == pytest.approx(
         [2, 1, 0.25, 0.0625]
     )  # rank 40 half way, on a log scale
-    assert workshop.ratio(options[2]) == pytest.approx(0.5 * math.sqrt(0.25))
+    assert builder.ratio(options[2]) == pytest.approx(0.5 * math.sqrt(0.25))
 
 
 def test_an_exact_curve_is_corrected_at_the_point_alone():
     part = decomposition(lambda rank: 3.0 if rank == 80 else 1.0, screened=False)
-    workshop, options = workshop_of(part, 1.0), options_of(part)
-    workshop.build(options[3])
+    builder, options = builder_of(part, 1.0), options_of(part)
+    builder.build(options[3])
     assert [
-        option.damage for option in workshop.corrected({"linear": options})["linear"]
+        option.damage for option in builder.correct_damages({"linear": options})["linear"]
     ] == pytest.approx([2, 1, 0.5, 0.75])
 
 
 def test_each_candidate_is_built_once():
     part = decomposition(lambda rank: 1.0, screened=True)
-    workshop, options = workshop_of(part, 1.0), options_of(part)
-    first = workshop.build(options[0])
-    assert workshop.build(options[0]) is first and part.method.builds == 1
+    builder, options = builder_of(part, 1.0), options_of(part)
+    first = builder.build(options[0])
+    assert builder.build(options[0]) is first and part.method.builds == 1
     assert first == ({"linear": {"rank": 10}}, pytest.approx(0.1))

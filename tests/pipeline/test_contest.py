@@ -116,11 +116,11 @@ def test_with_candidates_of_whole_modules_no_plan_is_worse_than_without(run, kee
     _, _, without = run(f"method=[{{candidates: [{LINEARS}]}}]", f"allocation.keep={keep}")
     kinds = {"channels", "value_dims", "rotary_pairs", "low_rank", "sparse"}
     assert (
-        plan["contest"].keys() <= {"all", "single linears"} | kinds
-        and {"all", "single linears"} <= plan["contest"].keys()
+        plan["contest"].keys() <= {"all", "single_linears"} | kinds
+        and {"all", "single_linears"} <= plan["contest"].keys()
     )
     assert (
-        plan["contest"]["single linears"] == without["contest"]["all"]
+        plan["contest"]["single_linears"] == without["contest"]["all"]
     )  # to the last bit: what modules do leaves no trace
     assert min(plan["contest"].values()) <= min(without["contest"].values())
     spent = [sum(choice["bits"] for choice in each["linears"].values()) for each in (plan, without)]
@@ -164,10 +164,10 @@ def test_linears_that_share_store_one_dictionary(run):
     model, _ = compressor.load(folder)
     lenders = [module.lender for module in model.modules() if isinstance(module, Dictionary)]
     assert any(lenders)
-    shared = [name for name, choice in plan["linears"].items() if "shared" in choice["setting"]]
+    shared = [name for name, choice in plan["linears"].items() if choice["members"]]
     for name in shared:
         choice, module = plan["linears"][name], model.get_submodule(name)
-        assert name in choice["setting"]["shared"] and choice["bits"] == module.bits()
+        assert name in choice["members"] and choice["bits"] == module.bits()
         assert choice["measured"] == pytest.approx(choice["predicted"], rel=0.05)
     assert report["kept"]["targets"] <= 0.6
     assert pipeline.verify(folder) == []

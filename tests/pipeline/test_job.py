@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from support.recipes import recipe
 
-from compressor.allocation.decompose import beside
+from compressor.allocation.decompose import move_beside
 from compressor.calibrate.windows import split_heldout
 from compressor.pipeline import job as jobs
 from compressor.pipeline import run
@@ -19,7 +19,7 @@ def job(tiny_llama, text_file):
 
 def test_pieces_depend_on_the_heldout_windows_and_statistics_do_not(job, tmp_path):
     def scope(one):
-        return jobs.keeping(one, Store(tmp_path)).store.scope
+        return jobs.with_store(one, Store(tmp_path)).store.scope
 
     other = replace(job, heldout=replace(job.heldout, tokens=job.heldout.tokens.flip(0)))
     none = replace(job, heldout=split_heldout(job.calibration, 0)[1])
@@ -29,13 +29,13 @@ def test_pieces_depend_on_the_heldout_windows_and_statistics_do_not(job, tmp_pat
 
 def test_statistics_are_where_the_weights_are(job, tmp_path):
     run.calibrate(job.recipe, tmp_path / "stats")
-    stats = run.statistics(job, tmp_path / "stats")
+    stats = run.read_or_collect(job, tmp_path / "stats")
     query, key, down = (
         f"model.layers.0.{name}_proj" for name in ("self_attn.q", "self_attn.k", "mlp.down")
     )
     for name in (query, key):
         job.assignments[name].info.module.to("meta")
-    moved = beside(job.assignments, stats | {"another": stats[down]})
+    moved = move_beside(job.assignments, stats | {"another": stats[down]})
     assert (
         moved[query].gram.is_meta
         and moved[key].gram is moved[query].gram
@@ -48,4 +48,4 @@ def test_statistics_are_where_the_weights_are(job, tmp_path):
     )
     name = "model.layers.1.self_attn.q_proj"
     job.assignments[name].info.module.to("meta")
-    assert run.statistics(job, tmp_path / "stats")[name].gram.is_meta
+    assert run.read_or_collect(job, tmp_path / "stats")[name].gram.is_meta

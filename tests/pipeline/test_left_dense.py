@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.jobs import built
 from support.models import tiny_model, tiny_tokenizer
 from support.modules import low_rank
 from support.recipes import SMALL, recipe
@@ -21,9 +22,7 @@ from compressor.pipeline import build, run, stages
 from compressor.pipeline import job as jobs
 from compressor.plan import DENSE
 from compressor.recipe.presets import presets
-from compressor.runtime.deadline import Clock
-from compressor.runtime.progress import silent
-from compressor.runtime.stopwatch import Stopwatch
+from compressor.runtime.deadline import Deadline
 from compressor.statistics import LinearStats, dense_lines
 
 PRESETS = sorted(presets())
@@ -110,8 +109,8 @@ def settings(kind: str, preset: str) -> list[str]:
 
 def started(folder: Path, text: Path, preset: str, *sets: str) -> jobs.Job:
     made = recipe(folder, text, *sets, config=preset)
-    job = jobs.checked(jobs.start(made, jobs.open_source(str(folder), None)))
-    return replace(job, clock=Clock(made.budget))
+    job = jobs.require_heldout(jobs.start(made, jobs.open_source(str(folder), None)))
+    return replace(job, budget=Deadline(made.budget_seconds))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -121,8 +120,9 @@ def started(folder: Path, text: Path, preset: str, *sets: str) -> jobs.Job:
 )
 def test_every_preset_compresses_what_the_text_speaks_of(preset, kind, folders, text_file):
     job = started(folders[kind], text_file, preset, *settings(kind, preset))
-    stats = run.statistics(job, None)
-    plan, modules = build.plan_and_build(job, stats, None, Stopwatch(), silent)
+    stats = run.read_or_collect(job, None)
+    solution = build.plan_and_build(job, stats)
+    plan, modules = solution.plan, solution.modules
     own = {name: one.silence for name, one in stats.items() if one.silence}
     if kind in SILENT and all(one.grad_gram is not None for one in stats.values()):
         assert own == {name: reason for name, reason in SILENT[kind].items() if name in stats}
@@ -160,7 +160,7 @@ def test_solving_in_order_goes_past_them(preset, kind, folders, text_file):
         "calibration.sequential=true",
         "calibration.anchor=0.5",
     )
-    plan, modules = build.plan_and_build(job, run.statistics(job, None), None, Stopwatch(), silent)
+    plan, modules = built(job)
     assert modules and all(choice.error < float("inf") for choice in plan.linears.values())
 
 
@@ -247,7 +247,7 @@ def test_tied_linears_and_those_of_one_module_stay_dense_together(folders, text_
         "allocation.tie=[gate_up,qkv]",
         "allocation.keep=0.9",
     )
-    stats = run.statistics(tied, None)
+    stats = run.read_or_collect(tied, None)
     assert stages.left_dense(tied, stats) == SILENT["zero gradient"]
     stats[f"{FIRST}.mlp.up_proj"] = replace(
         stats[f"{FIRST}.mlp.up_proj"], grad_gram=torch.zeros(48, 48, dtype=torch.float64)
@@ -261,7 +261,7 @@ def test_tied_linears_and_those_of_one_module_stay_dense_together(folders, text_
         found[f"{FIRST}.mlp.gate_proj"]
         == f"{FIRST}.mlp.up_proj, which it is compressed with, stays dense"
     )
-    plan, _ = build.plan_and_build(tied, stats, None, Stopwatch(), silent)
+    plan = build.plan_and_build(tied, stats).plan
     assert {name for name, choice in plan.linears.items() if choice.reason} == found.keys()
 
 
@@ -279,7 +279,7 @@ def test_a_fraction_that_rules_keep_is_that_of_the_others(kind, folders, text_fi
         *sets,
         *(["allocation.roles={q: 2}"] if kind == "by_role" else []),
     )
-    plan, modules = build.plan_and_build(job, run.statistics(job, None), None, Stopwatch(), silent)
+    plan, modules = built(job)
     others = [choice for name, choice in plan.linears.items() if name not in SILENT["zero Gram"]]
     kept = sum(choice.parameters for choice in others) / sum(
         choice.dense_parameters for choice in others

@@ -10,8 +10,8 @@ from support.recipes import recipe
 from compressor.evaluation import perplexity
 from compressor.linears import Adapted, Packed
 from compressor.models import install, load
-from compressor.pipeline import contest as selection
 from compressor.pipeline import residual_rival, run, stages
+from compressor.pipeline.solution import allocate
 from compressor.plan import FINER_BASES, WITH_RESIDUALS
 from compressor.reporting import report
 
@@ -46,13 +46,9 @@ def test_the_rival_is_the_finest_scheme_that_fits_and_its_divergence_that_of_the
     tiny_llama, text_file
 ):
     job = job_of(tiny_llama, text_file, *EORA, config="eora_w4_r32")
-    stats = stages.statistics(job)
-    found = stages.decompositions(job, stats)
-    plan, modules = selection.choose(job, found, stages.probes(job, found))
-    rivals = {
-        n: residual_rival.finest(job, n, choice, plan.linears[n], found, stats[n])
-        for n, choice in plan.linears.items()
-    }
+    solution = allocate(job, stages.statistics(job))
+    plan, modules = solution.plan, solution.modules
+    rivals = {name: residual_rival.find_finest(solution, name) for name in plan.linears}
     assert {type(module) for module in modules.values()} == {Adapted}
     for name, rival in rivals.items():
         choice = plan.linears[name]
@@ -63,7 +59,7 @@ def test_the_rival_is_the_finest_scheme_that_fits_and_its_divergence_that_of_the
             + rival.out_features * 16
         )
         assert wider > choice.bits  # a bit more would not fit, whatever the groups
-    judged = residual_rival.judged(job, plan, (plan, modules), found, stats)
+    judged = residual_rival.compare_residuals(solution).plan
     original, _ = load.load(tiny_llama)
     for key, made in ((WITH_RESIDUALS, modules), (FINER_BASES, rivals)):
         with job.computing(), install.installed(job.model, made):

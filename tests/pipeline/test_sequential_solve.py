@@ -4,6 +4,7 @@ else touched.
 
 import json
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from compressor import linalg
 from compressor.calibrate.streams import solve_in_order
 from compressor.errors import ConfigError, NumericalError
 from compressor.models.linears import blocks, linears
-from compressor.pipeline import contest, run, sequential_solve, stages
+from compressor.pipeline import run, sequential_solve, stages
+from compressor.pipeline.solution import allocate
 from compressor.plan import DENSE
 
 BY_HAND = 1e-7  # relative, in float64
@@ -120,19 +122,16 @@ def test_a_dense_plan_changes_nothing(tiny_llama, text_file):
 
 def test_linears_kept_dense_stay_and_are_no_obstacle(tiny_llama, text_file):
     job = job_of(tiny_llama, text_file, *SEQUENTIAL, config="default")
-    collected = stages.statistics(job)
-    found = stages.decompositions(job, collected)
-    plan, modules = contest.choose(job, found, stages.probes(job, found))
+    solution = allocate(job, stages.statistics(job))
     fewer = {
         name: module
-        for name, module in modules.items()
+        for name, module in solution.modules.items()
         if "layers.1.mlp" in name or "layers.0.self_attn.o_proj" in name
     }
-    again, kept = sequential_solve.finish(job, plan, fewer, found, collected, None)
-    assert kept.keys() == fewer.keys()
-    assert all(
-        again.linears[name] == plan.linears[name] for name in plan.linears.keys() - fewer.keys()
-    )
+    again = sequential_solve.solve_in_order(replace(solution, modules=fewer))
+    assert again.modules.keys() == fewer.keys()
+    before, after = solution.plan.linears, again.plan.linears
+    assert all(after[name] == before[name] for name in before.keys() - fewer.keys())
 
 
 def anchored_case(seed=0, tokens=60, width=8, height=6):
@@ -337,7 +336,7 @@ def test_linears_that_share_a_dictionary_are_solved_and_compensated_together(
     report = run.compress(made, tmp_path / "out")
     plan = read_json(tmp_path / "out" / "plan.json")["linears"]
     gate, up = (plan[f"model.layers.1.mlp.{part}_proj"] for part in ("gate", "up"))
-    assert gate["setting"] == up["setting"] and gate["setting"]["shared"][0].endswith("gate_proj")
+    assert gate["members"] == up["members"] and gate["members"][0].endswith("gate_proj")
     assert gate["measured"] == up["measured"] and gate["sequential"] == {"anchor_damping": 0.01}
     assert any(choice["residual"] for choice in plan.values())
     assert report["kept"]["targets"] <= 0.8 and report["kl"] > 0

@@ -4,10 +4,9 @@ from dataclasses import replace
 
 import torch
 
+from compressor.pipeline import build, run
 from compressor.pipeline import job as jobs
-from compressor.pipeline import run, stages
-from compressor.runtime.progress import silent
-from compressor.runtime.stopwatch import Stopwatch
+from compressor.runtime.deadline import Deadline
 from support.recipes import recipe
 
 
@@ -27,8 +26,30 @@ def exactly(job):
     )
 
 
+def solved(job):
+    """The solution of a job, from statistics that are collected now."""
+    return build.plan_and_build(job, run.read_or_collect(job, None))
+
+
 def built(job):
-    return run.plan_and_build(job, stages.statistics(job), None, Stopwatch(), silent)
+    """Plan and modules of a job."""
+    solution = solved(job)
+    return solution.plan, solution.modules
+
+
+class Still:
+    """A clock that stands still, for deadlines."""
+
+    def __init__(self, now: float = 0.0):
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def limited(job, seconds: float):
+    """The same job, of whose budget so much is always left."""
+    return replace(job, budget=Deadline(seconds, Still()))
 
 
 def received(model, name, tokens):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.activations import windows
 from support.blocks import DOWN, MADE, low_rank_pair
+from support.jobs import built
 from support.models import read_json, tiny_model
 from support.modules import low_rank
 from support.processes import contents, interrupted
@@ -28,8 +29,6 @@ from compressor.pipeline import train as recovery
 from compressor.pipeline.train import training
 from compressor.recipe.training import Heal
 from compressor.resume.store import Store
-from compressor.runtime.progress import silent
-from compressor.runtime.stopwatch import Stopwatch
 from compressor.training import loop as trainer
 from compressor.training.learners import Learners, learning_parameters, rebuilt
 from compressor.training.loop import Task, fit
@@ -283,7 +282,7 @@ def test_the_job_is_left_as_it_was_and_measured_errors_follow(tiny_llama, text_f
     made = recipe(tiny_llama, text_file, "allocation.keep=0.5", *QUICK)
     job = jobs.start(made, jobs.open_source(str(tiny_llama), None))
     before = {name: tensor.clone() for name, tensor in job.model.state_dict().items()}
-    plan, modules = pipeline.plan_and_build(job, stages.statistics(job), None, Stopwatch(), silent)
+    plan, modules = built(job)
     assert all(torch.equal(tensor, before[name]) for name, tensor in job.model.state_dict().items())
     assert all(parameter.requires_grad for parameter in job.model.parameters())
     changed = [choice for choice in plan.linears.values() if choice.method == "low_rank"]
@@ -312,7 +311,7 @@ def test_what_helps_on_too_few_tokens_only_is_not_kept(tiny_llama, text_file, st
         tiny_llama, text_file, *few, *sets, "allocation.damage=two_sided", "allocation.keep=0.8"
     )
     job = jobs.start(made, jobs.open_source(str(tiny_llama), None))
-    plan, modules = pipeline.plan_and_build(job, stages.statistics(job), None, Stopwatch(), silent)
+    plan, modules = built(job)
     done = plan.trained[stage]
     assert not done["kept"] and all(name in plan.linears for name in modules)
     if stage == "heal":
@@ -331,7 +330,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(trained, tmp_path):
 def test_planning_does_not_train(trained, tmp_path, monkeypatch):
     made, _, _ = trained
     pipeline.calibrate(made, tmp_path / "stats")
-    monkeypatch.setattr(recovery, "recover", None)
+    monkeypatch.setattr(recovery, "_Recovery", None)
     assert json.dumps(pipeline.plan(made, stats=tmp_path / "stats"))
 
 

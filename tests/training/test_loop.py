@@ -5,17 +5,16 @@ import sys
 
 import pytest
 import torch
+from support.jobs import built
 from support.recipes import recipe
 
 from compressor.errors import ConfigError
 from compressor.models.partial_forward import recomputing
 from compressor.pipeline import job as jobs
 from compressor.pipeline import run as pipeline
-from compressor.pipeline import stages, train
+from compressor.pipeline import train
 from compressor.recipe.training import Heal
 from compressor.resume.store import Store
-from compressor.runtime.progress import silent
-from compressor.runtime.stopwatch import Stopwatch
 from compressor.training import step_budget
 from compressor.training.loop import State, Task, fit, overshot
 from compressor.training.optimizers import INSTALL
@@ -165,9 +164,7 @@ def test_healing_with_blocks_that_run_again_is_the_same(tiny_llama, text_file, m
             tiny_llama, text_file, "allocation.keep=0.5", "allocation.damage=two_sided", *sets
         )
         job = jobs.start(made, jobs.open_source(str(tiny_llama), None))
-        plan, modules = pipeline.plan_and_build(
-            job, stages.statistics(job), None, Stopwatch(), silent
-        )
+        plan, modules = built(job)
         found.append(
             (
                 plan.trained,

@@ -23,7 +23,9 @@ from compressor.models.install import installed
 from compressor.models.linears import blocks
 from compressor.pipeline import job as jobs
 from compressor.pipeline import run as pipeline
-from compressor.pipeline.train import recover, training
+from compressor.pipeline.solution import Solution
+from compressor.pipeline.train import train, training
+from compressor.plan import Plan
 from compressor.training import loop as trainer
 from compressor.training.learners import rebuilt
 from compressor.training.loop import Task, fit
@@ -168,7 +170,7 @@ def test_integers_stay_as_they_are_and_nothing_but_integers_is_refused(tiny_llam
         ConfigError,
         match=r"heal\.train: lora has nothing to merge into.*\(packed\); set heal\.train to compressed",
     ):
-        recover(job, None, packed, {})
+        train(Solution(job, {}, {}, Plan({}), packed))
 
 
 def test_a_run_keeps_its_size_and_goes_on_to_the_same_bytes(tiny_llama, text_file, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.activations import windows
 from support.blocks import DOWN, SECTION, dictionary, repaired
-from support.jobs import received
+from support.jobs import built, received
 from support.models import read_json, tiny_model
 from support.modules import low_rank
 from support.processes import contents
@@ -19,13 +19,12 @@ from compressor import linalg
 from compressor.calibrate.streams import solve_block, solve_in_order
 from compressor.models.install import installed
 from compressor.models.linears import linears
-from compressor.pipeline import contest, sequential_solve, stages
 from compressor.pipeline import job as jobs
 from compressor.pipeline import run as pipeline
+from compressor.pipeline import sequential_solve, stages
+from compressor.pipeline.solution import allocate
 from compressor.pipeline.train import training
 from compressor.resume import store
-from compressor.runtime.progress import silent
-from compressor.runtime.stopwatch import Stopwatch
 from compressor.training.repair import repair_blocks
 
 LATE = DOWN.replace("0", "1")
@@ -150,7 +149,7 @@ def test_the_plan_has_the_dampings_of_the_solves_that_are_kept(tiny_llama, text_
         linalg, "drift", lambda *args: (real(*args)[0], float(calls.append(None) or len(calls)))
     )
     job = jobs.start(recipe(tiny_llama, text_file, *SETS), jobs.open_source(str(tiny_llama), None))
-    plan, _ = pipeline.plan_and_build(job, stages.statistics(job), None, Stopwatch(), silent)
+    plan, _ = built(job)
     took = [
         choice.sequential["anchor_damping"] for choice in plan.linears.values() if choice.sequential
     ]
@@ -199,11 +198,9 @@ def test_what_does_not_help_on_held_out_windows_leaves_the_solved_run(tiny_llama
         recipe(tiny_llama, text_file, *few, *sets, "repair.check=40"),
         jobs.open_source(str(tiny_llama), None),
     )
-    collected = stages.statistics(job)
-    plan, modules = pipeline.plan_and_build(job, collected, None, Stopwatch(), silent)
-    found = stages.decompositions(job, collected)
-    base = contest.choose(job, found, stages.probes(job, found))
-    solved, expected = sequential_solve.finish(job, *base, found, collected, None)
+    plan, modules = built(job)
+    solved = sequential_solve.solve_in_order(allocate(job, stages.statistics(job)))
+    expected = solved.modules
     assert not plan.trained["repair"]["kept"] and modules.keys() == expected.keys()
     assert all(
         is_same_output(modules[name].to_dense(), module.to_dense())
@@ -211,7 +208,7 @@ def test_what_does_not_help_on_held_out_windows_leaves_the_solved_run(tiny_llama
     )
     assert all(
         plan.linears[name].sequential == choice.sequential
-        for name, choice in solved.linears.items()
+        for name, choice in solved.plan.linears.items()
     )
 
 
@@ -228,7 +225,7 @@ def test_methods(tiny_llama, text_file, method):
     sets = [f"method={method}", "allocation.keep=0.6", "calibration.sequential=true", *QUICK]
     sets += [] if "geopair" in method else ["compensation.keep=0.05"]
     job = jobs.start(recipe(tiny_llama, text_file, *sets), jobs.open_source(str(tiny_llama), None))
-    plan, modules = pipeline.plan_and_build(job, stages.statistics(job), None, Stopwatch(), silent)
+    plan, modules = built(job)
     done = plan.trained["repair"]["blocks"]
     assert len(done) == 2 and all(block["after"] < block["before"] for block in done)
     assert all(

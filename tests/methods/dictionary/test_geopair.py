@@ -249,9 +249,7 @@ def test_a_whole_run_with_an_odd_number_of_blocks(recipe, tmp_path):
             name
         )
     plan = read_json(tmp_path / "out" / "plan.json")["linears"]
-    shared = [
-        plan[f"model.layers.{block}.mlp.up_proj"]["setting"].pop("shared") for block in range(3)
-    ]
+    shared = [plan[f"model.layers.{block}.mlp.up_proj"]["members"] for block in range(3)]
     assert shared == 2 * [["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"]] + [
         ["model.layers.2.mlp.up_proj"]
     ]

@@ -83,10 +83,9 @@ def test_every_module_is_scored_behind_what_was_compressed_before_it(sets, tiny_
             for name, role in roles.items()
         }
         choice, method = plan.linears[group.members[0]], group.methods[0]
-        setting = {key: value for key, value in choice.setting.items() if key != "shared"}
         outputs = {name: len(part.dense.weight) for name, part in parts.items()}
         state = method.prepare_unit(group.name, parts)
-        expected, error = decompose.built(method, state, setting, outputs)
+        expected, error = decompose.built(method, state, choice.setting, outputs)
         for name, module in expected.items():
             torch.testing.assert_close(
                 modules[name].to_dense(), module.to_dense(), rtol=1e-5, atol=1e-7
