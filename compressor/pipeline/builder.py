@@ -62,10 +62,10 @@ class CandidateBuilder:
     ) -> tuple[Modules, dict[str, float]]:
         """Build everything that was selected; return modules, and the error of each unit."""
         modules, errors = {}, {}
-        chosen = [option for option in selection.options.values() if option.decomposition]
-        for option in steps(chosen, "build"):
-            own, errors[option.unit] = self.build(option)
-            modules |= own
+        for option in steps(selection.options.values(), "build"):
+            if option.decomposition is not None:
+                own, errors[option.unit] = self.build(option)
+                modules |= own
         return modules, errors
 
     def ratio(self, option: Option) -> float:

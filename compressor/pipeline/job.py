@@ -64,6 +64,11 @@ class Job:
     def device(self) -> torch.device:
         return torch.device("cpu") if self.model.device.type == "meta" else self.model.device
 
+    @property
+    def quiet(self) -> "Job":
+        """The same job, which shows no progress."""
+        return replace(self, progress=silent)
+
     def steps(self, items: Collection[T], title: str) -> Iterator[T]:
         """Hand on the items of a stage, show its progress, and check the deadline before each.
 

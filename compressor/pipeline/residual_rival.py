@@ -63,12 +63,12 @@ def compare_residuals(solution: Solution) -> Solution:
         }
         given = replace(
             start,
-            job=replace(job, recipe=without_order(job.recipe)),
+            job=replace(job.quiet, recipe=without_order(job.recipe)),
             is_given=True,
         ).noted(linears=ranked)
         modules = solve_in_order(given).modules
         pair = {WITH_RESIDUALS: modules, FINER_BASES: modules | finer}
-        contest = solution.plan.contest | measure_divergences(job, pair)
+        contest = solution.plan.contest | measure_divergences(job.quiet, pair)
         return solution.noted(contest=contest)
 
 

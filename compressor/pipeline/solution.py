@@ -37,7 +37,7 @@ class Solution:
 
     def divergence(self) -> float:
         """Measure KL(original‖model) on the held-out windows, nats per token."""
-        return contest.measure_divergences(self.job, {"solution": self.modules})["solution"]
+        return contest.measure_divergences(self.job.quiet, {"solution": self.modules})["solution"]
 
     def decomposition(self, name: str) -> Decomposition:
         """Return the decomposition behind the choice of a linear."""

@@ -21,11 +21,12 @@ class Counting:
     def __init__(self, off):
         self.off, self.builds = off, 0
 
-    def compress(self, state, setting):
+    def compress_unit(self, state, setting, outputs):
         self.builds += 1
-        return setting
+        return dict.fromkeys(outputs, setting)
 
-    def measure(self, state, module):
+    def measure_unit(self, state, modules):
+        (module,) = modules.values()
         return self.off(module["rank"]) / module["rank"]
 
 
