@@ -139,13 +139,16 @@ def streams(recipe: Recipe, assignments: dict[str, Assignment]) -> int:
 
 
 def seconds(
-    recipe: Recipe, source: ModelFolder, assignments: dict[str, Assignment], depth: int
+    recipe: Recipe,
+    source: ModelFolder,
+    assignments: dict[str, Assignment],
+    depth: int,
+    device: str = "cpu",
 ) -> dict[str, float]:
-    """Estimates from multiply-adds and the speed of one product and one eigendecomposition measured
-    here, on the CPU.
+    """Estimate the seconds of each stage from multiply-adds and the speed of one product and one
+    eigendecomposition measured on the device.
     """
-    rate, cubic = gemm_rate(), eigh_cubic()
-    parameters = sum(torch.Size(info.shape).numel() for info in source.tensors.values())
+    rate, cubic, count = gemm_rate(device), eigh_cubic(device), parameters(source)
     section = recipe.calibration
     heldout = heldout_count(section.windows, section.heldout)
     fitted = (section.windows - heldout) * section.length
@@ -155,14 +158,14 @@ def seconds(
     moments = sum(width**2 for width in inputs.values()) + (
         sum(info.out_features**2 for info in infos) if backward else 0
     )
-    calibrate = fitted * (parameters * (2 if backward else 1) + moments) / rate
+    calibrate = fitted * (count * (2 if backward else 1) + moments) / rate
     decompose = sum(cubic * min(info.out_features, info.in_features) ** 3 for info in infos)
     windows = recipe.allocation.probe.windows or heldout
     passes = forward_passes(recipe, infos, depth) if recipe.allocation.probes else 0.0
     found = {
         "calibrate": calibrate,
         "decompose": decompose,
-        "probe": passes * windows * section.length * parameters / rate,
+        "probe": passes * windows * section.length * count / rate,
     }
     if (
         section.sequential
@@ -171,7 +174,7 @@ def seconds(
         found["solve_in_order"] = (
             fitted
             * streams
-            * (SEQUENTIAL_COST * parameters + sum(width**2 for width in inputs.values()))
+            * (SEQUENTIAL_COST * count + sum(width**2 for width in inputs.values()))
             / rate
             + decompose
         )
@@ -187,23 +190,36 @@ def forward_passes(recipe: Recipe, infos: Sequence[LinearInfo], depth: int) -> f
     return 1 + section.probe.samples + kinds
 
 
-def gemm_rate() -> float:
-    """float32 multiply-adds per second of a product, best of three."""
-    x = torch.randn(4 * SAMPLE, 4 * SAMPLE)
+def parameters(source: ModelFolder) -> int:
+    """Count the numbers in the tensors of a folder."""
+    return sum(torch.Size(info.shape).numel() for info in source.tensors.values())
+
+
+def gemm_rate(device: str = "cpu") -> float:
+    """Measure float32 multiply-adds per second of a product, best of three."""
+    x = _noise(4 * SAMPLE, torch.float32, device)
     return (4 * SAMPLE) ** 3 / _best(lambda: x @ x)
 
 
-def eigh_cubic() -> float:
-    """Seconds ÷ n³ of a float64 eigendecomposition, best of three."""
-    x = torch.randn(SAMPLE, SAMPLE, dtype=torch.float64)
+def eigh_cubic(device: str = "cpu") -> float:
+    """Measure seconds ÷ n³ of a float64 eigendecomposition, best of three."""
+    x = _noise(SAMPLE, torch.float64, device)
     symmetric = x @ x.T
     return _best(lambda: torch.linalg.eigh(symmetric)) / SAMPLE**3
 
 
+def _noise(side: int, dtype: torch.dtype, device: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(side, side, dtype=dtype, generator=generator).to(device)
+
+
 def _best(call: Callable[[], Any]) -> float:
+    """Measure the seconds of a call, an accelerator's work included, best of three."""
     spent = []
     for _ in range(3):
         start = time.perf_counter()
         call()
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
         spent.append(time.perf_counter() - start)
     return min(spent)

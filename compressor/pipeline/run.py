@@ -32,6 +32,7 @@ from compressor.pipeline import dry_run, search, stages, train
 from compressor.pipeline import job as jobs
 from compressor.pipeline import score as evaluation
 from compressor.pipeline.build import plan_and_build
+from compressor.pipeline.forecast import forecast
 from compressor.pipeline.inspect import inspection
 from compressor.pipeline.job import Job
 from compressor.pipeline.score import evaluate
@@ -44,7 +45,7 @@ from compressor.reporting import card, report
 from compressor.resume.journal import Journal
 from compressor.resume.store import Store, digest
 from compressor.runtime.deadline import Deadline
-from compressor.runtime.progress import Progress, silent
+from compressor.runtime.progress import Progress, expect, silent
 from compressor.runtime.stopwatch import Stopwatch
 from compressor.statistics import LinearStats
 from compressor.training.team import ALONE, Team
@@ -89,6 +90,8 @@ def compress(
     with Journal(output, restart) as journal:
         overwrite = recipe.output.overwrite or journal.committed
         preflight(output, source_path, overwrite, 0)
+        if shared is None and not journal.folder.exists():  # else much of the work is done
+            expect(progress, lambda: forecast(recipe, source_path, bool(stats), bool(plan)))
         edited = None if plan is None else read_plan(plan)
         source = jobs.open_source(recipe.model.name, recipe.model.revision, progress)
         preflight(output, source.path, overwrite, source.weight_bytes + ROOM)

@@ -7,15 +7,14 @@ nest.
 
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol, TypeVar
 
 T = TypeVar("T")
-QUIET_SECONDS = (
-    30.0  # a stage that takes longer says how far it is, where there is no bar to show it
-)
+QUIET_SECONDS = 30.0  # after which a stage says how far it is, where no bar shows it
 
 
 class Progress(Protocol):
@@ -39,6 +38,9 @@ def list_silently(items: Collection[T], title: str) -> Iterable[T]:
     return items
 
 
+Clock = Callable[[], float]
+
+
 @dataclass(eq=False)
 class Stage:
     """A stage that has begun: how many of its items have been dealt with, and since when (seconds
@@ -48,11 +50,14 @@ class Stage:
     title: str
     total: int | None
     done: int = 0
-    start: float = field(default_factory=time.monotonic)
+    clock: Clock = time.monotonic
+    start: float = 0.0
+    expected: float | None = None  # seconds that the stage takes, about; None where not forecast
+    ahead: float = 0.0  # seconds that the stages behind it take
 
     @property
     def seconds(self) -> float:
-        return time.monotonic() - self.start
+        return self.clock() - self.start
 
     @property
     def count(self) -> str:
@@ -64,35 +69,67 @@ class Stage:
         if not self.done or not (seconds := self.seconds):
             return ""
         fast = self.done / seconds
-        return (
-            f"{fast:,.0f}/s"
-            if fast >= 100
-            else f"{fast:.3g}/s"
-            if fast >= 1
-            else f"{1 / fast:.3g} s each"
-        )
+        if fast >= 100:
+            return f"{fast:,.0f}/s"
+        return f"{fast:.3g}/s" if fast >= 1 else f"{1 / fast:.3g} s each"
+
+    @property
+    def heading(self) -> str:
+        """The title, with what is left of the run where that is forecast."""
+        if self.expected is None:
+            return self.title
+        return f"{self.title}, about {rounded(self.expected + self.ahead)} left"
+
+    @property
+    def remaining(self) -> float | None:
+        """Seconds that the rest of the items takes at the rate so far; None if that is unknown."""
+        if not self.done or self.total is None:
+            return None
+        return self.seconds / self.done * (self.total - self.done)
 
 
 Event = Literal["start", "advance", "end"]
-Watcher = Callable[
-    [Event, Stage], None
-]  # `end` comes once for every stage, with done < total where the run was stopped
+# `end` comes once for every stage, with done < total where the run was stopped
+Watcher = Callable[[Event, Stage], None]
 
 
 class Stages:
-    """The progress that tells watchers about every stage."""
+    """The progress that tells watchers about every stage.
 
-    def __init__(self, watchers: Iterable[Watcher]):
-        self.watchers = tuple(watchers)
+    Args:
+        watchers: called with every event.
+        say: prints one line for people.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        watchers: Iterable[Watcher],
+        say: Callable[[str], None] = lambda text: None,
+        clock: Clock = time.monotonic,
+    ):
+        self.watchers, self.say, self.clock = tuple(watchers), say, clock
         self.open: list[Stage] = []
+        self.expected: dict[str, float] = {}
 
     def __call__(self, items: Iterable[T], title: str, total: int | None = None) -> Iterable[T]:
         if total is None and isinstance(items, Sized):
             total = len(items)
         return self._watched(items, title, total)
 
+    def expect(self, seconds: Mapping[str, float]) -> None:
+        """Say how long the stages of a run take, about, before the first of them."""
+        self.expected = {stage.replace("_", " "): spent for stage, spent in seconds.items()}
+        if self.expected:
+            stages = (f"{title} {rounded(spent)}" for title, spent in self.expected.items())
+            self.say(f"about {rounded(sum(self.expected.values()))}: {', '.join(stages)}")
+
     def _watched(self, items: Iterable[T], title: str, total: int | None) -> Iterator[T]:
-        stage = Stage(title, total)
+        titles = list(self.expected)
+        behind = titles[titles.index(title) + 1 :] if title in titles else []
+        ahead = sum(self.expected[later] for later in behind)
+        expected = self.expected.get(title)
+        stage = Stage(title, total, 0, self.clock, self.clock(), expected, ahead)
         self.open.append(stage)
         self._tell("start", stage)
         try:
@@ -116,6 +153,28 @@ class Stages:
             watcher(event, stage)
 
 
+def expect(progress: Progress, estimate: Callable[[], Mapping[str, float]]) -> None:
+    """Say how long a run takes, about, where anybody is shown its progress.
+
+    Args:
+        progress: as a verb is given it.
+        estimate: stage → seconds, in order; called only if it is shown.
+    """
+    if isinstance(progress, Stages):
+        progress.expect(estimate())
+
+
+def rounded(seconds: float) -> str:
+    """Write a duration in the unit that suits it.
+
+    >>> rounded(85.6), rounded(230), rounded(9000)
+    ('86 s', '4 min', '2.5 h')
+    """
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 @contextmanager
 def counted(progress: Progress, total: int, title: str) -> Iterator[Callable[[int], None]]:
     """A stage that is told how many more items have been dealt with, for loops of other packages;
@@ -134,15 +193,17 @@ def counted(progress: Progress, total: int, title: str) -> Iterator[Callable[[in
 
 
 @contextmanager
-def shown(quiet: bool = False, watchers: Iterable[Watcher] = ()) -> Iterator[Progress]:
+def shown(
+    quiet: bool = False, watchers: Iterable[Watcher] = (), clock: Clock = time.monotonic
+) -> Iterator[Progress]:
     """Provide the progress display that suits stderr, for these watchers too; it ends cleanly when
     the block is left, by an error too.
     """
     if quiet and not watchers:
         yield silent
         return
-    with _display(quiet) as display:
-        stages = Stages((*display, *watchers))
+    with _display(quiet, clock) as (display, say):
+        stages = Stages((*display, *watchers), say, clock)
         try:
             yield stages
         finally:
@@ -151,14 +212,18 @@ def shown(quiet: bool = False, watchers: Iterable[Watcher] = ()) -> Iterator[Pro
 
 
 @contextmanager
-def _display(quiet: bool) -> Iterator[tuple[Watcher, ...]]:
+def _display(
+    quiet: bool, clock: Clock
+) -> Iterator[tuple[tuple[Watcher, ...], Callable[[str], None]]]:
+    """Provide who shows stages to people, and a function that prints them a line."""
     if quiet:
-        yield ()
+        yield (), lambda text: None
     elif sys.stderr.isatty():
         with _bars() as bars:
-            yield (_Bars(bars),)
+            yield (_Bars(bars),), partial(bars.console.print, highlight=False)
     else:
-        yield (_Lines(),)
+        lines = _Lines(clock)
+        yield (lines,), lines.say
 
 
 class _Lines:
@@ -166,22 +231,25 @@ class _Lines:
     and then if it takes long.
     """
 
-    def __init__(self):
-        self.start = self.last = time.monotonic()
+    def __init__(self, clock: Clock = time.monotonic):
+        self.clock = clock
+        self.start = self.last = clock()
 
     def __call__(self, event: Event, stage: Stage) -> None:
         if event == "start":
-            self._print(stage.title if stage.total is None else f"{stage.title} ({stage.total})")
-        elif event == "advance" and time.monotonic() - self.last >= QUIET_SECONDS:
-            left = (
-                ""
-                if stage.total is None
-                else f", {stage.seconds / stage.done * (stage.total - stage.done):.0f} s left"
-            )
-            self._print(f"{stage.title}: {stage.count}, {stage.rate}{left}")
+            count = "" if stage.total is None else f" ({stage.total})"
+            self.say(f"{stage.title}{count}{stage.heading.removeprefix(stage.title)}")
+        elif event == "advance" and self.clock() - self.last >= QUIET_SECONDS:
+            left = ""
+            if stage.remaining is not None:
+                left = f", {stage.remaining:.0f} s left"
+                if stage.expected is not None:
+                    left += f" and about {rounded(stage.remaining + stage.ahead)} of the run"
+            self.say(f"{stage.title}: {stage.count}, {stage.rate}{left}")
 
-    def _print(self, text: str) -> None:
-        self.last = time.monotonic()
+    def say(self, text: str) -> None:
+        """Print a line behind the seconds since the start."""
+        self.last = self.clock()
         print(f"{self.last - self.start:8.1f} s  {text}", file=sys.stderr, flush=True)
 
 
@@ -199,7 +267,7 @@ class _Bars:
         if event == "start":
             if stage.title in self.ended:
                 self.bars.remove_task(self.ended.pop(stage.title))
-            self.tasks[stage] = self.bars.add_task(stage.title, total=stage.total, rate="")
+            self.tasks[stage] = self.bars.add_task(stage.heading, total=stage.total, rate="")
         elif event == "advance":
             self.bars.update(self.tasks[stage], completed=stage.done, rate=stage.rate)
         else:

@@ -1,3 +1,4 @@
+import doctest
 import io
 import re
 import sys
@@ -176,16 +177,67 @@ def test_terminal_shows_the_rate(stderr):
     assert re.search(r"[0-9]/s", stream.getvalue())
 
 
-def test_rates_are_items_in_a_second_or_seconds_an_item(monkeypatch):
-    stage = module.Stage("stage", 8, done=4, start=0.0)
-    monkeypatch.setattr(module.time, "monotonic", lambda: 2.0)
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_rates_are_items_in_a_second_or_seconds_an_item():
+    clock = Clock()
+    stage = module.Stage("stage", 8, done=4, clock=clock)
+    clock.now = 2.0
     assert stage.rate == "2/s"
-    monkeypatch.setattr(module.time, "monotonic", lambda: 12.0)
+    clock.now = 12.0
     assert stage.rate == "3 s each"
     stage.done = 123_456
     assert stage.rate == "10,288/s"
     stage.done = 0
     assert stage.rate == ""
+
+
+def test_durations_are_told_in_the_unit_that_suits_them():
+    assert doctest.testmod(module) == (0, 1)
+
+
+FORECAST = {"calibrate": 60.0, "solve_in_order": 100.0, "evaluate": 80.0}
+
+
+def test_the_first_line_says_how_long_a_run_takes_and_stages_what_is_left(stderr):
+    stream, clock = stderr(io.StringIO()), Clock()
+    with shown(clock=clock) as progress:
+        clock.now = 1.0
+        module.expect(progress, lambda: FORECAST)
+        for _ in progress([1, 2], "calibrate"):
+            clock.now += 40.0
+        list(progress([1], "build"))
+        list(progress([1], "evaluate"))
+    assert stream.getvalue().splitlines() == [
+        "     1.0 s  about 4 min: calibrate 60 s, solve in order 100 s, evaluate 80 s",
+        "     1.0 s  calibrate (2), about 4 min left",
+        "    41.0 s  calibrate: 1 of 2, 40 s each, 40 s left and about 4 min of the run",
+        "    81.0 s  calibrate: 2 of 2, 40 s each, 0 s left and about 3 min of the run",
+        "    81.0 s  build (1)",
+        "    81.0 s  evaluate (1), about 80 s left",
+    ]
+
+
+def test_a_terminal_shows_the_forecast_above_the_bars(stderr):
+    stream = stderr(Terminal())
+    with shown() as progress:
+        module.expect(progress, lambda: FORECAST)
+        list(progress([1, 2], "calibrate"))
+    text = stream.getvalue()
+    assert "about 4 min: calibrate 60 s" in text
+    assert "calibrate, about 4 min left" in text
+
+
+def test_nothing_is_estimated_where_nobody_is_shown_it():
+    module.expect(silent, lambda: pytest.fail("estimated"))
 
 
 def test_counted_stages_are_told_and_finish_with_the_block():
