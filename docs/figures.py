@@ -89,7 +89,7 @@ def draw_divergence(data: dict[str, Any]) -> Any:
             fontweight="bold" if ours else "normal",
         )
     axes.set_yscale("log")
-    axes.set_xlim(0.47, 0.95)
+    axes.set_xlim(0.44, 0.95)
     axes.set_xticks(
         [0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85],
         ["55 %", "60 %", "65 %", "70 %", "75 %", "80 %", "85 %"],
@@ -105,23 +105,18 @@ def draw_divergence(data: dict[str, Any]) -> Any:
 def draw_curves(data: dict[str, Any]) -> Any:
     """Error against size for a few linears; the chosen sizes are marked."""
     figure, axes = panel(7, 3.6)
-    for (name, linear), colour in zip(data["linears"].items(), (ACCENT, *COLOURS), strict=False):
-        axes.plot(
-            linear["kept"],
-            linear["error"],
-            "-",
-            color=colour,
-            linewidth=1.8,
-            label=name.removeprefix("model.layers."),
-        )
-        if linear["chosen"] is not None:
-            axes.plot(*linear["chosen"], "o", color=colour, markersize=9)
+    for (name, linear), colour in zip(data["linears"].items(), COLOURS, strict=False):
+        chosen = tuple(linear["chosen"])
+        points = sorted([*zip(linear["kept"], linear["error"], strict=True), chosen])
+        label = name.removeprefix("model.layers.")
+        axes.plot(*zip(*points, strict=True), "-", color=colour, linewidth=1.8, label=label)
+        axes.plot(*chosen, "o", color=colour, markersize=9)
     axes.set_yscale("log")
-    axes.set_ylim(1e-5, 1.2)
+    axes.set_ylim(1e-4, 1.2)
     axes.set_xlim(0, 1.0)
     axes.set_xlabel("bits kept of this linear")
     axes.set_ylabel("relative error")
-    axes.legend(frameon=False, loc="lower left")
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
@@ -164,11 +159,7 @@ def take_curves(checkpoint: Path) -> None:
     linears = {}
     for name in LINEARS:
         choice = choices[name]
-        chosen = (
-            None
-            if choice["method"] == "dense"
-            else [choice["bits"] / choice["dense_bits"], choice["measured"]]
-        )
+        chosen = [choice["bits"] / choice["dense_bits"], choice["measured"]]
         linears[name] = {
             "kept": curves[name]["kept"],
             "error": curves[name]["error"],

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 import runpy
+import typing
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,22 @@ def test_every_method_and_option_is_explained(name):
     text = "".join(page.read_text(encoding="utf-8") for page in (DOCS / "methods").glob("*.md"))
     for word in (name, *(field.name for field in dataclasses.fields(METHODS[name]))):
         assert f"`{word}`" in text, word
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "page"),
+    [
+        ("allocation", "kind", "docs/methods/allocation.md"),
+        ("allocation", "damage", "docs/methods/allocation.md"),
+        ("compensation", "metric", "docs/methods/residuals.md"),
+        ("heal", "train", "docs/methods/training.md"),
+        ("repair", "optimizer", "docs/methods/training.md"),
+    ],
+)
+def test_every_choice_of_a_field_is_explained(section, field, page):
+    model = Recipe.model_fields[section].annotation
+    values = typing.get_args(model.model_fields[field].annotation)
+    assert [value for value in values if not re.search(rf"[`: ]{value}\b", read(page))] == []
 
 
 def test_every_storage_kind_is_described():
