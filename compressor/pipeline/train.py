@@ -28,15 +28,15 @@ from compressor.pipeline.stages import output_dtype
 from compressor.recipe.sections import Recipe
 from compressor.recipe.training import Heal, Training
 from compressor.resume.store import Store
-from compressor.training.learners import Learners, leaves, rebind, rebuilt
-from compressor.training.loop import State, Task, attached, fit
-from compressor.training.lora import Loras, input_metrics, mergeable
+from compressor.training.learners import Learners, Trainable, collect_leaves, rebind, rebuild
+from compressor.training.loop import State, Task, fit, taking_gradients
+from compressor.training.lora import Loras, select_mergeable
 from compressor.training.losses import Objective
 from compressor.training.optimizers import require
 from compressor.training.repair import repair_blocks
-from compressor.training.step_budget import Pace, timed
-from compressor.training.supports import Latents, has_support, parted
-from compressor.training.teacher import Original
+from compressor.training.step_budget import StepTimes, time_step
+from compressor.training.supports import Supports, has_support, split_section
+from compressor.training.teacher import Teacher
 from compressor.training.team import Dismissed
 
 Fit = Callable[..., State]  # the interface of `training.loop.fit`
@@ -67,7 +67,7 @@ def train(solution: Solution, fit: Fit = fit) -> Solution:
         return solution
     with job.watch("train"):
         if job.recipe.heal.enabled and job.recipe.heal.train == "lora":
-            mergeable(job.model, solution.modules, blocks(job.model)[1])
+            select_mergeable(job.model, solution.modules, blocks(job.model)[1])
         recovery = _Recovery(solution, fit)
         if not recovery.store.recall("begins", None, partial(has_time_to_begin, job)):
             stopped = {
@@ -153,8 +153,8 @@ class _Recovery:
             keep = self.job.recipe.heal.teacher == "online"
             model, cache = self.job.model, self.job.cache
             self.originals = (
-                Original(model, fit_on, keep, cache),
-                Original(model, heldout, cache=cache),
+                Teacher(model, fit_on, keep, cache),
+                Teacher(model, heldout, cache=cache),
             )
         self.before = self.divergence("before", self.solution.modules)
 
@@ -201,7 +201,9 @@ class _Recovery:
         pace = self.store.recall("pace", key, partial(self.pace, section))
         seconds = share * (1 - SPARE_SHARE) * job.budget.left
         steps = self.store.recall(
-            "steps", key, lambda: pace.steps(section, seconds, job.recipe.heal.batch_size)
+            "steps",
+            key,
+            lambda: pace.affordable_steps(section, seconds, job.recipe.heal.batch_size),
         )
         if not steps:
             self.outcomes[stage] = {
@@ -219,14 +221,14 @@ class _Recovery:
         )
         return True
 
-    def pace(self, section: Training) -> Pace:
+    def pace(self, section: Training) -> StepTimes:
         """Time a step of healing with what learns in this section, and a look."""
         fit_on, heldout = self.originals
         modules = self.solution.modules
         learners = self.learners(section, modules)
         placed = installed(self.job.model, modules | learners.copies)
-        with placed, self.recomputed(), attached(learners.parameters.values()):
-            return timed(Objective(fit_on, self.job.recipe.heal).loss, heldout.divergence)
+        with placed, self.recomputed(), taking_gradients(learners.parameters.values()):
+            return time_step(Objective(fit_on, self.job.recipe.heal).loss, heldout.divergence)
 
     def stage(self, name: str, train: Callable[[], None]) -> None:
         """Train. In a run that searches, for which each step must earn its place, a stage whose
@@ -288,19 +290,18 @@ class _Recovery:
         if not learners.parameters:
             return
         self.store = self.store.within(section.model_dump(mode="json"), self.job.team.processes)
-        if isinstance(learners, Latents):
-            first, section = parted(section)
+        if isinstance(learners, Supports):
+            first, section = split_section(section)
             before = self.train("supports", first, learners, start)
             start = start | learners.masters()
             learners = self.learners(section, start)
         state = self.train("heal", section, learners, start)
         if self.job.team.rank:
             raise Dismissed
-        metrics = []
         if isinstance(learners, Loras):
             with installed(model, start | learners.copies):
-                metrics = [input_metrics(model, learners, self.originals[0].batches)]
-        modules = start | rebuilt(learners.originals, learners.values(self.dtypes, *metrics))
+                learners.measure_inputs(model, self.originals[0].batches)
+        modules = start | rebuild(learners.originals, learners.values(self.dtypes))
         rebind(modules)
         several = {"processes": self.job.team.processes} if self.job.team.processes > 1 else {}
         details = {
@@ -310,17 +311,19 @@ class _Recovery:
         solution = self.solution.improved(self.solution.plan.linears, modules)
         self.judge("heal", solution, details | several)
 
-    def train(self, title: str, section: Heal, learners: Any, start: Modules) -> State:
+    def train(self, title: str, section: Heal, learners: Trainable, start: Modules) -> State:
         """Train all blocks from these modules on, and leave what learns at its best."""
         fit_on, heldout = self.originals
         objective = Objective(fit_on, section)
-        loss = (
-            (lambda index: learners.pulled(objective.loss(index)))
-            if isinstance(learners, Latents)
-            else objective.loss
-        )
         windows = tuple(len(batch) for batch in fit_on.batches)
-        task = Task(title, learners.parameters, len(windows), loss, heldout.divergence, windows)
+        task = Task(
+            title,
+            learners.parameters,
+            len(windows),
+            lambda index: learners.penalise(objective.loss(index)),
+            heldout.divergence,
+            windows,
+        )
         with installed(self.job.model, start | learners.copies), self.recomputed():
             return self.fit(
                 task, section, self.job.recipe.seed, self.store, self.job.progress, self.job.team
@@ -330,7 +333,7 @@ class _Recovery:
         """Have blocks run again in the backward pass, where the recipe says so."""
         return recomputing(self.job.model) if self.job.recipe.heal.checkpointing else nullcontext()
 
-    def learners(self, section: Training, modules: Modules) -> Learners | Loras | Latents:
+    def learners(self, section: Training, modules: Modules) -> Trainable:
         """Create what learns in a section, in all blocks."""
         model, scopes = self.job.model, blocks(self.job.model)[1]
         if section.train == "lora":
@@ -338,9 +341,9 @@ class _Recovery:
         if (
             isinstance(section, Heal)
             and section.supports == "learned"
-            and any(map(has_support, leaves(model, modules, scopes).values()))
+            and any(map(has_support, collect_leaves(model, modules, scopes).values()))
         ):
-            return Latents(model, modules, scopes, section.train)
+            return Supports(model, modules, scopes, section.train)
         return Learners(model, modules, scopes, section.train)
 
 

@@ -5,7 +5,7 @@ The learning rate of a tensor is relative to the median of its absolute values, 
 scales and norms differ by orders of magnitude; some atoms and factors have a few entries a thousand
 times the others, which inputs hardly reach and a mean would follow.
 
-References: settings after AA-SVD's block refinement (arXiv 2604.02119; low-rank card 2.17): AdamW,
+References: settings after AA-SVD's block refinement (arXiv 2604.02119): AdamW,
 warm-up of a tenth, cosine to a tenth, clipping at 1. Differs: no weight decay; relative learning
 rates; early stop; after a look that is much worse than the best one, on from the best state at half
 the rate, since one rate does not suit a model that has lost half of everything and one that has
@@ -13,7 +13,8 @@ lost a percent.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
@@ -26,24 +27,21 @@ from compressor.errors import CompressorError, NumericalError
 from compressor.recipe.training import Training
 from compressor.resume.store import NOWHERE, Store
 from compressor.runtime.progress import Progress, silent
-from compressor.training.optimizers import Moments, moments_of, optimizer_of
+from compressor.training.optimizers import Moments, build_optimizer, read_moments
 from compressor.training.team import ALONE, Team
 
-ZERO = (
-    1e-2  # what the learning rate of a tensor is relative to whose median is zero, such as a bias
-)
+# what the learning rate of a tensor is relative to whose median is zero, such as a bias
+ZERO = 1e-2
 # times the best score: a rate that leads there is too high; less is noise, which the cosine takes
 # away
 OVERSHOT = 1.1
-WARM, END = (
-    0.1,
-    0.1,
-)  # the learning rate rises in this fraction of the steps, and falls to this fraction
+WARM = 0.1  # fraction of the steps in which the learning rate rises
+END = 0.1  # of the largest learning rate, which the last step has
 
 
 @dataclass(frozen=True)
 class State:
-    """Where training stands: all of it, so that it goes on to the same bits."""
+    """Progress of training, complete, so that it goes on to the same bits."""
 
     step: int
     parameters: dict[str, Tensor]
@@ -54,71 +52,71 @@ class State:
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained on what. batches: how many there are; loss(index): of one, with autograd;
-    score(): on the held-out windows.
-    """
+    """Parameters to train, and the functions that judge them."""
 
     title: str
     parameters: dict[str, nn.Parameter]
-    batches: int
-    loss: Callable[[int], Tensor]
-    score: Callable[[], float]
-    windows: tuple[
-        int, ...
-    ] = ()  # in each batch; several processes need it where batches are not equally large
+    batches: int  # how many there are
+    loss: Callable[[int], Tensor]  # of one batch, by its index, with autograd
+    score: Callable[[], float]  # on the held-out windows
+    # windows in each batch; several processes need it where batches are not equally large
+    windows: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
-class Leg:
-    """What the main process tells the others: the steps up to the next look, from number `first`;
-    or, without sizes, what came out.
+class Orders:
+    """Message of the main process to the others: the steps up to the next look, or, without sizes,
+    the final parameters.
     """
 
     scope: Any  # of the main process's store
     parameters: dict[str, Tensor]
     sizes: dict[str, float] = field(default_factory=dict)
     moments: dict[str, Moments] = field(default_factory=dict)
-    first: int = 0
+    first: int = 0  # number of the first step
 
 
 @dataclass(frozen=True)
-class Course:
-    """How one training goes: what step s sees, in each process, and how far it may move each
-    tensor.
-    """
+class Schedule:
+    """Batches that the steps see, in each process, and how far they may move each tensor."""
 
     task: Task
     section: Training
-    order: list[
-        int
-    ]  # of the rounds: `processes` batches that follow each other, one for each process
+    # of rounds: `processes` batches that follow each other, one for each process
+    order: list[int]
     sizes: dict[str, float]
     team: Team = ALONE
 
+    @classmethod
+    def of(cls, task: Task, section: Training, seed: int, team: Team = ALONE) -> "Schedule":
+        """Schedule a training that starts from the parameters as they are."""
+        sizes = {
+            name: parameter.detach().abs().median().item() or ZERO
+            for name, parameter in task.parameters.items()
+        }
+        order = draw_batches(-(-task.batches // team.processes), section.steps, seed)
+        return cls(task, section, order, sizes, team)
+
     def share(self, step: int) -> tuple[int, float] | None:
-        """The batch of this process in a step, and its weight in a mean over the processes; None
-        where no batch is left for it.
+        """Return the batch of this process in a step, and its weight in a mean over the processes;
+        None where no batch is left for it.
         """
-        each = self.team.processes
-        first = self.order[step] * each
-        batches = range(first, min(first + each, self.task.batches))
+        processes = self.team.processes
+        first = self.order[step] * processes
+        batches = range(first, min(first + processes, self.task.batches))
         if self.team.rank >= len(batches):
             return None
-        windows = self.task.windows or (1,) * self.task.batches
-        return batches[self.team.rank], each * windows[batches[self.team.rank]] / sum(
-            windows[batch] for batch in batches
-        )
+        windows, batch = self.task.windows or (1,) * self.task.batches, batches[self.team.rank]
+        return batch, processes * windows[batch] / sum(windows[other] for other in batches)
 
-
-def course(task: Task, section: Training, seed: int, team: Team = ALONE) -> Course:
-    """The course of a training that starts from the parameters as they are."""
-    sizes = {
-        name: parameter.detach().abs().median().item() or ZERO
-        for name, parameter in task.parameters.items()
-    }
-    return Course(
-        task, section, drawn(-(-task.batches // team.processes), section.steps, seed), sizes, team
-    )
+    def looks_from(self, store: Store) -> list[int]:
+        """List the steps after which training is looked at, from the last one on whose state is in
+        `store`.
+        """
+        section = self.section
+        looks = [*range(section.check, section.steps, section.check), section.steps]
+        stored = [look for look in looks if store.holds("training", [self.task.title, look])]
+        return [look for look in looks if look >= max(stored, default=0)]
 
 
 def fit(
@@ -134,56 +132,57 @@ def fit(
 
     The state at the last look is kept in `store`: 8 bytes for each number that learns, and its
     moments. The processes of `team` take the steps together, as the main one says, and all get its
-    parameters; the others return no scores. Raises NumericalError where the loss is not finite,
-    CompressorError where another process is gone, or trains something else.
+    parameters; the others return no scores.
+
+    Raises:
+        NumericalError: the loss is not finite.
+        CompressorError: another process is gone, or trains something else.
     """
-    going = course(task, section, seed, team)
+    schedule = Schedule.of(task, section, seed, team)
     if team.rank:
-        return _follow(going, store.scope)
+        return _follow(schedule, store.scope)
     values = {name: parameter.detach().clone() for name, parameter in task.parameters.items()}
     state = State(0, values, {name: {} for name in values}, values, (task.score(),))
-    ends = [*range(section.check, section.steps, section.check), section.steps]
-    newest = max((end for end in ends if store.holds("training", [task.title, end])), default=0)
-    for end in progress([end for end in ends if end >= newest], task.title):
-        if (
-            len(state.scores)
-            - 1
-            - max(state.scores.index(min(state.scores)), *overshot(state.scores), 0)
-            >= section.patience
-        ):
+    for look in progress(schedule.looks_from(store), task.title):
+        if is_stale(state.scores, section.patience):
             break
-        former, state = (
-            state,
-            store.recall(
-                "training", [task.title, end], partial(_reach, going, state, end, store.scope)
-            ),
-        )
-        store.forget("training", [task.title, former.step])
-    team.tell(Leg(store.scope, state.best))
+        last, advance = state.step, partial(_reach, schedule, state, look, store.scope)
+        state = store.recall("training", [task.title, look], advance)
+        store.forget("training", [task.title, last])
+    team.tell(Orders(store.scope, state.best))
     _load(task.parameters, state.best)
     return state
 
 
-def overshot(scores: Sequence[float]) -> list[int]:
-    """Looks that were so much worse than the best one before that training goes on from that one,
-    at half the rate from then on.
+def is_stale(scores: Sequence[float], patience: int) -> bool:
+    """Say whether `patience` looks have passed since the best one and since the rate was last
+    cut.
+    """
+    looks, best_look = len(scores) - 1, scores.index(min(scores))
+    last_rate_cut = max(find_overshoots(scores), default=0)
+    return looks - max(best_look, last_rate_cut) >= patience
+
+
+def find_overshoots(scores: Sequence[float]) -> list[int]:
+    """List the looks that were so much worse than the best one before that training goes on from
+    that one, at half the rate from then on.
     """
     best = list(accumulate(scores, min))
     return [look for look in range(1, len(scores)) if scores[look] > OVERSHOT * best[look - 1]]
 
 
-def drawn(batches: int, steps: int, seed: int) -> list[int]:
-    """Which batch each step sees: all of them in one random order after the other."""
+def draw_batches(batches: int, steps: int, seed: int) -> list[int]:
+    """Draw the batch that each step sees: all of them in one random order after the other."""
     generator = torch.Generator().manual_seed(seed)
     rounds = (
         torch.randperm(batches, generator=generator).tolist() for _ in range(-(-steps // batches))
     )
-    return [index for each in rounds for index in each][:steps]
+    return [index for order in rounds for index in order][:steps]
 
 
-def rate(step: int, section: Training) -> float:
-    """Learning rate of a step, from 0, relative to the largest: a line up, then half a cosine down
-    to END.
+def relative_rate(step: int, section: Training) -> float:
+    """Compute the learning rate of a step, counted from 0, relative to the largest: a line up, then
+    half a cosine down to END.
     """
     warm = max(1, round(WARM * section.steps))
     if step < warm:
@@ -193,57 +192,69 @@ def rate(step: int, section: Training) -> float:
     )
 
 
-def _reach(going: Course, state: State, end: int, scope: Any) -> State:
+def _reach(schedule: Schedule, state: State, end: int, scope: Any) -> State:
     while state.step < end:
-        state = _advance(going, state, scope)
+        state = _advance(schedule, state, scope)
     return state
 
 
-def _follow(going: Course, scope: Any) -> State:
-    """Take the steps that the main process says, until it says what came out."""
+def _follow(schedule: Schedule, scope: Any) -> State:
+    """Take the steps that the main process orders, until it tells the final parameters."""
     while True:
-        leg: Leg = going.team.hear()
-        if leg.scope != scope:
-            who = f"{going.task.title}: process {going.team.rank}"
+        orders: Orders = schedule.team.hear()
+        if orders.scope != scope:
+            who = f"{schedule.task.title}: process {schedule.team.rank}"
             raise CompressorError(
                 f"{who} came to another model than the main one; are their files the same?"
             )
-        if not leg.sizes:
-            _load(going.task.parameters, leg.parameters)
-            return State(leg.first, leg.parameters, {}, leg.parameters, ())
-        _steps(replace(going, sizes=leg.sizes), leg.parameters, leg.moments, leg.first)
+        if not orders.sizes:
+            _load(schedule.task.parameters, orders.parameters)
+            return State(orders.first, orders.parameters, {}, orders.parameters, ())
+        _steps(
+            replace(schedule, sizes=orders.sizes), orders.parameters, orders.moments, orders.first
+        )
 
 
-def _advance(going: Course, state: State, scope: Any) -> State:
-    """The steps up to the next look, by all processes, and the look."""
-    far = overshot(state.scores)
-    start = state.best if far and far[-1] == len(state.scores) - 1 else state.parameters
-    going = replace(going, sizes={name: size / 2 ** len(far) for name, size in going.sizes.items()})
-    going.team.tell(Leg(scope, start, going.sizes, state.moments, state.step))
-    optimizer = _steps(going, start, state.moments, state.step)
-    values = {name: parameter.detach().clone() for name, parameter in going.task.parameters.items()}
-    score = going.task.score()
+def _advance(schedule: Schedule, state: State, scope: Any) -> State:
+    """Take the steps up to the next look, by all processes, and look."""
+    overshoots = find_overshoots(state.scores)
+    has_overshot = bool(overshoots) and overshoots[-1] == len(state.scores) - 1
+    start = state.best if has_overshot else state.parameters
+    sizes = {name: size / 2 ** len(overshoots) for name, size in schedule.sizes.items()}
+    schedule = replace(schedule, sizes=sizes)
+    schedule.team.tell(Orders(scope, start, schedule.sizes, state.moments, state.step))
+    optimizer = _steps(schedule, start, state.moments, state.step)
+    values = {
+        name: parameter.detach().clone() for name, parameter in schedule.task.parameters.items()
+    }
+    score = schedule.task.score()
     best = values if score < min(state.scores) else state.best
-    step = min(state.step + going.section.check, going.section.steps)
+    step = min(state.step + schedule.section.check, schedule.section.steps)
     return State(
-        step, values, moments_of(optimizer, going.task.parameters), best, (*state.scores, score)
+        step,
+        values,
+        read_moments(optimizer, schedule.task.parameters),
+        best,
+        (*state.scores, score),
     )
 
 
 def _steps(
-    going: Course, start: Mapping[str, Tensor], moments: Mapping[str, Moments], first: int
+    schedule: Schedule, start: Mapping[str, Tensor], moments: Mapping[str, Moments], first: int
 ) -> torch.optim.Optimizer:
-    """The steps from number `first` up to the next look, by this process; the parameters are left
-    there. Returns the optimizer.
+    """Take the steps from number `first` up to the next look, by this process; the parameters are
+    left there. Returns the optimizer.
     """
-    task, section, team = going.task, going.section, going.team
+    task, section, team = schedule.task, schedule.section, schedule.team
     _load(task.parameters, start)
-    optimizer = optimizer_of(section.optimizer, task.parameters, moments)
-    with torch.enable_grad(), attached(task.parameters.values()):
+    optimizer = build_optimizer(section.optimizer, task.parameters, moments)
+    with torch.enable_grad(), taking_gradients(task.parameters.values()):
         for step in range(first, min(first + section.check, section.steps)):
             for group, name in zip(optimizer.param_groups, task.parameters, strict=True):
-                group["lr"] = section.learning_rate * going.sizes[name] * rate(step, section)
-            share = going.share(step)
+                group["lr"] = (
+                    section.learning_rate * schedule.sizes[name] * relative_rate(step, section)
+                )
+            share = schedule.share(step)
             loss = task.loss(share[0]) * share[1] if share else torch.zeros((), device=team.device)
             if not math.isfinite(value := team.mean(loss.detach())):
                 raise NumericalError(
@@ -259,18 +270,16 @@ def _steps(
     return optimizer
 
 
-class attached:
-    """Parameters take gradients inside the `with`."""
-
-    def __init__(self, parameters: Iterable[nn.Parameter]):
-        self.parameters = list(parameters)
-
-    def __enter__(self) -> None:
-        for parameter in self.parameters:
-            parameter.requires_grad_(True)
-
-    def __exit__(self, *error: Any) -> None:
-        for parameter in self.parameters:
+@contextmanager
+def taking_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Let parameters take gradients inside the `with`; afterwards they are frozen and have none."""
+    learning = list(parameters)
+    for parameter in learning:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in learning:
             parameter.requires_grad_(False)
             parameter.grad = None
 

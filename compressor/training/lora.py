@@ -1,33 +1,32 @@
 """LoRA that is merged back: every linear of the blocks learns s B A beside a frozen base, and is
 stored in the size it had.
 
-References: LoRA (arXiv 2106.09685) as healing, SVD-LLM's and LLM-Pruner's (healing card §8);
-merging into low-rank storage is LoRA-Squeeze's exact QR route (arXiv 2602.10993; card §10) on [U
-sB] [V; A]; LoRA inside a mask is PERP's MaskLoRA (arXiv 2312.15230) and SQFT's SparsePEFT (arXiv
-2410.03750).
+References: LoRA (arXiv 2106.09685) as healing, SVD-LLM's and LLM-Pruner's; merging into low-rank
+storage is LoRA-Squeeze's exact QR route (arXiv 2602.10993) on [U sB] [V; A]; LoRA inside a mask is
+PERP's MaskLoRA (arXiv 2312.15230) and SQFT's SparsePEFT (arXiv 2410.03750).
 
 Glossary
-    up B (out, r), zero at the start   down A (r, in), normal with variance 1 / r   scale s = median
-                                       |W| / ZERO
+    up B     (out, r), zero at the start
+    down A   (r, in), normal with variance 1 / r
+    scale s  median |W| / ZERO
 
 What a kind stores decides where the product is added, and what merging does to it
-    dense linear                     Ŵ + s B A; merged exactly
-    sparse, wrapped, dictionary,     s B A inside the mask is added to the matrix whose entries are
-                                     stored: Ŵ, the core of `wrapped`, the
-    pruned                           codes of `dictionary`, the kept rows and columns of `pruned`;
-                                     merged exactly
-    low rank, also pivoted, and      Ŵ + s B A, of rank r_stored + r, cut to r_stored by the best
-                                     approximation in the metric of the
-    residuals of `adapted`           inputs' mean squares; what that loses is for the judge of
-                                     healing to see
-    packed, chained, and adapted     nothing: integer codes take no sum without being rounded again.
-                                     They stay frozen where other linears
-    with integer factors             can learn; a model of nothing else is refused
+    dense linear
+        Ŵ + s B A; merged exactly.
+    sparse, wrapped, dictionary, pruned
+        s B A inside the mask is added to the matrix whose entries are stored: Ŵ, the core of
+        `wrapped`, the codes of `dictionary`, the kept rows and columns of `pruned`; merged exactly.
+    low rank, also pivoted, and residuals of `adapted`
+        Ŵ + s B A, of rank r_stored + r, cut to r_stored by the best approximation in the metric of
+        the inputs' mean squares; what that loses is for the judge of healing to see.
+    packed, chained, and adapted with integer factors
+        Nothing: integer codes take no sum without being rounded again. They stay frozen where other
+        linears can learn; a model of nothing else is refused.
 
 Differs from LoRA: the scale is not α / r. The learning rate of a tensor is relative to its own
-size, and B has none at the start, where `training` puts ZERO in its place; with this scale and
-variance a step moves an entry of W by about the learning rate times the median of |W|, as when W
-itself learns. A learns like any other tensor.
+size, and B has none at the start, where `loop` puts ZERO in its place; with this scale and variance
+a step moves an entry of W by about the learning rate times the median of |W|, as when W itself
+learns. A learns like any other tensor.
 
 Memory beside the frozen model: r (in + out) numbers for each linear, four times with gradient and
 moments; inside a mask, s B A and its gradient as matrices for each linear of the pass.
@@ -47,7 +46,7 @@ from compressor.hf import out_in
 from compressor.linalg import Metric
 from compressor.linalg.products import Product
 from compressor.linears import CompressedLinear
-from compressor.training.learners import Values, leaves, masters
+from compressor.training.learners import Trainable, Values, collect_leaves, copy_masters
 from compressor.training.loop import ZERO
 
 
@@ -111,28 +110,27 @@ class Lora(nn.Module):
         return Product(self.up.detach(), self.down.detach(), self.scale)
 
 
-def mergeable(
+def select_mergeable(
     model: PreTrainedModel, modules: Mapping[str, nn.Module], scopes: Iterable[nn.Module]
 ) -> dict[str, nn.Module]:
-    """The linears below `scopes` that take a product, by name. Raises ConfigError if there are
-    none.
+    """Select the linears below `scopes` that take a product, by name.
+
+    Raises:
+        ConfigError: there are none.
     """
-    found = leaves(model, modules, scopes)
-    taking = {name: module for name, module in found.items() if takes_lora(module)}
-    if not taking:
-        kinds = sorted(
-            {module.kind for module in found.values() if isinstance(module, CompressedLinear)}
-        )
+    leaves = collect_leaves(model, modules, scopes)
+    linears = {name: module for name, module in leaves.items() if takes_lora(module)}
+    if not linears:
+        kinds = {module.kind for module in leaves.values() if isinstance(module, CompressedLinear)}
         raise ConfigError(
             "heal.train: lora has nothing to merge into, every linear is stored as integers "
-            f"({', '.join(kinds)}); "
-            "set heal.train to compressed, which trains their scales"
+            f"({', '.join(sorted(kinds))}); set heal.train to compressed, which trains their scales"
         )
-    return taking
+    return linears
 
 
-class Loras:
-    """What learns where `train` is `lora`, with the interface of `Learners`."""
+class Loras(Trainable):
+    """Products beside linears, which are merged into what these store."""
 
     def __init__(
         self,
@@ -142,58 +140,53 @@ class Loras:
         rank: int,
         seed: int,
     ):
-        """modules: what is to stand in the model, by name. Raises ConfigError if none of its
-        linears takes a product.
+        """Put products beside copies of the linears.
+
+        Args:
+            modules: what is to stand in the model, by name.
+
+        Raises:
+            ConfigError: none of the linears takes a product.
         """
-        self.originals = mergeable(model, modules, scopes)
+        self.originals = select_mergeable(model, modules, scopes)
         generator = torch.Generator().manual_seed(seed)
-        self.copies = {
+        self.loras = {
             name: Lora(copy, rank, generator)
-            for name, copy in masters(model, self.originals).items()
+            for name, copy in copy_masters(model, self.originals).items()
         }
+        self.copies: dict[str, nn.Module] = dict(self.loras)
         self.parameters = {
             f"{name}.{side}": getattr(lora, side)
-            for name, lora in self.copies.items()
+            for name, lora in self.loras.items()
             for side in ("up", "down")
         }
+        self.metrics: dict[str, Metric] = {}  # in which products join low-rank storage
 
-    def values(self, dtypes: Mapping[str, torch.dtype], metrics: Mapping[str, Metric]) -> Values:
-        """What is stored after merging. dtypes: of each parameter of the output, by its full name;
-        metrics: see `input_metrics`.
-        """
-        merged = {
-            name: lora.merge(metrics.get(name, Metric()), name)
-            for name, lora in self.copies.items()
-        }
+    def learned(self) -> Values:
         return {
-            name: {
-                key: tensor.to(dtypes[f"{name}.{key}"]) if tensor.is_floating_point() else tensor
-                for key, tensor in tensors.items()
-            }
-            for name, tensors in merged.items()
+            name: lora.merge(self.metrics.get(name, Metric()), name)
+            for name, lora in self.loras.items()
         }
 
+    @torch.no_grad()
+    def measure_inputs(self, model: PreTrainedModel, batches: Iterable[Tensor]) -> None:
+        """Take the sums of squares of inputs over all batches, (in,), as the metric of each linear
+        with low-rank storage, while the products are in the model.
+        """
+        sums: dict[str, Tensor] = {}
 
-@torch.no_grad()
-def input_metrics(
-    model: PreTrainedModel, loras: Loras, batches: Iterable[Tensor]
-) -> dict[str, Metric]:
-    """For each linear with low-rank storage, the sums of squares of its inputs over all batches,
-    (in,), while the products are in the model."""
-    sums: dict[str, Tensor] = {}
+        def add(name: str, input: Tensor) -> None:
+            sums[name] = sums.get(name, 0) + input.double().flatten(0, -2).square().sum(0)
 
-    def add(name: str, input: Tensor) -> None:
-        sums[name] = sums.get(name, 0) + input.double().flatten(0, -2).square().sum(0)
-
-    hooks = [
-        lora.register_forward_pre_hook(lambda module, args, name=name: add(name, args[0]))
-        for name, lora in loras.copies.items()
-        if isinstance(lora.module, CompressedLinear) and lora.mask is None
-    ]
-    try:
-        for batch in batches:
-            model(input_ids=batch, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {name: Metric(total) for name, total in sums.items()}
+        hooks = [
+            lora.register_forward_pre_hook(lambda module, args, name=name: add(name, args[0]))
+            for name, lora in self.loras.items()
+            if isinstance(lora.module, CompressedLinear) and lora.mask is None
+        ]
+        try:
+            for batch in batches:
+                model(input_ids=batch, use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.metrics = {name: Metric(total) for name, total in sums.items()}

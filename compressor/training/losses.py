@@ -1,9 +1,8 @@
-"""The loss of healing: how far the model's output, and the outputs of its blocks, are from those of
-the original.
+"""Loss of healing: how far the model's output, and the outputs of its blocks, are from those of the
+original.
 
 References: label-free divergence from the original's logits after Minitron (arXiv 2407.14679); the
-feature loss is PELA's (arXiv 2310.10700; healing card 8.2); the largest logits of the original and
-one outcome for all others in place of its distribution, card §8.
+feature loss is PELA's (arXiv 2310.10700).
 
 Minimises the mean over positions of KL(original‖model), in nats, or of the cross-entropy of the
 next token, or of their sum; plus `features` times the mean over blocks and positions of ‖h − ĥ‖² /
@@ -15,8 +14,8 @@ that of the whole ones, and the same where `top` is the vocabulary.
 
 Differs from PELA: each position is divided by the original's energy there (as in `repair`): a few
 positions with massive activations are nearly all of the variance of a block. No perturbation term.
-Differs from the card's 390 bytes for a position (16 bits for a logit): 8 · `top` + 4, since a
-student that is the teacher has neither loss nor gradient only where logits are what they were.
+A cached position takes 8 · `top` + 4 bytes: logits keep 32 bits, since a student that is the
+teacher has neither loss nor gradient only where logits are what they were.
 
 Memory: `cached`, those bytes for each position, in place of the hidden size × 4 of `online`; the
 logits of one batch three times. With `features` the original runs again in each step, which costs
@@ -32,24 +31,23 @@ from torch.nn import functional
 from compressor.models.linears import blocks
 from compressor.models.partial_forward import watching
 from compressor.recipe.training import Heal
-from compressor.training.repair import hidden
-from compressor.training.teacher import Original
+from compressor.training.repair import hidden_states
+from compressor.training.teacher import Teacher
 
 
 class Objective:
-    """The loss that a section of a recipe describes, on batches of which the original is known."""
+    """Loss that a section of a recipe describes, on the batches of a teacher."""
 
-    def __init__(self, original: Original, section: Heal):
-        self.original, self.section = original, section
-        self.known: dict[
-            int, tuple[Tensor, Tensor]
-        ] = {}  # batch → likeliest tokens int32, coarse logits; filled as batches come
+    def __init__(self, teacher: Teacher, section: Heal):
+        self.teacher, self.section = teacher, section
+        # batch → likeliest tokens int32, coarse logits; filled as batches come
+        self.cached: dict[int, tuple[Tensor, Tensor]] = {}
 
     def loss(self, index: int) -> Tensor:
-        """Loss of the model as it is now on one batch, with autograd."""
-        model, batch = self.original.model, self.original.batches[index]
-        wanted = self.original.run(index)[1] if self.section.features else []
-        with watching(blocks(model)[1]) as found:
+        """Compute the loss of the model as it is now on one batch, with autograd."""
+        model, batch = self.teacher.model, self.teacher.batches[index]
+        features = self.teacher.run(index)[1] if self.section.features else []
+        with watching(blocks(model)[1]) as outputs:
             logits = model(input_ids=batch, use_cache=False).logits
         total = logits.new_zeros(())
         if self.section.loss in ("kl", "both"):
@@ -58,44 +56,49 @@ class Objective:
             total = total + functional.cross_entropy(
                 logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten()
             )
-        if wanted:
-            parts = [
-                distance(hidden(output), hidden(expected))
-                for output, expected in zip(found, wanted, strict=True)
+        if features:
+            distances = [
+                feature_distance(hidden_states(output), hidden_states(expected))
+                for output, expected in zip(outputs, features, strict=True)
             ]
-            total = total + self.section.features * torch.stack(parts).mean()
+            total = total + self.section.features * torch.stack(distances).mean()
         return total
 
     def divergence(self, index: int, logits: Tensor) -> Tensor:
-        """KL(original‖model) summed over positions, or between what the cached teacher tells
-        apart.
+        """Compute KL(original‖model) summed over positions, or between what the cached teacher
+        tells apart. logits: (batch, length, vocabulary).
         """
         if self.section.teacher == "online":
-            return Divergence.apply(logits, self.original.logits(index))
-        if index not in self.known:
-            expected = self.original.logits(index)
+            return Divergence.apply(logits, self.teacher.logits(index))
+        if index not in self.cached:
+            expected = self.teacher.logits(index)
             tokens = expected.topk(min(self.section.top, expected.shape[-1])).indices
-            self.known[index] = tokens.int(), coarse(expected, tokens)
-        tokens, expected = self.known[index]
-        return Divergence.apply(coarse(logits, tokens.long()), expected)
+            self.cached[index] = tokens.int(), coarsen(expected, tokens)
+        tokens, expected = self.cached[index]
+        return Divergence.apply(coarsen(logits, tokens.long()), expected)
 
 
-def coarse(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Logits (…, k + 1) of `tokens` (…, k) and of all other outcomes together; (…, k) if there are
-    no others. logits: (…, vocabulary).
+def coarsen(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Gather the logits of some tokens, and of all other outcomes together as one more.
+
+    Args:
+        logits: (…, vocabulary).
+        tokens: (…, k) int64.
+
+    Returns:
+        (…, k + 1), or (…, k) if there are no other outcomes.
     """
     chosen = logits.gather(-1, tokens)
     if tokens.shape[-1] == logits.shape[-1]:
         return chosen
-    return torch.cat(
-        [chosen, logits.scatter(-1, tokens, -torch.inf).logsumexp(-1, keepdim=True)], -1
-    )
+    others = logits.scatter(-1, tokens, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([chosen, others], -1)
 
 
-def distance(found: Tensor, expected: Tensor) -> Tensor:
-    """Mean over positions of ‖h − ĥ‖² / ‖h‖²; outputs (batch, length, hidden)."""
+def feature_distance(output: Tensor, expected: Tensor) -> Tensor:
+    """Compute the mean over positions of ‖h − ĥ‖² / ‖h‖²; outputs (batch, length, hidden)."""
     energy = expected.square().sum(-1).clamp(min=torch.finfo(expected.dtype).tiny)
-    return ((found - expected).square().sum(-1) / energy).mean()
+    return ((output - expected).square().sum(-1) / energy).mean()
 
 
 class Divergence(torch.autograd.Function):

@@ -9,7 +9,7 @@ Memory for each number that learns: 8 bytes of moments; 2.03 in 8 bits (two code
 scales for 256 numbers), and 2 KiB of tables for each process.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,32 +20,36 @@ from compressor.errors import ConfigError
 BETAS = (0.9, 0.99)  # steps are few: a second moment over thousands of them would never settle
 INSTALL = "pip install 'compressor[train]'"
 
-Moments = dict[
-    str, Any
-]  # what an optimizer remembers of one tensor: tensors and numbers; nothing before its first step
+# what an optimizer remembers of one tensor: tensors and numbers; nothing before its first step
+Moments = dict[str, Any]
 
 
-def optimizer_of(
+def build_optimizer(
     kind: str, parameters: Mapping[str, nn.Parameter], moments: Mapping[str, Moments]
 ) -> torch.optim.Optimizer:
-    """An optimizer that goes on from `moments`, which it changes; a group for each parameter, in
-    their order, learning rate 0.
+    """Build an optimizer that goes on from `moments`, which it changes: a group for each parameter,
+    in their order, learning rate 0.
 
-    No weight decay, so that a tensor without a gradient stays as it is. kind: as in the recipe.
-    Raises ConfigError if the library is missing.
+    No weight decay, so that a tensor without a gradient stays as it is.
+
+    Args:
+        kind: as in the recipe.
+
+    Raises:
+        ConfigError: the library is missing.
     """
     groups = [{"params": [parameter], "lr": 0.0} for parameter in parameters.values()]
-    made = _class(kind)(groups, betas=BETAS, weight_decay=0.0)
+    optimizer = _class(kind)(groups, betas=BETAS, weight_decay=0.0)
     for name, parameter in parameters.items():
         if moments[name]:
-            made.state[parameter] = moments[name]
-    return made
+            optimizer.state[parameter] = moments[name]
+    return optimizer
 
 
-def moments_of(
+def read_moments(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
 ) -> dict[str, Moments]:
-    """What an optimizer remembers of each parameter; it is not copied."""
+    """Return what an optimizer remembers of each parameter; it is not copied."""
     return {
         name: dict(optimizer.state[parameter]) if parameter in optimizer.state else {}
         for name, parameter in parameters.items()
@@ -57,7 +61,7 @@ def require(kind: str) -> None:
     _class(kind)
 
 
-def _class(kind: str) -> type[torch.optim.Optimizer]:
+def _class(kind: str) -> Callable[..., torch.optim.Optimizer]:
     if kind == "adamw":
         return torch.optim.AdamW
     try:

@@ -1,5 +1,5 @@
-"""How many steps of training the rest of a budget has room for, from one step and one look that are
-timed on the spot.
+"""Number of training steps that the rest of a time budget has room for, from one step and one look
+that are timed on the spot.
 """
 
 import time
@@ -15,37 +15,37 @@ MARGIN = 1.25  # of a step, for the optimizer and for what is done once in a sta
 
 
 @dataclass(frozen=True)
-class Pace:
+class StepTimes:
     """Seconds of a step (all blocks, one batch, forward and backward), and of a look."""
 
     step: float
     look: float
 
-    def steps(self, section: Training, seconds: float, windows: int) -> int:
-        """Steps that fit, at most those of the section; 0 if there is no time for a look. windows:
-        of the batch that was timed.
+    def affordable_steps(self, section: Training, seconds: float, windows: int) -> int:
+        """Count the steps that fit, at most those of the section; 0 if there is no time for a look.
+
+        Args:
+            windows: of the batch that was timed.
         """
-        each = MARGIN * self.step * section.batch_size / windows + self.look / section.check
-        fitting = min(section.steps, int(seconds / each))
+        step = MARGIN * self.step * section.batch_size / windows + self.look / section.check
+        fitting = min(section.steps, int(seconds / step))
         return fitting if fitting >= min(section.check, section.steps) else 0
 
 
-def timed(loss: Callable[[int], Tensor], look: Callable[[], float]) -> Pace:
+def time_step(loss: Callable[[int], Tensor], look: Callable[[], float]) -> StepTimes:
     """Take two steps, whose gradients the caller discards, and a look; the second step counts."""
     for _ in range(2):
-        start = _now()
+        start = _synchronised_time()
         with torch.enable_grad():
             loss(0).backward()
-        step = _now() - start
-    start = _now()
+        step = _synchronised_time() - start
+    start = _synchronised_time()
     look()
-    return Pace(step, _now() - start)
+    return StepTimes(step, _synchronised_time() - start)
 
 
-def _now() -> float:
-    """Seconds, once an accelerator has done what it was told, which the processor does not wait
-    for.
-    """
+def _synchronised_time() -> float:
+    """Read the monotonic time after device synchronisation (s)."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     return time.monotonic()

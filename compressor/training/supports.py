@@ -1,17 +1,16 @@
 """Supports that learn: which entries of a sparse matrix are stored is chosen anew at every step,
 from a dense latent.
 
-References: the straight-through factorizer of DSFormer (arXiv 2312.13211; sparse-dictionary card
-§5).
+References: the straight-through factorizer of DSFormer (arXiv 2312.13211).
 
 Glossary
-    latent C̃ (rows, columns)    the stored entries, and numbers that are zero at the start outside
-                                 their mask; of Ŵ for sparse storage, of
-                                the codes for a dictionary, also where a residual is added to either
-    support M = Π(C̃)            the largest entries of C̃ in size, as many as are stored, in each
-                                 group of the stored pattern
-    projected Ŝ = C̃ ⊙ M         what the model runs with; ∂loss/∂C̃ := ∂loss/∂Ŝ, also outside M,
-                                 while atoms get their true gradient
+    latent C̃     (rows, columns) the stored entries, and numbers that are zero at the start
+                  outside their mask; of Ŵ for sparse storage, of the codes for a dictionary, also
+                  where a residual is added to either
+    support M     Π(C̃), the largest entries of C̃ in size, as many as are stored, in each group of
+                  the stored pattern
+    projected Ŝ   C̃ ⊙ M, which the model runs with; ∂loss/∂C̃ := ∂loss/∂Ŝ, also outside M, while
+                  atoms get their true gradient
 
 Patterns: the shortest run of consecutive entries of a row of which every one holds the same number
 (so 2:4 stays 2:4, and equal counts in each row, or in each slice of a dictionary in blocks, stay
@@ -25,8 +24,9 @@ best latents on, with a warm-up and a cosine of its own up to LATE times the lea
 
 Differs from the paper: calibration text in place of a task; one latent for the entries inside and
 one for those outside, so that both learn at a rate relative to the median of the stored entries;
-all rates are the same, since they are relative (card: a tenth for atoms); the penalty is relative
-to the loss, so that it is as strong for any text and has no gradient where there is no loss.
+all rates are the same, since they are relative (the paper: a tenth for atoms); the penalty is
+relative to the loss, so that it is as strong for any text and has no gradient where there is no
+loss.
 
 Memory: 4 bytes for each entry of the dense matrix, four times with gradient and moments, in place
 of those for stored entries.
@@ -43,14 +43,13 @@ from transformers import PreTrainedModel
 from compressor.linears import CompressedLinear
 from compressor.linears.masks import pack_mask
 from compressor.recipe.training import Heal
-from compressor.training.learners import Learners, rebind, rebuilt
+from compressor.training.learners import Learners, Trainable, Values, learned_tensors
 from compressor.training.loop import ZERO
 
-FREE = 0.8  # of the steps, in which supports learn
-PULL = 0.1
-LATE = (
-    0.2  # of the learning rate, for the steps after those: where a single cosine would be by then
-)
+FREE = 0.8  # fraction of the steps in which supports learn
+PULL = 0.1  # of the loss, the weight of the penalty for what lies outside supports
+# of the learning rate, for the steps after those: where a single cosine would be by then
+LATE = 0.2
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class Pattern:
 
     @classmethod
     def of(cls, mask: Tensor) -> "Pattern":
-        """The finest pattern that a boolean mask (rows, columns) has."""
+        """Find the finest pattern that a boolean mask (rows, columns) has."""
         height, width = mask.shape
         runs = [(size, False) for size in range(2, width + 1) if width % size == 0]
         for size, columns in [*runs, (height, True)]:
@@ -75,7 +74,7 @@ class Pattern:
         return cls(mask.numel(), int(mask.sum()))
 
     def largest(self, sizes: Tensor) -> Tensor:
-        """The mask with this pattern that holds the largest of `sizes` (rows, columns)."""
+        """Build the mask with this pattern that holds the largest of `sizes` (rows, columns)."""
         table = sizes.T if self.columns else sizes
         groups = table.reshape(-1, self.size)
         chosen = (
@@ -86,8 +85,10 @@ class Pattern:
         return chosen.T if self.columns else chosen
 
 
-def parted(section: Heal) -> tuple[Heal, Heal]:
-    """The settings of the steps in which supports learn, and of those in which they are frozen."""
+def split_section(section: Heal) -> tuple[Heal, Heal]:
+    """Split the settings of healing in those of the steps in which supports learn, and of those in
+    which they are frozen.
+    """
     free = max(1, round(FREE * section.steps))
     frozen = {
         "steps": max(1, section.steps - free),
@@ -108,7 +109,9 @@ class Latent(nn.Module):
     module: CompressedLinear
 
     def __init__(self, module: CompressedLinear):
-        """module: with a support that can move, with or without a residual, as it is (no copy)."""
+        """Start from what a linear stores, as it is (no copy): entries whose support can move, with
+        or without a residual.
+        """
         super().__init__()
         start = module.base.support()
         if start is None:
@@ -123,24 +126,23 @@ class Latent(nn.Module):
         )
 
     def latent(self) -> Tensor:
-        """C̃ (rows, columns), differentiable."""
+        """Compute C̃ (rows, columns), differentiable."""
         empty = self.inside.new_zeros(self.start.shape)
         return empty.masked_scatter(self.start, self.inside).masked_scatter(
             ~self.start, self.unit * self.outside
         )
 
     def support(self, latent: Tensor) -> Tensor:
-        """M (rows, columns); of zeros the stored ones are taken first."""
+        """Choose M (rows, columns); of zeros the stored ones are taken first."""
         sizes = latent.detach().abs()
         return self.pattern.largest(
             torch.where(self.start, sizes.clamp(min=torch.finfo(sizes.dtype).tiny), sizes)
         )
 
     def projected(self) -> Tensor:
+        """Compute Ŝ (rows, columns), exactly C̃ inside M and 0 outside, with the gradient of C̃."""
         latent = self.latent()
-        return (
-            latent + (latent * self.support(latent) - latent).detach()
-        )  # exactly C̃ inside and 0 outside
+        return latent + (latent * self.support(latent) - latent).detach()
 
     def forward(self, input: Tensor) -> Tensor:
         return functional_call(
@@ -148,22 +150,22 @@ class Latent(nn.Module):
         )
 
     def pull(self) -> Tensor:
-        """‖C̃ ⊙ (1 − M)‖² / ‖C̃ ⊙ M‖², the latter without a gradient."""
+        """Compute ‖C̃ ⊙ (1 − M)‖² / ‖C̃ ⊙ M‖², the latter without a gradient."""
         latent = self.latent()
         support = self.support(latent)
         inside = (latent * support).detach().square().sum()
         return (latent * ~support).square().sum() / inside.clamp(min=torch.finfo(inside.dtype).tiny)
 
     @torch.no_grad()
-    def stored(self) -> dict[str, Tensor]:
-        """The entries that are stored now, and their mask."""
+    def stored_tensors(self) -> dict[str, Tensor]:
+        """Return the entries that are stored now, and their mask."""
         latent = self.latent()
         support = self.support(latent)
         return {"weight": latent[support], "mask": pack_mask(support.flatten())}
 
 
-class Latents:
-    """What learns while supports do, with the interface of `Learners`."""
+class Supports(Trainable):
+    """Masks trained by straight-through estimation, beside what else is stored."""
 
     def __init__(
         self,
@@ -172,43 +174,35 @@ class Latents:
         scopes: Iterable[nn.Module],
         train: str,
     ):
-        """modules: what is to stand in the model, by name; train: as in the recipe, one that trains
-        stored entries.
+        """Put latents in place of copies whose stored entries can move.
+
+        Args:
+            modules: what is to stand in the model, by name.
+            train: as in the recipe, one that trains stored entries.
         """
         inner = Learners(model, modules, scopes, train)
-        self.originals, self.parameters, self.copies = (
-            inner.originals,
-            dict(inner.parameters),
-            dict(inner.copies),
-        )
+        self.originals, self.parameters = inner.originals, dict(inner.parameters)
         self.latents = {
-            name: Latent(copy) for name, copy in inner.copies.items() if has_support(copy)
+            name: Latent(copy)
+            for name, copy in inner.copies.items()
+            if isinstance(copy, CompressedLinear) and has_support(copy)
         }
+        self.copies = inner.copies | self.latents
         for name, latent in self.latents.items():
-            self.copies[name] = latent
             del self.parameters[f"{name}.weight"]
             self.parameters |= {f"{name}.inside": latent.inside, f"{name}.outside": latent.outside}
 
-    def pulled(self, loss: Tensor) -> Tensor:
-        """A loss with the penalty for what lies outside the supports."""
-        return (
-            loss
-            + PULL
-            * loss.detach()
-            * torch.stack([latent.pull() for latent in self.latents.values()]).mean()
-        )
+    def penalise(self, loss: Tensor) -> Tensor:
+        """Add the penalty for what lies outside the supports."""
+        pulls = [latent.pull() for latent in self.latents.values()]
+        return loss + PULL * loss.detach() * torch.stack(pulls).mean()
 
-    def masters(self) -> dict[str, nn.Module]:
-        """What has been learned, in 32 bits, by name: modules with the supports that were found."""
+    def learned(self) -> Values:
         values = {}
         for name, copy in self.copies.items():
-            module = copy.module if name in self.latents else copy
-            learned = {
-                key: p.detach()
-                for key, p in module.named_parameters(recurse=False)
-                if f"{name}.{key}" in self.parameters
-            }
-            values[name] = learned | (copy.stored() if name in self.latents else {})
-        found = rebuilt(self.originals, values)
-        rebind(found)
-        return found
+            latent = self.latents.get(name)
+            module = copy if latent is None else latent.module
+            values[name] = learned_tensors(name, module, self.parameters)
+            if latent is not None:
+                values[name] |= latent.stored_tensors()
+        return values

@@ -25,7 +25,7 @@ from compressor.recipe.training import Heal
 from compressor.reporting.report import searched
 from compressor.resume.store import NOWHERE
 from compressor.runtime.deadline import Deadline, OutOfTime
-from compressor.training.step_budget import Pace
+from compressor.training.step_budget import StepTimes
 
 KINDS = "method=[{candidates: [{name: low_rank}, {name: sparse, options: {step: 0.05}}]}]"
 SETTINGS = (
@@ -392,7 +392,7 @@ HEALING = [
 
 
 def test_training_takes_the_steps_that_the_budget_has_room_for(start, monkeypatch):
-    monkeypatch.setattr(train, "timed", lambda loss, look: Pace(step=1.0, look=5.0))
+    monkeypatch.setattr(train, "time_step", lambda loss, look: StepTimes(step=1.0, look=5.0))
     job = start("allocation.keep=0.5", *HEALING)
     solution = allocate(job, run.read_or_collect(job, None))
 
@@ -441,11 +441,11 @@ def test_a_budget_with_room_for_everything_changes_nothing(compress):
 
 
 def test_the_pace_leaves_room_for_looks():
-    pace = Pace(step=2.0, look=10.0)
+    pace = StepTimes(step=2.0, look=10.0)
     section = Heal(steps=100, check=20, batch_size=4)
-    assert pace.steps(section, 1e9, 4) == 100
+    assert pace.affordable_steps(section, 1e9, 4) == 100
     assert (
-        pace.steps(section, 30 * (2.5 + 0.5), 4) == 30
-        and pace.steps(section, 30 * (5 + 0.5), 2) == 30
+        pace.affordable_steps(section, 30 * (2.5 + 0.5), 4) == 30
+        and pace.affordable_steps(section, 30 * (5 + 0.5), 2) == 30
     )
-    assert pace.steps(section, 19 * (2.5 + 0.5), 4) == 0
+    assert pace.affordable_steps(section, 19 * (2.5 + 0.5), 4) == 0

@@ -18,7 +18,7 @@ from compressor.pipeline.train import training as computing
 from compressor.recipe.training import Repair
 from compressor.resume.spill import Cache
 from compressor.training import loop, repair
-from compressor.training.teacher import Original
+from compressor.training.teacher import Teacher
 
 DOWN = "model.layers.0.mlp.down_proj"
 QUICK = [
@@ -130,16 +130,16 @@ def test_streams_targets_and_originals_keep_to_the_budget(tmp_path, monkeypatch,
         for name, module in modules.items()
         for key, p in module.named_parameters()
     }
-    real = repair.error
+    real = repair.mean_error
     monkeypatch.setattr(
-        repair, "error", lambda *args: (seen.append(hidden_states()), real(*args))[1]
+        repair, "mean_error", lambda *args: (seen.append(hidden_states()), real(*args))[1]
     )
     cache, batches = Cache(budget, tmp_path), list(windows(6).split(2))
     section = Repair(enabled=True, train="compressed", steps=1, check=1)
     before = hidden_states()
     with computing(model):
         with torch.no_grad():
-            original = Original(model, batches, cache=cache)
+            original = Teacher(model, batches, cache=cache)
         outcome = repair.repair_blocks(
             model, modules, dtypes, (batches, batches[:1]), section, 0, cache=cache
         )[1]

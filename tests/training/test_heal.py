@@ -30,10 +30,10 @@ from compressor.pipeline.train import training
 from compressor.recipe.training import Heal
 from compressor.resume.store import Store
 from compressor.training import loop as trainer
-from compressor.training.learners import Learners, learning_parameters, rebuilt
+from compressor.training.learners import Learners, learning_parameters, rebuild
 from compressor.training.loop import Task, fit
 from compressor.training.losses import Divergence
-from compressor.training.teacher import Original
+from compressor.training.teacher import Teacher
 
 CLOSE = 1e-5
 QUICK = [
@@ -44,7 +44,7 @@ QUICK = [
 
 
 def task_of(model, modules, kind="kl", train="everything"):
-    original = Original(model, [windows()])
+    original = Teacher(model, [windows()])
     learners = Learners(model, modules, blocks(model)[1], train)
     return (
         original,
@@ -58,7 +58,7 @@ def test_the_losses_are_those_of_the_definition():
     modules = modules_of(model)
     with training(model):
         expected = functional.log_softmax(model(input_ids=batch).logits, -1)
-        original = Original(model, [batch])
+        original = Teacher(model, [batch])
         with installed(model, modules):
             found = functional.log_softmax(model(input_ids=batch).logits, -1)
             losses = {kind: loss_of(original, kind)(0).item() for kind in ("kl", "ce", "both")}
@@ -77,7 +77,7 @@ def test_the_losses_are_those_of_the_definition():
 def test_the_original_speaks_through_its_own_head(keep):
     model, batch = tiny_model("llama"), windows()
     with training(model), torch.no_grad():
-        expected, original = model(input_ids=batch).logits, Original(model, [batch], keep)
+        expected, original = model(input_ids=batch).logits, Teacher(model, [batch], keep)
         with installed(
             model, modules_of(model) | {"lm_head": low_rank(model.lm_head.weight, None, 2, True)}
         ):
@@ -217,7 +217,7 @@ def test_low_rank_leaves_everything_but_factors_and_norms_bit_identical():
         _, learners, task = task_of(model, modules, train="low_rank")
         with installed(model, learners.copies):
             state = fit(task, SECTION, 0)
-        found = rebuilt(
+        found = rebuild(
             learners.originals, learners.values(dict.fromkeys(learners.parameters, torch.float32))
         )
     assert min(state.scores) < state.scores[0]

@@ -16,7 +16,7 @@ from compressor.pipeline import train
 from compressor.recipe.training import Heal
 from compressor.resume.store import Store
 from compressor.training import step_budget
-from compressor.training.loop import State, Task, fit, overshot
+from compressor.training.loop import State, Task, find_overshoots, fit, is_stale
 from compressor.training.optimizers import INSTALL
 
 SECTION = Heal(steps=12, check=4, learning_rate=0.05)
@@ -81,10 +81,23 @@ def test_after_a_look_that_is_much_worse_it_goes_on_from_the_best_state_at_half_
     seen = list(itertools.accumulate(scores, min))
     assert scores[-1] < 2 * seen[-2]  # far from the best it has not gone again
     assert (
-        overshot(scores)[0] < 4
-        and overshot((3.0, 2.0, 2.1, 1.9, 2.2, 1.0)) == [4]
-        and overshot((0.0, 0.1)) == [1]
+        find_overshoots(scores)[0] < 4
+        and find_overshoots((3.0, 2.0, 2.1, 1.9, 2.2, 1.0)) == [4]
+        and find_overshoots((0.0, 0.1)) == [1]
     )
+
+
+@pytest.mark.parametrize(
+    ("scores", "stale"),
+    [
+        ((3.0, 2.0, 2.0), False),
+        ((3.0, 2.0, 2.0, 2.0), True),
+        ((3.0, 2.0, 2.0, 2.5), False),  # the rate was cut at the last look
+        ((3.0, 2.0, 2.5, 2.0, 2.0), True),
+    ],
+)
+def test_training_ends_two_looks_after_the_best_one_or_the_last_cut(scores, stale):
+    assert is_stale(scores, patience=2) is stale
 
 
 def test_moments_of_8_bits_are_about_those_of_32():
@@ -184,6 +197,6 @@ def test_steps_are_timed_to_their_end_on_an_accelerator(monkeypatch):
     waited = []
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda: waited.append(next(now)))
     monkeypatch.setattr(step_budget.time, "monotonic", lambda: float(next(now)))
-    pace = step_budget.timed(lambda index: torch.ones(1, requires_grad=True).sum(), lambda: 0.0)
-    assert pace == step_budget.Pace(2.0, 2.0)
+    pace = step_budget.time_step(lambda index: torch.ones(1, requires_grad=True).sum(), lambda: 0.0)
+    assert pace == step_budget.StepTimes(2.0, 2.0)
     assert len(waited) == 6

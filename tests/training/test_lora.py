@@ -27,10 +27,10 @@ from compressor.pipeline.solution import Solution
 from compressor.pipeline.train import train, training
 from compressor.plan import Plan
 from compressor.training import loop as trainer
-from compressor.training.learners import rebuilt
+from compressor.training.learners import rebuild
 from compressor.training.loop import Task, fit
-from compressor.training.lora import Lora, Loras, input_metrics
-from compressor.training.teacher import Original
+from compressor.training.lora import Lora, Loras
+from compressor.training.teacher import Teacher
 
 CLOSE = 1e-5
 RANK = 3
@@ -50,7 +50,7 @@ def merged(module, lora, metric=None):
         key: tensor.float() if tensor.is_floating_point() else tensor
         for key, tensor in lora.merge(metric or Metric(), "it").items()
     }
-    return rebuilt({"it": module}, {"it": values})["it"]
+    return rebuild({"it": module}, {"it": values})["it"]
 
 
 def made(kind):
@@ -124,23 +124,24 @@ def test_only_products_learn_and_the_loss_falls():
     ]
     modules, dense = {name: model.get_submodule(name) for name in names}, tiny_model("gpt2")
     with training(dense):
-        original = Original(dense, [windows()])
+        original = Teacher(dense, [windows()])
         loras = Loras(dense, modules, blocks(dense)[1], 4, 0)
-        before = deepcopy({name: lora.module.state_dict() for name, lora in loras.copies.items()})
-        assert len(loras.copies) == 8 and {key.rpartition(".")[2] for key in loras.parameters} == {
+        before = deepcopy({name: lora.module.state_dict() for name, lora in loras.loras.items()})
+        assert len(loras.loras) == 8 and {key.rpartition(".")[2] for key in loras.parameters} == {
             "up",
             "down",
         }
-        with installed(dense, modules | loras.copies):
+        with installed(dense, modules | loras.loras):
             task = Task("heal", loras.parameters, 1, loss_of(original), original.divergence)
             scores = fit(task, SECTION, 0).scores
-            metrics = input_metrics(dense, loras, original.batches)
+            loras.measure_inputs(dense, original.batches)
+            metrics = loras.metrics
     assert min(scores) < 0.8 * scores[0] and metrics.keys() == set(names)
     assert all(metrics[name].moment.shape == (dense.get_submodule(name).nx,) for name in names)
     for name, state in before.items():
         assert all(
             torch.equal(tensor, state[key])
-            for key, tensor in loras.copies[name].module.state_dict().items()
+            for key, tensor in loras.loras[name].module.state_dict().items()
         )
     again = Loras(dense, modules, blocks(dense)[1], 4, 0)
     assert all(

@@ -17,9 +17,9 @@ from compressor.models.linears import blocks
 from compressor.pipeline import run
 from compressor.pipeline.train import training
 from compressor.training.learners import Learners
-from compressor.training.loop import Task, attached, fit
-from compressor.training.losses import Divergence, coarse, distance
-from compressor.training.teacher import Original
+from compressor.training.loop import Task, fit, taking_gradients
+from compressor.training.losses import Divergence, coarsen, feature_distance
+from compressor.training.teacher import Teacher
 
 CLOSE = 1e-5
 
@@ -28,7 +28,7 @@ def test_features_are_compared_block_by_block_relative_to_their_size():
     model, batch = tiny_model("llama"), windows()
     modules = modules_of(model)
     with training(model):
-        original = Original(model, [batch])
+        original = Teacher(model, [batch])
         wanted = model(input_ids=batch, output_hidden_states=True)
         with installed(model, modules):
             found = model(input_ids=batch, output_hidden_states=True)
@@ -44,7 +44,7 @@ def test_features_are_compared_block_by_block_relative_to_their_size():
         losses[3.0] - losses[0.0] == pytest.approx(3 * added, rel=1e-4)
         and added > first.mean().item() / 2 > 0
     )
-    seen = distance(found.hidden_states[1], wanted.hidden_states[1]).item()
+    seen = feature_distance(found.hidden_states[1], wanted.hidden_states[1]).item()
     assert seen == pytest.approx(first.mean().item(), rel=CLOSE)
 
 
@@ -55,12 +55,12 @@ def test_features_are_compared_block_by_block_relative_to_their_size():
 def test_a_student_that_is_the_teacher_has_neither_loss_nor_gradient(settings):
     model = tiny_model("llama")
     with training(model):
-        original = Original(model, [windows()], keep=settings.get("teacher") != "cached")
+        original = Teacher(model, [windows()], keep=settings.get("teacher") != "cached")
         learners = Learners(model, {}, blocks(model)[1], "everything")
         with (
             installed(model, learners.copies),
             torch.enable_grad(),
-            attached(learners.parameters.values()),
+            taking_gradients(learners.parameters.values()),
         ):
             loss = loss_of(original, **settings)(0)
             loss.backward()
@@ -77,7 +77,7 @@ def test_the_loss_of_one_batch_falls_and_the_original_is_as_it_was(settings):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     modules = modules_of(model)
     with training(model):
-        original = Original(model, [windows()], keep="teacher" not in settings)
+        original = Teacher(model, [windows()], keep="teacher" not in settings)
         learners, loss = (
             Learners(model, modules, blocks(model)[1], "everything"),
             loss_of(original, **settings),
@@ -98,17 +98,17 @@ def test_coarser_distributions_are_no_farther_apart():
     whole, last = kl_sum(expected, logits).item(), 0.0
     for top in (1, 2, 8, 20, 29, 30):
         tokens = expected.topk(top).indices
-        made = coarse(expected, tokens)
+        made = coarsen(expected, tokens)
         assert made.shape == (5, 4, min(top + 1, 30))
         masses = functional.softmax(expected, -1).gather(-1, tokens)
         torch.testing.assert_close(functional.softmax(made, -1)[..., :top], masses)
-        found = Divergence.apply(coarse(logits, tokens), made).item()
+        found = Divergence.apply(coarsen(logits, tokens), made).item()
         assert last <= found + 1e-12 and found <= whole + 1e-12
         last = found
     assert last == pytest.approx(whole, rel=1e-12)
     tokens = expected.topk(6).indices
     assert torch.autograd.gradcheck(
-        lambda found: Divergence.apply(coarse(found, tokens), coarse(expected, tokens)),
+        lambda found: Divergence.apply(coarsen(found, tokens), coarsen(expected, tokens)),
         logits.requires_grad_(True),
     )
 
@@ -117,7 +117,7 @@ def test_a_cached_teacher_of_the_whole_vocabulary_is_the_online_one():
     model, batch = tiny_model("llama"), windows()
     modules = modules_of(model)
     with training(model):
-        kept, asked = Original(model, [batch]), Original(model, [batch], keep=False)
+        kept, asked = Teacher(model, [batch]), Teacher(model, [batch], keep=False)
         with installed(model, modules):
             expected = loss_of(kept)(0).item()
             assert loss_of(asked, teacher="cached", top=10 * VOCABULARY)(0).item() == pytest.approx(
@@ -126,7 +126,7 @@ def test_a_cached_teacher_of_the_whole_vocabulary_is_the_online_one():
             assert 0 < loss_of(asked, teacher="cached", top=5)(0).item() < expected
             assert (
                 asked.divergence() == pytest.approx(kept.divergence(), rel=NOISE)
-                and len(asked.last) == 0
+                and len(asked.last_outputs) == 0
             )
 
 

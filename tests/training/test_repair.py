@@ -15,7 +15,7 @@ from compressor.linears import KINDS
 from compressor.models.linears import linears
 from compressor.recipe.training import Repair
 from compressor.training.learners import Learners
-from compressor.training.loop import drawn, rate
+from compressor.training.loop import draw_batches, relative_rate
 
 
 def test_every_storage_kind_is_here():
@@ -172,17 +172,17 @@ def test_learners_share_no_memory_with_what_they_come_from():
 
 
 def test_batches_come_in_turn_and_the_rate_rises_and_falls():
-    order = drawn(5, 12, seed=3)
+    order = draw_batches(5, 12, seed=3)
     assert (
         len(order) == 12
         and sorted(order[:5]) == sorted(order[5:10]) == list(range(5))
-        and order == drawn(5, 12, seed=3)
+        and order == draw_batches(5, 12, seed=3)
     )
-    rates = [rate(step, Repair(steps=100)) for step in range(100)]
+    rates = [relative_rate(step, Repair(steps=100)) for step in range(100)]
     assert (
         rates[:2] == [0.1, 0.2]
         and rates[9] == rates[10] == 1.0
         and rates[-1] == pytest.approx(0.1, abs=1e-3)
     )
     assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert rate(0, Repair(steps=1)) == 1.0
+    assert relative_rate(0, Repair(steps=1)) == 1.0

@@ -20,10 +20,10 @@ from compressor.pipeline import run as pipeline
 from compressor.pipeline.train import training
 from compressor.recipe.training import Heal
 from compressor.training import loop as trainer
-from compressor.training.learners import rebuilt
-from compressor.training.loop import Task, attached, fit
-from compressor.training.supports import Latent, Latents, Pattern, parted
-from compressor.training.teacher import Original
+from compressor.training.learners import rebuild
+from compressor.training.loop import Task, fit, taking_gradients
+from compressor.training.supports import Latent, Pattern, Supports, split_section
+from compressor.training.teacher import Teacher
 
 CLOSE = 1e-5
 STORING = ["sparse", "dictionary", "adapted sparse"]
@@ -57,8 +57,8 @@ def test_the_pattern_of_a_mask_is_kept_by_what_learns(pattern, found):
     latent.outside.data.normal_(std=2.0, generator=torch.Generator().manual_seed(0)).mul_(
         1 / latent.unit
     )
-    stored = latent.stored()
-    made = rebuilt({"it": module}, {"it": stored})["it"]
+    stored = latent.stored_tensors()
+    made = rebuild({"it": module}, {"it": stored})["it"]
     assert (
         made.spec() == module.spec()
         and made.bits() == module.bits()
@@ -76,13 +76,13 @@ def test_what_runs_is_the_masked_product_and_masked_entries_have_a_gradient(kind
     latent.outside.data.normal_(std=0.5, generator=torch.Generator().manual_seed(0)).mul_(
         latent.inside.std() / latent.unit
     )
-    made = rebuilt({"it": module}, {"it": latent.stored()})["it"]
+    made = rebuild({"it": module}, {"it": latent.stored_tensors()})["it"]
     with torch.no_grad():
         torch.testing.assert_close(latent(x), made(x), rtol=CLOSE, atol=CLOSE)
         assert (made(x) - module(x)).norm() > 0.02 * module(x).norm() and not torch.equal(
             made.mask, module.mask
         )
-    with attached([latent.inside, latent.outside]), torch.enable_grad():
+    with taking_gradients([latent.inside, latent.outside]), torch.enable_grad():
         latent(x).square().sum().backward()
         assert latent.outside.grad.count_nonzero() > 0.9 * latent.outside.numel()
         straight = latent.projected().detach().requires_grad_(True)
@@ -117,8 +117,8 @@ def test_the_loss_falls_and_a_student_that_is_the_teacher_stays():
         DOWN.replace("down", "up"): dictionary(weight_of(DOWN.replace("down", "up")), None),
     }
     with training(model):
-        original = Original(model, [windows()])
-        latents = Latents(model, modules, blocks(model)[1], "compressed")
+        original = Teacher(model, [windows()])
+        latents = Supports(model, modules, blocks(model)[1], "compressed")
         assert len(latents.latents) == 2 and len(latents.parameters) == 2 * 2 + 1
         loss = loss_of(original)
         with installed(model, modules | latents.copies):
@@ -126,7 +126,7 @@ def test_the_loss_falls_and_a_student_that_is_the_teacher_stays():
                 "supports",
                 latents.parameters,
                 1,
-                lambda index: latents.pulled(loss(index)),
+                lambda index: latents.penalise(loss(index)),
                 original.divergence,
             )
             state = fit(task, Heal(steps=30, check=10, learning_rate=0.05), 0)
@@ -144,9 +144,13 @@ def test_the_loss_falls_and_a_student_that_is_the_teacher_stays():
             for name, module in modules.items()
         )
         whole = {DOWN: patterned(weight_of(), Pattern(48, 48))}
-        same = Latents(model, whole, blocks(model)[1], "everything")
-        with installed(model, same.copies), torch.enable_grad(), attached(same.parameters.values()):
-            same.pulled(loss(0)).backward()
+        same = Supports(model, whole, blocks(model)[1], "everything")
+        with (
+            installed(model, same.copies),
+            torch.enable_grad(),
+            taking_gradients(same.parameters.values()),
+        ):
+            same.penalise(loss(0)).backward()
             assert all(not parameter.grad.any() for parameter in same.parameters.values())
 
 
@@ -161,7 +165,7 @@ def test_residuals_and_shared_atoms_learn_beside_supports():
     modules = dictionary(torch.cat([weight_of(name) for name in names]), None).split(names)
     modules[DOWN] = Adapted(sparse(weight_of(), None), *low_rank_pair(weight_of(), 3))
     with training(model):
-        latents = Latents(model, modules, blocks(model)[1], "compressed")
+        latents = Supports(model, modules, blocks(model)[1], "compressed")
         assert {key.removeprefix(DOWN) for key in latents.parameters if key.startswith(DOWN)} == {
             ".inside",
             ".outside",
@@ -238,7 +242,7 @@ def test_a_support_outside_the_blocks_stays(tiny_llama, text_file, tmp_path):
 
 
 def test_steps_are_parted_and_training_without_stored_entries_is_refused(tiny_llama, text_file):
-    first, second = parted(Heal(steps=200, supports="learned"))
+    first, second = split_section(Heal(steps=200, supports="learned"))
     assert (first.steps, second.steps, first.supports, second.supports) == (
         160,
         40,

@@ -29,7 +29,7 @@ from compressor.resume.store import Store
 from compressor.runtime import launched as processes
 from compressor.training import loop as training
 from compressor.training import team as parallel
-from compressor.training.loop import Course, Leg, Task, course, fit
+from compressor.training.loop import Orders, Schedule, Task, fit
 from compressor.training.team import ALONE, Team
 
 CLOSE = 1e-5
@@ -136,17 +136,17 @@ def test_two_processes_are_one_with_batches_of_twice_the_size(kind, tmp_path):
 
 def test_every_batch_has_its_weight_in_the_round_it_belongs_to():
     shares = [
-        Course(toy(3), SECTION, [0, 1], {}, Team(3, rank)) for rank in range(3)
+        Schedule(toy(3), SECTION, [0, 1], {}, Team(3, rank)) for rank in range(3)
     ]  # batches of 3, 3, 3 and 1 windows
     assert [one.share(0) for one in shares] == [(0, 1), (1, 1), (2, 1)]
     assert [one.share(1) for one in shares] == [(3, 3), None, None]
     pair = [
-        Course(toy(4), SECTION, [1], {}, Team(2, rank)).share(0) for rank in (0, 1)
+        Schedule(toy(4), SECTION, [1], {}, Team(2, rank)).share(0) for rank in (0, 1)
     ]  # of 4, 4 and 2
     assert pair == [(2, 2), None]
-    uneven = Course(toy(7), SECTION, [0], {}, Team(2, 1)).share(0)
+    uneven = Schedule(toy(7), SECTION, [0], {}, Team(2, 1)).share(0)
     assert uneven == (1, 2 * 3 / 10)
-    assert all(course(toy(2), SECTION, 0, ALONE).share(step)[1] == 1 for step in range(9))
+    assert all(Schedule.of(toy(2), SECTION, 0, ALONE).share(step)[1] == 1 for step in range(9))
 
 
 def test_what_belongs_to_another_process_is_read_and_not_changed(tmp_path):
@@ -183,7 +183,7 @@ def test_memory_that_runs_out_is_not_blamed_on_another_process():
 
 def test_a_process_that_came_to_another_model_says_so(monkeypatch):
     team = Team(2, 1)
-    monkeypatch.setattr(team, "hear", lambda: Leg("another", {}))
+    monkeypatch.setattr(team, "hear", lambda: Orders("another", {}))
     with pytest.raises(
         CompressorError,
         match=r"toy: process 1 came to another model than the main one; are their files the same\?",
