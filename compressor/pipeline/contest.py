@@ -31,7 +31,7 @@ from compressor.pipeline.builder import CandidateBuilder
 from compressor.pipeline.job import Job
 from compressor.pipeline.stages import other_bytes, output_dtype
 from compressor.plan import DENSE, SINGLE_LINEARS, Plan
-from compressor.training.teacher import Original
+from compressor.training.teacher import Teacher
 
 # a chosen candidate whose stored error departs by more than this from what was expected is entered
 # anew
@@ -129,7 +129,7 @@ def measure_divergences(job: Job, rivals: Mapping[str, Modules]) -> dict[str, fl
     ]
     divergences = {}
     with job.computing():
-        original = Original(job.model, batches, cache=job.cache)
+        original = Teacher(job.model, batches, cache=job.cache)
         for name, modules in job.steps(rivals.items(), "contest"):
             with installed(job.model, modules):
                 divergences[name] = original.divergence()
