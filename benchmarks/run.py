@@ -193,7 +193,8 @@ def floor(job) -> dict[str, float]:
     import torch
 
     from compressor.evaluation.perplexity import in_float32
-    from compressor.models.partial_forward import Restart
+    from compressor.models.head import Head
+    from compressor.models.restart import Restart
 
     gradients = any(
         "grad_gram" in assignment.needs or "fisher" in assignment.needs
@@ -230,12 +231,14 @@ def floor(job) -> dict[str, float]:
     if job.recipe.allocation.kind == "knapsack" and job.recipe.allocation.damage == "kl_probe":
         with in_float32(job.model), torch.no_grad():
             start = time.perf_counter()
-            restart = Restart(
-                job.model, list(job.heldout.tokens.split(job.recipe.calibration.batch_size))
-            )
+            head = Head(job.model)
+            batches = list(job.heldout.tokens.split(job.recipe.calibration.batch_size))
+            restart = Restart(head, batches, "measure without probes")
             for info in infos.values():
-                for index in range(len(restart.batches)):
-                    restart.logits(index, info.block)
+                for index, batch in enumerate(batches):
+                    hidden = restart.hidden_from(info.block, index).flatten(0, 1)
+                    for rows in head.chunks(len(hidden)):
+                        head.logits(hidden[rows], batch.flatten()[rows])
             seconds["probes"] = time.perf_counter() - start
     return seconds
 

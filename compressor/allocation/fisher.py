@@ -23,7 +23,7 @@ Limits: second order. A candidate that changes the output by more than a few ten
 over- or underestimated; those above `allocation.probe.exact_above` are measured as by `kl_probe`.
 Cost: one forward pass, `samples` backward passes, and one more run of each site, for every window.
 Memory: the candidates of a pass as modules, what they change of one window, the activations of one
-window, and a few positions × vocabulary (HEAD_BYTES).
+window, and a few times the logits of one chunk of positions (`models.head`).
 """
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -38,19 +38,18 @@ from transformers import PreTrainedModel
 
 from compressor.allocation.decompose import Decomposition
 from compressor.allocation.probe import ProbeResult, probe_candidate
-from compressor.calibrate.collect import Stop, draw_labels, freeze_weights, stop, wide
+from compressor.calibrate.collect import draw_labels, freeze_weights, wide
 from compressor.errors import ConfigError, NumericalError
+from compressor.models.head import Head
 from compressor.models.install import fitted, installed
 from compressor.models.linears import blocks
-from compressor.models.partial_forward import passing, require_restartable, watching
+from compressor.models.partial_forward import input_device
 from compressor.recipe.sections import Probe
 from compressor.resume.store import Store
 from compressor.runtime.progress import Steps, list_silently
 
 Key = TypeVar("Key", bound=Hashable)
 Modules = Mapping[str, nn.Module]  # name of a linear → what stands in for it
-HEAD_BYTES = 2**26  # of one float64 tensor (positions, vocabulary) at the head
-CURE = "choose an allocation that needs no probe (allocation.damage: two_sided or relative_error)"
 
 
 def probe_all(
@@ -135,6 +134,7 @@ class FisherProber:
 
         Raises:
             ConfigError: for a model with offloaded weights, through which no gradient passes.
+            CompressorError: if the head of this architecture cannot be run by itself.
         """
         if any(parameter.device.type == "meta" for parameter in model.parameters()):
             raise ConfigError(
@@ -145,9 +145,7 @@ class FisherProber:
         self.numbers = torch.rand(
             (section.samples, *tokens.shape), dtype=torch.float64, generator=generator
         )
-        vocabulary = model.config.get_text_config().vocab_size
-        self.chunk = max(1, HEAD_BYTES // (8 * vocabulary))  # positions
-        self.blocks = blocks(model)[1]
+        self.head = Head(model)
 
     def damages(
         self, candidates: Mapping[Key, Modules], steps: Steps = list_silently
@@ -156,11 +154,9 @@ class FisherProber:
 
         Raises:
             NumericalError: naming the linears whose estimate is not finite.
-            CompressorError: if the head of this architecture cannot be run by itself.
         """
         section = self.section
         scores = _Scores(self.model, candidates, section.samples)
-        self._require_head()
         total = dict.fromkeys(candidates, 0.0)
         with freeze_weights(self.model), torch.enable_grad(), scores.watching():
             for index in steps(range(len(self.tokens)), "probe"):
@@ -178,66 +174,36 @@ class FisherProber:
 
     def _run(self, tokens: Tensor, numbers: Tensor, scores: "_Scores") -> None:
         """Add up the scores of one window. tokens: (1, length); numbers: (samples, length)."""
-        tokens = tokens.to(self.model.device)
-        last = self._last(tokens)
-        gradients = self._at_head(last, tokens, numbers, scores)
-        output = hidden(last)
-        if not output.requires_grad:  # everything is behind the blocks
+        tokens = tokens.to(input_device(self.model))
+        output = self.head.hidden(tokens)
+        gradients = self._at_head(output.detach(), tokens, numbers, scores)
+        if not output.requires_grad:  # everything is behind the trunk
             return
         for sample, gradient in enumerate(gradients):
             scores.sample = sample
             output.backward(gradient, retain_graph=sample + 1 < len(gradients))
 
-    def _last(self, tokens: Tensor) -> Any:
-        """Run the blocks; return what the last one returns."""
-        with watching(self.blocks[-1:]) as outputs:
-            handle = self.blocks[-1].register_forward_hook(stop)
-            try:
-                self.model(input_ids=tokens, use_cache=False)
-            except Stop:
-                pass
-            finally:
-                handle.remove()
-        return outputs[0]
-
-    def _logits(self, last: Any, piece: Tensor, tokens: Tensor) -> Tensor:
-        """Logits (positions, vocabulary) behind some positions `piece` (1, positions, hidden) of
-        what the last block returned.
-        """
-        output = (piece, *last[1:]) if isinstance(last, tuple) else piece
-        with passing(self.blocks, [output] * len(self.blocks)):
-            return wide(self.model(input_ids=tokens, use_cache=False).logits)[0]
-
     def _at_head(
-        self, last: Any, tokens: Tensor, numbers: Tensor, scores: "_Scores"
+        self, states: Tensor, tokens: Tensor, numbers: Tensor, scores: "_Scores"
     ) -> list[Tensor]:
         """Draw labels and return for each sample the gradient (1, length, hidden) of their summed
-        loss at the output of the last block.
+        loss at the final hidden states.
         """
-        section, output = self.section, hidden(last).detach()
-        gradients = [torch.zeros_like(output) for _ in range(section.samples)]
-        for start in range(section.skip, tokens.shape[1], self.chunk):
-            place = slice(start, start + self.chunk)
-            piece = output[:, place].clone().requires_grad_()
-            logits = self._logits(last, piece, tokens[:, place]) / section.temperature
+        section = self.section
+        gradients = [torch.zeros_like(states) for _ in range(section.samples)]
+        for rows in self.head.chunks(tokens.shape[1] - section.skip):
+            place = slice(section.skip + rows.start, section.skip + rows.stop)
+            piece = states[0, place].clone().requires_grad_()
+            logits = wide(self.head.logits(piece, tokens[0, place])) / section.temperature
             labels = draw_labels(logits.detach(), numbers[:, place].T)
             for sample, drawn in enumerate(labels.T):
                 scores.sample = sample
                 loss = functional.cross_entropy(logits, drawn, reduction="sum")
                 retain = sample + 1 < section.samples
-                (gradients[sample][:, place],) = torch.autograd.grad(
+                (gradients[sample][0, place],) = torch.autograd.grad(
                     loss, piece, retain_graph=retain
                 )
         return gradients
-
-    @torch.no_grad()
-    def _require_head(self) -> None:
-        """Raise CompressorError if the head alone does not give the logits of a full pass."""
-        tokens = self.tokens[:1, : self.chunk].to(self.model.device)
-        with watching(self.blocks[-1:]) as outputs:
-            logits = wide(self.model(input_ids=tokens, use_cache=False).logits)[0]
-        again = self._logits(outputs[0], hidden(outputs[0]), tokens)
-        require_restartable(self.model, logits, again, CURE)
 
 
 class _Scores:

@@ -1,12 +1,15 @@
-"""Passes over token windows, summed into `LinearStats`: one Gram for each distinct input, gradients
-of every linear from one backward.
+"""Sum `LinearStats` in passes over token windows: one Gram for each distinct input, gradients of
+every linear from one backward pass.
 
 Products are float32 GEMMs (float64 for a float64 model) of one batch, sums over batches float64;
 the model runs in the dtype it has. Sums over the tokens of a batch are `Tensor.sum`, which is
-pairwise: a product with a vector loses a digit on 4,096 tokens. The loss is the *sum* over
-positions of the next-token cross-entropy in nats, so g of a token is its own gradient and no batch
-mean enters. The last position of a window has no label and its g is exactly zero: `grad_tokens`
-counts the other positions, trimmed ones apart.
+pairwise: a product with a vector loses a digit on 4,096 tokens.
+
+The loss is the *sum* over positions of the next-token cross-entropy in nats, so g of a token is its
+own gradient and no batch mean enters. The last position of a window has no label and its g is
+exactly zero: `grad_tokens` counts the other positions, trimmed ones apart. The loss and its
+gradient at the final hidden states are computed in chunks of positions (`models.head`), so that no
+logits of a whole batch are held.
 """
 
 from collections.abc import Container, Iterable, Iterator, Mapping
@@ -20,7 +23,9 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from compressor.errors import ConfigError, DataError, NumericalError
+from compressor.models.head import NO_LABEL, Head, next_tokens, row_blocks
 from compressor.models.linears import LinearInfo, blocks
+from compressor.models.partial_forward import input_device, run_until_stopped, stop
 from compressor.recipe.sections import Gradients
 from compressor.resume.store import NOWHERE, Store
 from compressor.runtime.progress import Progress, silent
@@ -28,7 +33,7 @@ from compressor.statistics import LinearStats
 
 INPUT_FIELDS = frozenset({"gram", "sum", "abs_sum"})
 GRADIENT_FIELDS = frozenset({"fisher", "grad_gram"})
-NO_LABEL = -100
+LEAST_WIDTH = 128  # narrower second moments are one product: smaller ones are slower for their size
 
 
 def collect(
@@ -128,10 +133,6 @@ def _uniform(
     )
 
 
-class Stop(Exception):
-    """Ends a forward pass behind the last block that is needed."""
-
-
 class Sums:
     """Token count and named float64 sums of one stream of vectors; NaN and infinity are refused."""
 
@@ -158,7 +159,7 @@ class Sums:
         """Add those of the input fields that are in `fields`. x: (tokens, in), float32 or wider."""
         self.tokens += len(x)
         if "gram" in fields:
-            self.add("gram", x.T @ x, where)
+            self.add("gram", second_moment(x), where)
         if "sum" in fields:
             self.add("sum", x.sum(0), where)
         if "abs_sum" in fields:
@@ -186,7 +187,7 @@ class _Pass:
             for feeds, names in self.sharing.items()
         }
         self.outputs = {name: Sums(f"{name}: output gradients are") for name in wave}
-        self.windows = self.length = 0  # of the batch that is running
+        self.windows = self.length = 0  # of what is running: a batch, or a chunk behind the trunk
         self.where = ""
         if self.backward and any(
             parameter.device.type == "meta" for parameter in model.parameters()
@@ -196,28 +197,26 @@ class _Pass:
                 "offloaded to CPU or disk; "
                 "choose a method that needs only Grams, or a device that holds the whole model"
             )
+        last = max(info.block for info in wave.values())
+        behind = last == len(blocks(model)[1])  # a linear behind the blocks
+        self.last_block = None if self.backward or behind else blocks(model)[1][last]
+        self.head = Head(model) if self.last_block is None else None
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Hook the linears and freeze the weights inside the `with`."""
-        members = blocks(self.model)[1]
-        last = max(info.block for info in self.wave.values())
         with ExitStack() as stack, freeze_weights(self.model):
             for feeds, names in self.sharing.items():
                 fields = frozenset().union(*(self.needs[name] & INPUT_FIELDS for name in names))
                 module = self.wave[names[0]].module
-                stack.callback(
-                    module.register_forward_pre_hook(partial(self._add_input, feeds, fields)).remove
-                )
+                handle = module.register_forward_pre_hook(partial(self._add_input, feeds, fields))
+                stack.callback(handle.remove)
             for name, info in self.wave.items():
                 if self.needs[name] & GRADIENT_FIELDS:
-                    stack.callback(
-                        info.module.register_forward_hook(
-                            partial(self._await_gradient, name)
-                        ).remove
-                    )
-            if not self.backward and last < len(members):
-                stack.callback(members[last].register_forward_hook(stop).remove)
+                    hook = partial(self._await_gradient, name)
+                    stack.callback(info.module.register_forward_hook(hook).remove)
+            if self.last_block is not None:
+                stack.callback(self.last_block.register_forward_hook(stop).remove)
             yield
 
     def over(
@@ -236,23 +235,49 @@ class _Pass:
         return self.result(keep_device)
 
     def run(self, start: int, tokens: Tensor, uniform: Tensor | None) -> None:
-        """Run one batch: windows tokens (b, length) from number `start` on; uniform (b, length)
-        draws their labels.
+        """Run one batch.
+
+        Args:
+            start: number of the first window.
+            tokens: (windows, length) int64.
+            uniform: (windows, length), draws the labels; None for labels from the data.
         """
+        self.where = f"windows {start} to {start + len(tokens) - 1}"
         self.windows, self.length = tokens.shape
-        self.where = f"windows {start} to {start + self.windows - 1}"
-        device = (
-            "cpu" if self.model.device.type == "meta" else self.model.device
-        )  # accelerate moves inputs to where they are needed
-        tokens = tokens.to(device)
         with torch.set_grad_enabled(self.backward):
-            try:
-                logits = self.model(input_ids=tokens, use_cache=False).logits
-            except Stop:
+            if self.head is None:
+                run_until_stopped(self.model, tokens)
                 return
+            tokens = tokens.to(input_device(self.model))
+            hidden = self.head.hidden(tokens)  # (windows, length, hidden)
+            received = hidden.detach().flatten(0, 1).requires_grad_(self.backward)
+            self._run_head(self.head, received, tokens, uniform)
+            self.windows, self.length = tokens.shape
+            if hidden.requires_grad:
+                hidden.backward(received.grad.view_as(hidden))
+
+    def _run_head(self, head: Head, hidden: Tensor, tokens: Tensor, uniform: Tensor | None) -> None:
+        """Run what lies behind the trunk, and its backward pass, in chunks of positions: of whole
+        windows where one of its linears is watched.
+
+        hidden: (positions, hidden), whose gradient is accumulated.
+        """
+        labels, ids = next_tokens(tokens), tokens.flatten()
+        if head.outside.keys() & self.wave.keys():
+            self.windows = 1
+            chunks = [slice(end - self.length, end) for end in self._window_ends(len(ids))]
+        else:
+            chunks = list(head.chunks(len(ids)))
+        for rows in chunks:
+            logits = head.logits(hidden[rows], ids[rows])
             if self.backward:
-                labels = tokens if uniform is None else _draw(logits.detach(), uniform)
-                _summed_loss(logits, labels, shifted=uniform is not None).backward()
+                drawn = None
+                if uniform is not None:
+                    drawn = draw_labels(logits, uniform.flatten()[rows, None]).squeeze(1)
+                _summed_loss(logits, labels[rows], drawn).backward()
+
+    def _window_ends(self, positions: int) -> range:
+        return range(self.length, positions + 1, self.length)
 
     def _add_input(
         self, feeds: str, fields: frozenset[str], module: nn.Module, args: tuple[Any, ...]
@@ -267,9 +292,8 @@ class _Pass:
         """
         if not output.requires_grad:
             output.requires_grad_()
-        x = (
-            args[0].detach() if "fisher" in self.needs[name] else None
-        )  # kept until the backward pass
+        # kept until the backward pass
+        x = args[0].detach() if "fisher" in self.needs[name] else None
         output.register_hook(partial(self._add_gradient, name, x))
 
     def _add_gradient(self, name: str, x: Tensor | None, gradient: Tensor) -> None:
@@ -280,21 +304,18 @@ class _Pass:
                 f"{name} sees routed tokens, whose gradients are not collected; choose a method "
                 "without gradients for it"
             )
-        kept = slice(dropped, self.length - dropped)
-        g = wide(gradient).reshape(self.windows, self.length, -1)[
-            :, kept
-        ]  # (windows, positions, out)
-        norms = torch.linalg.vector_norm(g, dim=-1)  # (windows, positions)
+        inner = slice(dropped, self.length - dropped)
+        g = wide(gradient).reshape(self.windows, self.length, -1)[:, inner]  # (windows, kept, out)
+        norms = torch.linalg.vector_norm(g, dim=-1)  # (windows, kept)
         if self.gradients.clip is not None:
             scale = clip_scale(norms, counted, *self.gradients.clip)
             g, norms = g * scale[..., None], norms * scale
         sums.tokens += self.windows * counted
         if x is not None:
-            x = wide(x).reshape(self.windows, self.length, -1)[:, kept]
+            x = wide(x).reshape(self.windows, self.length, -1)[:, inner]
             sums.add("fisher", (x * norms[..., None]).square_().sum((0, 1)), self.where)
         if "grad_gram" in fields:
-            g = g.flatten(0, 1)  # (tokens, out)
-            sums.add("grad_gram", g.T @ g, self.where)
+            sums.add("grad_gram", second_moment(g.flatten(0, 1)), self.where)
 
     def _positions(self) -> tuple[int, int]:
         """Positions dropped at either end of a window, and those counted: what is left, less the
@@ -348,35 +369,39 @@ def clip_scale(norms: Tensor, counted: int, low: float, high: float) -> Tensor:
     return torch.where(norms > 0, norms.clamp(low * mean, high * mean) / norms, 0.0)
 
 
-def _summed_loss(logits: Tensor, labels: Tensor, shifted: bool) -> Tensor:
-    """Sum of the next-token cross-entropy in nats, scalar float32. logits: (b, length, vocabulary);
-    labels: (b, length) int64.
+def second_moment(x: Tensor) -> Tensor:
+    """Sum x xᵀ over tokens: (tokens, in) → (in, in).
 
-    `shifted` labels belong to their own position, others are the tokens themselves. The last
-    position has none.
+    On a CPU the products above the diagonal are computed once, which is 5/8 of the work of a plain
+    product, by halves down to LEAST_WIDTH.
     """
-    labels = labels.clone() if shifted else labels.roll(-1, dims=1)
-    labels[:, -1] = NO_LABEL
-    return functional.cross_entropy(
-        wide(logits).flatten(0, 1),
-        labels.flatten().to(logits.device),
-        ignore_index=NO_LABEL,
-        reduction="sum",
-    )
+    width = x.shape[1]
+    if x.device.type != "cpu" or width <= LEAST_WIDTH:
+        return x.T @ x
+    half = width // 2
+    left, right = x[:, :half], x[:, half:]
+    moment = x.new_empty(width, width)
+    moment[:half, :half], moment[half:, half:] = second_moment(left), second_moment(right)
+    moment[:half, half:] = left.T @ right
+    moment[half:, :half] = moment[:half, half:].T
+    return moment
 
 
-def _draw(logits: Tensor, uniform: Tensor) -> Tensor:
-    """Draw a label (b, length) at each position from softmax(logits (b, length, vocabulary)), by
-    the numbers `uniform` (b, length).
+def _summed_loss(logits: Tensor, labels: Tensor, drawn: Tensor | None) -> Tensor:
+    """Sum of the next-token cross-entropy in nats, scalar float32.
+
+    Args:
+        logits: (positions, vocabulary).
+        labels: (positions,) int64, the next token of each; NO_LABEL where there is none.
+        drawn: (positions,) int64, labels in their place; None for the data's own.
     """
-    return torch.stack(
-        [
-            draw_labels(window, numbers[:, None]).squeeze(1)
-            for window, numbers in zip(logits, uniform, strict=True)
-        ]
-    )
+    labels = labels.to(logits.device)
+    if drawn is not None:
+        labels = torch.where(labels == NO_LABEL, NO_LABEL, drawn)
+    return functional.cross_entropy(wide(logits), labels, ignore_index=NO_LABEL, reduction="sum")
 
 
+@torch.no_grad()
 def draw_labels(logits: Tensor, uniform: Tensor) -> Tensor:
     """Draw labels from softmax(logits): those at which the cumulative sum passes a number.
 
@@ -387,18 +412,17 @@ def draw_labels(logits: Tensor, uniform: Tensor) -> Tensor:
     Returns:
         (positions, samples) int64.
     """
-    cumulative = logits.softmax(-1, dtype=torch.float64).cumsum(-1)
-    heights = uniform.to(logits.device) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, heights.contiguous())
+    labels = []
+    for rows, numbers in row_blocks(logits, uniform.to(logits.device)):
+        cumulative = rows.softmax(-1, dtype=torch.float64).cumsum(-1)
+        heights = numbers * cumulative[:, -1:]
+        labels.append(torch.searchsorted(cumulative, heights.contiguous()))
+    return torch.cat(labels)
 
 
 def wide(tensor: Tensor) -> Tensor:
     """Return half-precision tensors as float32, others as they are."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def stop(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    raise Stop
 
 
 @contextmanager

@@ -18,8 +18,8 @@ stream.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -27,16 +27,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from compressor.calibrate.collect import INPUT_FIELDS, Stop, Sums, stop, wide
+from compressor.calibrate.collect import INPUT_FIELDS, Sums, wide
 from compressor.errors import ConfigError
 from compressor.linears import CompressedLinear
+from compressor.models.head import Head
 from compressor.models.install import fitted, installed
 from compressor.models.linears import LinearInfo, blocks
 from compressor.models.partial_forward import (
-    block_outputs,
-    forward_from,
+    capturing,
     passing,
     require_restartable,
+    run_until_stopped,
+    stop,
 )
 from compressor.resume.spill import Batches, Cache
 from compressor.runtime.progress import Progress, silent
@@ -81,18 +83,16 @@ class Streams:
         self.cache = Cache() if cache is None else cache
         self.compressed: Batches = self.cache.batches(len(batches))
         self.dense = self.compressed  # the same list until a linear is replaced
-        logits, outputs = block_outputs(model, batches[0])
+        head = Head(model)
+        hidden, outputs = head.block_outputs(batches[0])
         middle = (len(outputs) + 1) // 2
-        restarted = forward_from(model, middle, [outputs[middle - 1]] * middle, batches[0])
-        require_restartable(model, logits, restarted, cure)
+        restarted = head.hidden_from(middle, [outputs[middle - 1]] * middle, batches[0])
+        require_restartable(model, hidden, restarted, cure)
 
     def run(self, index: int, outputs: Batches) -> None:
         """Run one batch from this block on, until a hook raises Stop or the logits are there."""
         with passing(self.members[: self.block], [outputs[index]] * self.block):
-            try:
-                self.model(input_ids=self.batches[index], use_cache=False)
-            except Stop:
-                return
+            run_until_stopped(self.model, self.batches[index])
 
     def order(self, linears: Mapping[str, LinearInfo]) -> list[list[str]]:
         """Linears of this block in groups that share an input, in the order in which they run;
@@ -117,7 +117,7 @@ class Streams:
         """What a linear of this block receives in one batch, (tokens, in); None if it does not
         run.
         """
-        with _capture(module.register_forward_pre_hook, lambda module, args: args[0]) as seen:
+        with capturing(module.register_forward_pre_hook, lambda module, args: args[0]) as seen:
             self.run(index, outputs)
         return wide(seen[0].detach()).flatten(0, -2) if seen else None
 
@@ -184,31 +184,11 @@ class Streams:
         """What this block returns for one batch (a tensor or a tuple), with autograd where that is
         on.
         """
-        with _capture(
+        with capturing(
             self.members[self.block].register_forward_hook, lambda module, args, output: output
         ) as seen:
             self.run(index, outputs)
         return seen[0]
-
-
-@contextmanager
-def _capture(
-    register: Callable[[Callable[..., None]], Any], pick: Callable[..., Any]
-) -> Iterator[list[Any]]:
-    """Hook a module inside the `with`: what `pick` makes of the hook's arguments is put into the
-    list, and the pass ends there.
-    """
-    seen: list[Any] = []
-    handle = register(partial(_take, seen, pick))
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
-def _take(seen: list[Any], pick: Callable[..., Any], *hooked: Any) -> None:
-    seen.append(pick(*hooked))
-    raise Stop
 
 
 @torch.no_grad()

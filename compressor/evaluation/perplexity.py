@@ -7,6 +7,9 @@ KL(original‖model): mean over all W positions of every window, in nats per tok
 Precision: the weights keep the values they are stored with, the forward pass runs in float32
 (`in_float32`), log-softmax and all sums in float64. Every batch counts: one that is not finite
 stops the run.
+
+Memory: the activations of one batch, and the logits of one chunk of positions (`models.head`) of
+each model, whatever the vocabulary.
 """
 
 import math
@@ -19,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 
 from compressor.errors import EvaluationError
+from compressor.models.head import NO_LABEL, Head, next_tokens, row_blocks
 from compressor.resume.store import NOWHERE, Store
 from compressor.runtime.progress import Progress, silent
-
-CHUNK = 1 << 23  # logits widened to float64 at a time: 64 MiB a copy
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Comparison:
 
 
 def perplexity(
-    model: nn.Module,
+    model: PreTrainedModel,
     tokens: Tensor,
     batch_size: int = 8,
     progress: Progress = silent,
@@ -80,18 +83,24 @@ def perplexity(
     _check_windows(model, tokens, "the model")
     nll = 0.0
     with in_float32(model):
+        head = Head(model)
         for place, batch in progress(_batches(tokens, batch_size), "evaluate"):
-            nll += store.recall("score", place, partial(_likelihood, model, batch, place))
+            nll += store.recall("score", place, partial(_score_batch, head, batch, place))
     return _score(nll, tokens, "the model")
 
 
-def _likelihood(model: nn.Module, batch: Tensor, place: str) -> float:
-    return _finite(nll_sum(_logits(model, batch), batch), f"the model: log-likelihood of {place}")
+def _score_batch(head: Head, batch: Tensor, place: str) -> float:
+    """Negative log-likelihood of the windows of a batch, nats."""
+    hidden, ids, targets = head.hidden(batch).flatten(0, 1), batch.flatten(), next_tokens(batch)
+    total = torch.zeros((), dtype=torch.float64, device=head.device)
+    for rows in head.chunks(len(ids)):
+        total += nll_sum(head.logits(hidden[rows], ids[rows]), targets[rows])
+    return _finite(total, f"the model: log-likelihood of {place}")
 
 
 def compare(
-    original: nn.Module,
-    model: nn.Module,
+    original: PreTrainedModel,
+    model: PreTrainedModel,
     tokens: Tensor,
     batch_size: int = 8,
     progress: Progress = silent,
@@ -107,15 +116,17 @@ def compare(
     _check_windows(model, tokens, "the model")
     nll_original = nll_model = divergence = 0.0
     with in_float32(original), in_float32(model):
+        heads = Head(original), Head(model)
+        if heads[0].vocabulary != heads[1].vocabulary:
+            raise EvaluationError(
+                "the models cannot be compared: the original has a vocabulary of "
+                f"{heads[0].vocabulary}, the model of {heads[1].vocabulary}"
+            )
         for place, batch in progress(_batches(tokens, batch_size), "evaluate"):
-            sums = store.recall(
-                "comparison", place, partial(_compare, original, model, batch, place)
-            )
-            nll_original, nll_model, divergence = (
-                nll_original + sums[0],
-                nll_model + sums[1],
-                divergence + sums[2],
-            )
+            sums = store.recall("comparison", place, partial(_compare_batch, *heads, batch, place))
+            nll_original += sums[0]
+            nll_model += sums[1]
+            divergence += sums[2]
     return Comparison(
         original=_score(nll_original, tokens, "the original"),
         model=_score(nll_model, tokens, "the model"),
@@ -123,57 +134,70 @@ def compare(
     )
 
 
-def _compare(
-    original: nn.Module, model: nn.Module, batch: Tensor, place: str
+def _compare_batch(
+    original: Head, model: Head, batch: Tensor, place: str
 ) -> tuple[float, float, float]:
-    """Sums over one batch: negative log-likelihood of the original and of the model, and
+    """Sums over one batch, nats: negative log-likelihood of the original and of the model, and
     KL(original‖model).
     """
-    expected, found = _logits(original, batch), _logits(model, batch)
-    if expected.shape != found.shape:
-        raise EvaluationError(
-            f"the models cannot be compared: logits {tuple(expected.shape)} of the original and "
-            f"{tuple(found.shape)} of the model"
-        )
+    ids, targets = batch.flatten(), next_tokens(batch)
+    expected, hidden = original.hidden(batch).flatten(0, 1), model.hidden(batch).flatten(0, 1)
+    sums = torch.zeros(3, dtype=torch.float64, device=model.device)
+    for rows in model.chunks(len(ids)):
+        log_p = original.logits(expected[rows], ids[rows]).to(model.device)
+        sums += comparison_sums(log_p, model.logits(hidden[rows], ids[rows]), targets[rows])
     return (
-        _finite(nll_sum(expected, batch), f"the original: log-likelihood of {place}"),
-        _finite(nll_sum(found, batch), f"the model: log-likelihood of {place}"),
-        _finite(kl_sum(expected.to(found.device), found), f"KL(original‖model) of {place}"),
+        _finite(sums[0], f"the original: log-likelihood of {place}"),
+        _finite(sums[1], f"the model: log-likelihood of {place}"),
+        _finite(sums[2], f"KL(original‖model) of {place}"),
     )
 
 
-def nll_sum(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Negative log-likelihood, summed over the W − 1 predicted tokens of each window: float64 (),
+def comparison_sums(log_p: Tensor, log_q: Tensor, targets: Tensor) -> Tensor:
+    """Sums over positions: negative log-likelihood of p, that of q, and KL(p‖q): float64 (3,),
     nats.
 
-    logits: (windows, W, vocabulary); tokens: (windows, W), int64.
+    Args:
+        log_p: (positions, vocabulary), log-probabilities or logits alike, since they are normalised
+            here in float64. A token with p = 0 adds nothing to the divergence.
+        log_q: the same of q.
+        targets: (positions,) int64, NO_LABEL where nothing is predicted.
     """
-    predictions = logits[:, :-1].flatten(0, 1)  # (windows · (W − 1), vocabulary)
-    targets = tokens[:, 1:].flatten().to(logits.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=log_p.device)
+    for rows_p, rows_q, labels in row_blocks(log_p, log_q, targets.to(log_p.device)):
+        p, q = _log_softmax(rows_p), _log_softmax(rows_q)
+        sums[0] += _nll(p, labels)
+        sums[1] += _nll(q, labels)
+        sums[2] += _divergence(p, q)
+    return sums
+
+
+def nll_sum(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood summed over positions: float64 (), nats. As `comparison_sums`."""
     total = torch.zeros((), dtype=torch.float64, device=logits.device)
-    for rows, wanted in zip(
-        *(part.split(_rows(logits)) for part in (predictions, targets)), strict=True
-    ):
-        total += functional.nll_loss(
-            functional.log_softmax(rows.double(), dim=-1), wanted, reduction="sum"
-        )
+    for rows, labels in row_blocks(logits, targets.to(logits.device)):
+        total += _nll(_log_softmax(rows), labels)
     return total
 
 
-def kl_sum(log_p: Tensor, log_q: Tensor, temperature: float = 1.0, skip: int = 0) -> Tensor:
-    """KL(p‖q) summed over the positions of all windows: float64 (), nats.
-
-    log_p, log_q: (windows, W, vocabulary), log-probabilities or logits alike, since both are
-    normalised here in float64 after division by `temperature`. The first `skip` positions of each
-    window are left out. A token with p = 0 adds nothing.
-    """
+def kl_sum(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p‖q) summed over positions: float64 (), nats. As `comparison_sums`."""
     total = torch.zeros((), dtype=torch.float64, device=log_p.device)
-    parts = (logits[:, skip:].flatten(0, 1).split(_rows(logits)) for logits in (log_p, log_q))
-    for rows_p, rows_q in zip(*parts, strict=True):
-        p = functional.log_softmax(rows_p.double() / temperature, dim=-1)
-        q = functional.log_softmax(rows_q.double() / temperature, dim=-1)
-        total += torch.where(p.isneginf(), 0.0, p.exp() * (p - q)).sum()
+    for rows_p, rows_q in row_blocks(log_p, log_q):
+        total += _divergence(_log_softmax(rows_p), _log_softmax(rows_q))
     return total
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    return functional.log_softmax(logits.double(), dim=-1)
+
+
+def _nll(log_p: Tensor, targets: Tensor) -> Tensor:
+    return functional.nll_loss(log_p, targets, ignore_index=NO_LABEL, reduction="sum")
+
+
+def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return torch.where(log_p.isneginf(), 0.0, log_p.exp() * (log_p - log_q)).sum()
 
 
 @contextmanager
@@ -223,17 +247,6 @@ def _cast(module: nn.Module, name: str, dtype: torch.dtype) -> None:
     tensor.data = tensor.data.to(dtype)
 
 
-def _logits(model: nn.Module, batch: Tensor) -> Tensor:
-    device = (
-        "cpu" if model.device.type == "meta" else model.device
-    )  # offloaded: accelerate moves the inputs
-    return model(input_ids=batch.to(device), use_cache=False).logits
-
-
-def _rows(logits: Tensor) -> int:
-    return max(1, CHUNK // logits.shape[-1])
-
-
 def _batches(tokens: Tensor, batch_size: int) -> list[tuple[str, Tensor]]:
     """Batches of windows, each with its place among them for messages."""
     parts = tokens.split(batch_size)
@@ -265,7 +278,7 @@ def _score(nll: float, tokens: Tensor, who: str) -> Score:
         ) from None
 
 
-def _check_windows(model: nn.Module, tokens: Tensor, who: str) -> None:
+def _check_windows(model: PreTrainedModel, tokens: Tensor, who: str) -> None:
     if tokens.ndim != 2 or tokens.dtype != torch.int64:
         raise EvaluationError(
             f"evaluation needs windows of token ids, int64 (n, window), not {tokens.dtype} "

@@ -17,22 +17,28 @@ positions with massive activations are nearly all of the variance of a block. No
 A cached position takes 8 · `top` + 4 bytes: logits keep 32 bits, since a student that is the
 teacher has neither loss nor gradient only where logits are what they were.
 
-Memory: `cached`, those bytes for each position, in place of the hidden size × 4 of `online`; the
-logits of one batch three times. With `features` the original runs again in each step, which costs
+Memory: `cached`, those bytes for each position, in place of the hidden size × 4 of `online`; a few
+times the logits of one chunk of positions. Where a batch has more than one chunk, the backward pass
+computes the logits of each again. With `features` the original runs again in each step, which costs
 no memory but the outputs of all blocks for one batch, twice, and a third of the time.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
+from compressor.models.head import NO_LABEL, next_tokens
 from compressor.models.linears import blocks
 from compressor.models.partial_forward import watching
 from compressor.recipe.training import Heal
 from compressor.training.repair import hidden_states
 from compressor.training.teacher import Teacher
+
+CHUNK = 1 << 28  # bytes of the logits of one chunk; a batch that fits needs no second pass
 
 
 class Objective:
@@ -40,22 +46,24 @@ class Objective:
 
     def __init__(self, teacher: Teacher, section: Heal):
         self.teacher, self.section = teacher, section
-        # batch → likeliest tokens int32, coarse logits; filled as batches come
+        # batch → likeliest tokens (positions, top) int32, coarse logits; filled as batches come
         self.cached: dict[int, tuple[Tensor, Tensor]] = {}
 
     def loss(self, index: int) -> Tensor:
         """Compute the loss of the model as it is now on one batch, with autograd."""
-        model, batch = self.teacher.model, self.teacher.batches[index]
-        features = self.teacher.run(index)[1] if self.section.features else []
-        with watching(blocks(model)[1]) as outputs:
-            logits = model(input_ids=batch, use_cache=False).logits
-        total = logits.new_zeros(())
-        if self.section.loss in ("kl", "both"):
-            total = total + self.divergence(index, logits) / batch.numel()
-        if self.section.loss in ("ce", "both"):
-            total = total + functional.cross_entropy(
-                logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten()
+        teacher, batch = self.teacher, self.teacher.batches[index]
+        features = teacher.run(index)[1] if self.section.features else []
+        with watching(blocks(teacher.model)[1]) as outputs:
+            hidden = teacher.head.hidden(batch).flatten(0, 1)
+        answer = self._answer(index) if self.section.loss in ("kl", "both") else None
+        chunks = list(teacher.head.chunks(len(hidden), CHUNK))
+        if len(chunks) == 1:
+            total = self._chunk_loss(index, chunks[0], hidden, answer)
+        else:
+            again = partial(
+                checkpoint, self._chunk_loss, use_reentrant=False, preserve_rng_state=False
             )
+            total = torch.stack([again(index, rows, hidden, answer) for rows in chunks]).sum()
         if features:
             distances = [
                 feature_distance(hidden_states(output), hidden_states(expected))
@@ -64,18 +72,56 @@ class Objective:
             total = total + self.section.features * torch.stack(distances).mean()
         return total
 
-    def divergence(self, index: int, logits: Tensor) -> Tensor:
-        """Compute KL(original‖model) summed over positions, or between what the cached teacher
-        tells apart. logits: (batch, length, vocabulary).
+    def _answer(self, index: int) -> tuple[Tensor, ...]:
+        """Return what the teacher knows of one batch: final hidden states (positions, hidden) if it
+        is online, else its likeliest tokens (positions, top) and coarse logits.
+        """
+        teacher = self.teacher
+        if self.section.teacher == "online":
+            return (teacher.hidden(index),)
+        if index not in self.cached:
+            hidden = teacher.hidden(index)
+            pieces = []
+            for rows in teacher.head.chunks(len(hidden), CHUNK):
+                logits = teacher.logits(index, hidden, rows)
+                tokens = logits.topk(min(self.section.top, logits.shape[-1])).indices
+                pieces.append((tokens.int(), coarsen(logits, tokens)))
+            tokens, expected = (torch.cat(tensors) for tensors in zip(*pieces, strict=True))
+            self.cached[index] = tokens, expected
+        return self.cached[index]
+
+    def _chunk_loss(
+        self, index: int, rows: slice, hidden: Tensor, answer: tuple[Tensor, ...] | None
+    ) -> Tensor:
+        """Compute the share of some positions in the loss of one batch, with autograd.
+
+        Args:
+            index: the batch.
+            rows: the positions.
+            hidden: (positions, hidden), final hidden states of the model at all positions.
+            answer: as `_answer` returns it; None where the loss needs no teacher.
+        """
+        batch = self.teacher.batches[index]
+        logits = self.teacher.head.logits(hidden[rows], batch.flatten()[rows])
+        total = logits.new_zeros(())
+        if answer is not None:
+            total = total + self._divergence(index, rows, logits, answer) / batch.numel()
+        if self.section.loss in ("ce", "both"):
+            labels = next_tokens(batch)[rows]
+            nll = functional.cross_entropy(logits, labels, ignore_index=NO_LABEL, reduction="sum")
+            total = total + nll / (batch.numel() - len(batch))
+        return total
+
+    def _divergence(
+        self, index: int, rows: slice, logits: Tensor, answer: tuple[Tensor, ...]
+    ) -> Tensor:
+        """Compute KL(original‖model) summed over some positions, or between what the cached teacher
+        tells apart. logits: (rows, vocabulary).
         """
         if self.section.teacher == "online":
-            return Divergence.apply(logits, self.teacher.logits(index))
-        if index not in self.cached:
-            expected = self.teacher.logits(index)
-            tokens = expected.topk(min(self.section.top, expected.shape[-1])).indices
-            self.cached[index] = tokens.int(), coarsen(expected, tokens)
-        tokens, expected = self.cached[index]
-        return Divergence.apply(coarsen(logits, tokens.long()), expected)
+            return Divergence.apply(logits, self.teacher.logits(index, answer[0], rows))
+        tokens, expected = answer
+        return Divergence.apply(coarsen(logits, tokens[rows].long()), expected[rows])
 
 
 def coarsen(logits: Tensor, tokens: Tensor) -> Tensor:

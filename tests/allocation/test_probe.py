@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from support.models import tiny_model
+from support.logits import few_at_a_time
+from support.models import VOCABULARY, tiny_model
+from support.modules import low_rank_like, tokens
 
 from compressor.allocation.decompose import Decomposition
 from compressor.allocation.probe import Prober, ProbeResult, predict_damages, probe, probe_candidate
@@ -10,9 +12,11 @@ from compressor.evaluation.perplexity import kl_sum
 from compressor.linears import Dense
 from compressor.methods import build
 from compressor.models.install import replace
-from compressor.models.linears import linears
+from compressor.models.linears import blocks, linears
 from compressor.plan import Candidate, Curve
 from compressor.statistics import LinearStats
+
+ROUNDING = 1e-6  # nats per token, of a model against itself in float32
 
 
 def curve(*sizes: int) -> Curve:
@@ -74,10 +78,36 @@ def test_the_divergence_is_that_of_a_full_forward_pass(kind, temperature, skip):
         changed = loud_model(kind)
         replace(changed, info.name, method.compress(state, found.setting))
         with torch.no_grad():
-            expected = kl_sum(original, changed(tokens).logits, temperature, skip).item() / (
-                5 * (16 - skip)
-            )
-        assert found.kl == pytest.approx(expected, rel=1e-2)
+            rows = [
+                logits[:, skip:].flatten(0, 1) / temperature
+                for logits in (original, changed(tokens).logits)
+            ]
+        assert found.kl == pytest.approx(kl_sum(*rows).item() / len(rows[0]), rel=1e-2)
         assert found.kl > 0
     with torch.no_grad():
         assert torch.equal(model(tokens).logits, original)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj", "lm_head"])
+def test_probabilities_that_are_not_kept_are_computed_again(kind, name, monkeypatch):
+    model, ids = loud_model(kind), tokens(3)
+    info = linears(model, ["*", "lm_head"])[name]
+    modules = {name: low_rank_like(info.module, 3, False)}
+    kept = Prober(model, ids, 2)
+    expected = kept.kl(modules, info.block)
+    monkeypatch.setattr("compressor.allocation.probe.KNOWN_BYTES", 0)
+    prober = Prober(model, ids, 2)
+    assert prober.kl(modules, info.block) == expected > 0
+    assert not prober.known and kept.known
+    assert prober.kl({}, len(blocks(model)[1])) == pytest.approx(0, abs=ROUNDING)
+
+
+def test_a_probe_never_holds_the_logits_of_a_window(monkeypatch):
+    model, ids = tiny_model("llama"), tokens(3)
+    modules = {
+        "model.layers.0.mlp.up_proj": low_rank_like(model.model.layers[0].mlp.up_proj, 3, False)
+    }
+    monkeypatch.setattr("compressor.allocation.probe.KNOWN_BYTES", 0)
+    with few_at_a_time(monkeypatch, VOCABULARY, rows=5):
+        assert Prober(model, ids, 2).kl(modules, 0) > 0

@@ -12,7 +12,15 @@ from support.sameness import assert_same_tensors
 from torch.nn import functional
 
 from compressor.errors import EvaluationError
-from compressor.evaluation.perplexity import compare, in_float32, kl_sum, nll_sum, perplexity
+from compressor.evaluation.perplexity import (
+    compare,
+    comparison_sums,
+    in_float32,
+    kl_sum,
+    nll_sum,
+    perplexity,
+)
+from compressor.models.head import NO_LABEL
 
 EXACT = 1e-12  # float64 sums of the same numbers
 SAME_FORWARD = 1e-5  # float32 forward passes of differently cut batches
@@ -41,52 +49,64 @@ def poison(model, value=math.nan):
 
 
 def test_nll_of_two_tokens_worked_by_hand():
-    logits = torch.tensor(
-        [[[0.0, math.log(3.0)], [50.0, -50.0]]]
-    )  # the second position predicts nothing
-    assert nll_sum(logits, torch.tensor([[0, 1]])).item() == pytest.approx(
-        math.log(4 / 3), rel=1e-7
-    )
-    assert nll_sum(logits, torch.tensor([[1, 0]])).item() == pytest.approx(math.log(4), rel=1e-7)
+    logits = torch.tensor([[0.0, math.log(3.0)], [50.0, -50.0]])  # the second predicts nothing
+    for target, expected in ((1, math.log(4 / 3)), (0, math.log(4))):
+        found = nll_sum(logits, torch.tensor([target, NO_LABEL])).item()
+        assert found == pytest.approx(expected, rel=1e-7)
 
 
 def test_kl_of_two_positions_worked_by_hand():
-    p = torch.tensor([[[0.5, 0.5], [1.0, 0.0]]], dtype=torch.float64).log()
-    q = torch.tensor([[[0.25, 0.75], [0.5, 0.5]]], dtype=torch.float64).log()
+    p = torch.tensor([[0.5, 0.5], [1.0, 0.0]], dtype=torch.float64).log()
+    q = torch.tensor([[0.25, 0.75], [0.5, 0.5]], dtype=torch.float64).log()
     first = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
     assert kl_sum(p, q).item() == pytest.approx(first + math.log(2), rel=EXACT)
-    assert kl_sum(p, q, skip=1).item() == pytest.approx(math.log(2), rel=EXACT)
+    assert kl_sum(p[1:], q[1:]).item() == pytest.approx(math.log(2), rel=EXACT)
     assert kl_sum(q, p).item() == math.inf  # q uses a token that p excludes
     assert kl_sum(p, p).item() == 0.0
 
 
-def test_kl_temperature_flattens_both_and_logits_need_no_normalisation():
+def test_kl_of_logits_is_that_of_the_distributions():
     generator = torch.Generator().manual_seed(0)
-    p, q = torch.randn(2, 3, 4, 7, generator=generator, dtype=torch.float64)
+    p, q = torch.randn(2, 12, 7, generator=generator, dtype=torch.float64)
     expected = functional.kl_div(
-        functional.log_softmax(q / 2, -1),
-        functional.log_softmax(p / 2, -1),
+        functional.log_softmax(q, -1),
+        functional.log_softmax(p, -1),
         log_target=True,
         reduction="sum",
-    )
-    assert kl_sum(p, q, temperature=2.0).item() == pytest.approx(expected.item(), rel=EXACT)
-    assert kl_sum(p + 5, functional.log_softmax(q, -1), temperature=2.0).item() == pytest.approx(
-        expected.item(), rel=EXACT
-    )
+    ).item()
+    assert kl_sum(p, q).item() == pytest.approx(expected, rel=EXACT)
+    assert kl_sum(p + 5, functional.log_softmax(q, -1)).item() == pytest.approx(expected, rel=EXACT)
 
 
 def test_kl_keeps_nan():
-    p, q = torch.zeros(2, 1, 1, 3)
-    q[0, 0, 1] = math.nan
+    p, q = torch.zeros(2, 1, 3)
+    q[0, 1] = math.nan
     assert math.isnan(kl_sum(p, q)) and math.isnan(kl_sum(q, p))
 
 
-def test_sums_do_not_depend_on_the_chunks(monkeypatch):
-    p, q = torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(0))
-    tokens = torch.randint(7, (3, 5), generator=torch.Generator().manual_seed(1))
-    whole = kl_sum(p, q).item(), nll_sum(p, tokens).item()
-    monkeypatch.setattr("compressor.evaluation.perplexity.CHUNK", 7 * 4)
-    assert (kl_sum(p, q).item(), nll_sum(p, tokens).item()) == pytest.approx(whole, rel=EXACT)
+def test_one_pass_over_the_rows_gives_all_three_sums():
+    p, q = torch.randn(2, 15, 7, generator=torch.Generator().manual_seed(0))
+    targets = torch.randint(7, (15,), generator=torch.Generator().manual_seed(1))
+    targets[4::5] = NO_LABEL
+    expected = [nll_sum(p, targets).item(), nll_sum(q, targets).item(), kl_sum(p, q).item()]
+    assert comparison_sums(p, q, targets).tolist() == pytest.approx(expected, rel=EXACT)
+
+
+def test_sums_do_not_depend_on_the_blocks_of_rows(monkeypatch):
+    p, q = torch.randn(2, 15, 7, generator=torch.Generator().manual_seed(0))
+    targets = torch.randint(7, (15,), generator=torch.Generator().manual_seed(1))
+    expected = comparison_sums(p, q, targets).tolist()
+    monkeypatch.setattr("compressor.models.head.CPU_BLOCK", 7 * 4 * 4)
+    assert comparison_sums(p, q, targets).tolist() == pytest.approx(expected, rel=EXACT)
+
+
+def test_scores_do_not_depend_on_the_chunks_of_positions(model, other, tokens, monkeypatch):
+    expected = compare(model, other, tokens)
+    monkeypatch.setattr("compressor.models.head.CPU_CHUNK", VOCABULARY * 4 * 7)
+    monkeypatch.setattr("compressor.models.head.LEAST_ROWS", 1)
+    found = compare(model, other, tokens)
+    assert found.kl == pytest.approx(expected.kl, rel=SAME_FORWARD)
+    assert found.model.nll_sum == pytest.approx(expected.model.nll_sum, rel=SAME_FORWARD)
 
 
 def test_perplexity_is_that_of_the_loss_of_transformers(model, tokens):

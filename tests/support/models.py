@@ -42,6 +42,8 @@ def tiny_config(kind: str, **changes):
         "gemma2": gated | {"query_pre_attn_scalar": 8},
         "phi3": gated,
         "mixtral": gated | {"num_local_experts": 4},
+        "cohere": gated,
+        "granite": gated,
         "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
         "opt": classic | {"ffn_dim": 48, "word_embed_proj_dim": 32},
         "gpt_neox": classic | {"intermediate_size": 48},

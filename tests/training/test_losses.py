@@ -5,7 +5,9 @@ are known.
 import pytest
 import torch
 from support.activations import windows
+from support.logits import few_at_a_time
 from support.models import VOCABULARY, tiny_model
+from support.modules import low_rank
 from support.recipes import recipe
 from support.training import NOISE, SECTION, loss_of, modules_of
 from torch.nn import functional
@@ -113,6 +115,38 @@ def test_coarser_distributions_are_no_farther_apart():
     )
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"kind": "both"}, {"features": 2.0}, {"teacher": "cached", "top": 7}],
+    ids=["both", "features", "cached"],
+)
+def test_chunks_of_positions_change_neither_loss_nor_gradients(settings, monkeypatch):
+    model = tiny_model("llama")
+
+    def run():
+        with training(model):
+            original = Teacher(model, [windows()], keep=settings.get("teacher") != "cached")
+            modules = modules_of(model) | {"lm_head": low_rank(model.lm_head.weight, None, 8, True)}
+            learners = Learners(model, modules, blocks(model)[1], "everything")
+            parameters = list(learners.parameters.values())
+            with (
+                installed(model, modules | learners.copies),
+                torch.enable_grad(),
+                taking_gradients(learners.parameters.values()),
+            ):
+                loss = loss_of(original, **settings)(0)
+                loss.backward()
+                return loss.item(), [parameter.grad.clone() for parameter in parameters]
+
+    loss, gradients = run()
+    monkeypatch.setattr("compressor.training.losses.CHUNK", VOCABULARY * 4 * 5)
+    with few_at_a_time(monkeypatch, VOCABULARY, rows=5):
+        again, others = run()
+    assert again == pytest.approx(loss, rel=CLOSE)
+    for gradient, other in zip(gradients, others, strict=True):
+        torch.testing.assert_close(other, gradient, rtol=1e-3, atol=CLOSE * gradient.abs().max())
+
+
 def test_a_cached_teacher_of_the_whole_vocabulary_is_the_online_one():
     model, batch = tiny_model("llama"), windows()
     modules = modules_of(model)
@@ -126,7 +160,7 @@ def test_a_cached_teacher_of_the_whole_vocabulary_is_the_online_one():
             assert 0 < loss_of(asked, teacher="cached", top=5)(0).item() < expected
             assert (
                 asked.divergence() == pytest.approx(kept.divergence(), rel=NOISE)
-                and len(asked.last_outputs) == 0
+                and len(asked.states) == 0
             )
 
 
