@@ -1,19 +1,10 @@
-"""The chained storage kind: the product of two packed factors, names, sizes, spec round trip, and
-reading it back with transformers.
-"""
-
-import copy
-import json
+"""The chained storage kind: the product of two packed factors, its names and sizes."""
 
 import pytest
 import torch
-from support.models import tiny_model
-from support.modules import compress_in_place, loaded
-from support.sameness import assert_same_output, assert_same_tensors
+from support.sameness import assert_same_output
 
-import compressor.hf  # noqa: F401 - registers the format with transformers
-from compressor.evaluation.perplexity import in_float32
-from compressor.linears import Adapted, Chained, Packed, build_empty
+from compressor.linears import Chained, Packed
 
 
 def made(
@@ -67,58 +58,3 @@ def test_the_dense_form_is_the_product_and_bits_are_the_bytes_written(module):
     assert module.bits() == 32 * (words + 5 * 2 + 6 + 6 * bias) and module.multiply_adds() == 5 * (
         6 + 86
     )
-
-
-def test_spec_rebuilds_the_module_exactly(module):
-    for made_of in (module, Adapted(copy.deepcopy(module), torch.randn(6, 2), torch.randn(2, 86))):
-        rebuilt = build_empty(json.loads(json.dumps(made_of.spec())), torch.float32, "cpu")
-        rebuilt.load_state_dict(made_of.state_dict(), strict=True)
-        inputs = torch.randn(3, 86)
-        assert_same_output(rebuilt(inputs), made_of(inputs))
-        assert_same_output(rebuilt.to_dense(), made_of.to_dense())
-        assert rebuilt.spec() == made_of.spec()
-
-
-def test_whatever_is_written_or_cast_after_a_forward_pass_takes_effect(module):
-    inputs = torch.randn(3, 86)
-
-    def check():
-        expected = inputs @ module.to_dense().T + (0 if module.bias is None else module.bias)
-        torch.testing.assert_close(module(inputs), expected, rtol=1e-4, atol=1e-4)
-
-    with torch.no_grad():
-        check()
-        for name in ("scales", "up_scales"):
-            getattr(module, name).mul_(2)
-            check()
-        for name in ("weight", "up_codes"):
-            getattr(module, name).copy_(getattr(module, name).flip(0))
-            check()
-        module.to(torch.bfloat16)
-        with in_float32(module):
-            check()
-
-
-def test_scales_of_both_factors_learn(module):
-    module.requires_grad_(True)
-    module(torch.ones(2, 86)).square().sum().backward()
-    assert module.scales.grad.abs().sum() > 0 and module.up_scales.grad.abs().sum() > 0
-
-
-@pytest.mark.parametrize(
-    ("kind", "name"),
-    [("llama", "model.layers.0.mlp.up_proj"), ("gpt2", "transformer.h.0.attn.c_attn")],
-)
-def test_reads_back_through_from_pretrained(kind, name, tmp_path):
-    model = tiny_model(kind).to(torch.bfloat16)
-    dense = model.get_submodule(name)
-    height, width = (
-        (dense.nf, dense.nx) if kind == "gpt2" else (dense.out_features, dense.in_features)
-    )
-    module = chain(height, width, 7, kind == "llama", dense.bias is not None, torch.bfloat16)
-    compress_in_place(model, {name: module})
-    model.save_pretrained(tmp_path)
-    again = loaded(tmp_path)
-    assert_same_tensors(again.state_dict(), model.state_dict())
-    inputs = torch.ones(3, width, dtype=torch.bfloat16)
-    assert_same_output(again.get_submodule(name)(inputs), module(inputs))
