@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import runpy
+import tomllib
 import typing
 from pathlib import Path
 
@@ -121,6 +122,16 @@ def test_the_options_page_has_values_defaults_and_meanings(generated):
     row = next(row for row in page.splitlines() if row.startswith("| `max_rank` "))
     assert row.startswith("| `max_rank` | number > 0, ≤ 1 | `1` | largest rank offered")
     assert [name for name in METHODS if f"\n## {name}\n" not in page] == []
+
+
+def test_the_architecture_page_has_the_layers():
+    contract = tomllib.loads(read("pyproject.toml"))["tool"]["importlinter"]["contracts"][0]
+    layers = [set(layer.split(" | ")) for layer in contract["layers"]]
+    rows = re.findall(
+        r"^\| (\d+) \| `(\w+)`", read("docs/developing/architecture.md"), re.MULTILINE
+    )
+    numbers = sorted({int(number) for number, _ in rows}, reverse=True)
+    assert [{name for at, name in rows if int(at) == number} for number in numbers] == layers
 
 
 def test_versions_agree():
