@@ -42,6 +42,7 @@ from compressor.recipe.quantities import size_in_bytes
 from compressor.recipe.sections import Recipe
 from compressor.recipe.training import Heal, Repair
 from compressor.reporting import card, report
+from compressor.reporting.records import Report
 from compressor.resume.journal import Journal
 from compressor.resume.store import Store, digest
 from compressor.runtime.deadline import Deadline
@@ -74,7 +75,7 @@ def compress(
     restart: bool = False,
     shared: Store | None = None,
     team: Team = ALONE,
-) -> dict[str, Any]:
+) -> Report:
     """Run a recipe and write the checkpoint folder `output`; return its report (`report.json`).
 
     plan: an edited plan.json to build as it stands; stats: statistics collected by `calibrate`. The
@@ -144,7 +145,7 @@ def describe_run(job: Job, edited: Plan | None, stats: Path | None) -> dict[str,
     } | given
 
 
-def write(job: Job, plan: Plan, output: Path, journal: Journal) -> dict[str, Any]:
+def write(job: Job, plan: Plan, output: Path, journal: Journal) -> Report:
     """Write the folder of the compressed model, prove that it reloads bit for bit, and put it in
     place; return the report so far.
     """
@@ -168,11 +169,11 @@ def write(job: Job, plan: Plan, output: Path, journal: Journal) -> dict[str, Any
     return results
 
 
-def describe_model(job: Job, plan: Plan, weights: Path) -> dict[str, Any]:
+def describe_model(job: Job, plan: Plan, weights: Path) -> Report:
     """Return the report of a model that is written, in the folder `weights`, but not evaluated."""
     original_bytes = sum((job.source.path / name).stat().st_size for name in job.source.files)
     written = sum(path.stat().st_size for path in weights.glob("*.safetensors"))
-    return report.build(
+    return report.build_report(
         plan,
         measure_sizes(job, plan, original_bytes, written),
         unit=job.recipe.allocation.count,
@@ -186,7 +187,7 @@ def describe_model(job: Job, plan: Plan, weights: Path) -> dict[str, Any]:
     )
 
 
-def render_documents(recipe: Recipe, plan: Plan, results: dict[str, Any]) -> dict[str, str]:
+def render_documents(recipe: Recipe, plan: Plan, results: Report) -> dict[str, str]:
     """Render the readable files of a checkpoint folder, by name."""
     yaml = dump_yaml(recipe)
     return {
@@ -227,7 +228,7 @@ def untied_tensors(job: Job) -> dict[str, Tensor]:
     }
 
 
-def score(job: Job, plan: Plan, output: Path, results: dict[str, Any]) -> dict[str, Any]:
+def score(job: Job, plan: Plan, output: Path, results: Report) -> Report:
     """Evaluate the committed folder against its source and amend its report.
 
     A failure leaves null scores and a reason.
@@ -246,7 +247,7 @@ def score(job: Job, plan: Plan, output: Path, results: dict[str, Any]) -> dict[s
             if name in ("report.json", "README.md")
         },
     )
-    return results | ({"failure": failure} if failure else {})
+    return results | {"failure": failure} if failure else results
 
 
 def read_plan(path: Path) -> Plan:

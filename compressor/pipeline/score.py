@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compressor.calibrate import windows as data
@@ -17,6 +18,7 @@ from compressor.pipeline import job as jobs
 from compressor.pipeline.job import Job
 from compressor.recipe.sections import Recipe
 from compressor.reporting import report
+from compressor.reporting.records import Metrics, Report, Scores
 from compressor.resume.journal import Journal, cache
 from compressor.resume.store import Store, digest
 from compressor.runtime.progress import Progress, silent
@@ -25,7 +27,7 @@ from compressor.runtime.progress import Progress, silent
 WINDOW = 512
 
 
-def measure(job: Job, results: dict[str, Any], store: Store) -> dict[str, Any]:
+def measure(job: Job, results: Report, store: Store) -> Report:
     """Add to a report the scores of the model that the job has become, against its source.
 
     That model is bit for bit what a reload gives.
@@ -35,34 +37,40 @@ def measure(job: Job, results: dict[str, Any], store: Store) -> dict[str, Any]:
     original, tokenizer = models.load(job.source.path, device=job.device)
     windows = jobs.evaluation_windows(job)
     store = store.within(windows.digest)
-    result = perplexity.compare(
-        original, model, windows.tokens, section.batch_size, progress, store
-    )
-    other = {"heldout": job.heldout.tokens} | (
-        {"calibration": job.calibration.tokens} if recipe.trains else {}
-    )
-    for which, tokens in other.items():
-        if len(tokens):
-            held = perplexity.compare(
-                original, model, tokens, section.batch_size, progress, store.within(which)
-            )
-            results = results | {which: report.scores(held.to_json())}
-    tasks = {
-        key: store.recall(
-            "tasks", [key, *section.tasks], partial(tasks_of, each, tokenizer, recipe, progress)
+
+    def compare(tokens: Tensor, store: Store) -> Scores:
+        comparison = perplexity.compare(
+            original, model, tokens, section.batch_size, progress, store
         )
-        for key, each in (("lm_eval", model), ("lm_eval_original", original))
-        if section.tasks
-    }
-    shared = data.overlap(job.calibration, windows)
-    warnings = (
-        [f"{shared:.1%} of the evaluation windows repeat text of the calibration windows"]
-        if shared
-        else []
+        return report.to_scores(comparison.to_json())
+
+    def score_tasks(key: str, scored: PreTrainedModel) -> dict[str, Metrics] | None:
+        score = partial(tasks_of, scored, tokenizer, recipe, progress)
+        return store.recall("tasks", [key, *section.tasks], score) if section.tasks else None
+
+    scores = compare(windows.tokens, store)
+    heldout = calibration = None
+    if job.heldout.tokens.numel():
+        heldout = compare(job.heldout.tokens, store.within("heldout"))
+    if recipe.trains and job.calibration.tokens.numel():
+        calibration = compare(job.calibration.tokens, store.within("calibration"))
+    evaluated = report.Evaluated(
+        scores,
+        heldout,
+        calibration,
+        score_tasks("lm_eval", model),
+        score_tasks("lm_eval_original", original),
+        describe_overlap(job, windows),
+        windows.digest,
     )
-    results = results | {"reason": None, "warnings": results["warnings"] + warnings}
-    results |= report.scores(result.to_json()) | tasks
-    return results | {"fingerprints": results["fingerprints"] | {"evaluation": windows.digest}}
+    return report.add_evaluation(results, evaluated)
+
+
+def describe_overlap(job: Job, windows: data.Windows) -> list[str]:
+    """Warn of text that calibration and evaluation windows have in common."""
+    shared = data.overlap(job.calibration, windows)
+    text = f"{shared:.1%} of the evaluation windows repeat text of the calibration windows"
+    return [text] if shared else []
 
 
 def tasks_of(

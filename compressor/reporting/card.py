@@ -2,20 +2,20 @@
 
 import re
 from pathlib import Path, PurePath
-from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from compressor.plan import DENSE
+from compressor.reporting.records import Report
 from compressor.reporting.report import (
     HEADINGS,
     MIX,
-    before_after,
-    least_kept,
-    method_mix,
-    residuals,
-    searched,
+    before_after_rows,
+    describe_least_kept,
+    describe_residuals,
+    describe_search,
+    method_rows,
 )
 from compressor.reporting.tables import kept_removed
 
@@ -23,9 +23,9 @@ TEMPLATE = Path(__file__).parent / "templates" / "card.md.j2"
 
 
 def model_card(
-    report: dict[str, Any], recipe_yaml: str, source_name: str, license: str | None = None
+    report: Report, recipe_yaml: str, source_name: str, license: str | None = None
 ) -> str:
-    """README.md of the checkpoint: front matter, how to load it, what it is, figures, recipe,
+    """Write README.md of the checkpoint: front matter, how to load it, what it is, figures, recipe,
     limits.
 
     source_name: hub id, `reference` or folder of the original; of an absolute folder only the last
@@ -47,12 +47,12 @@ def model_card(
         source_name=name,
         report=report,
         headings=HEADINGS,
-        rows=[[cell.replace("|", "\\|") for cell in row] for row in before_after(report)],
+        rows=[[cell.replace("|", "\\|") for cell in row] for row in before_after_rows(report)],
         mix_headings=MIX,
-        mix=method_mix(report),
-        least_kept=least_kept(report),
-        residuals=residuals(report),
-        searched=searched(report),
+        mix=method_rows(report),
+        least_kept=describe_least_kept(report),
+        residuals=describe_residuals(report),
+        searched=describe_search(report),
         trained=[stage for stage, outcome in report["trained"].items() if outcome["kept"]],
         kept=kept_removed(report["kept"]["targets"]),
         recipe=recipe_yaml.strip(),

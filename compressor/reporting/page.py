@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
@@ -19,6 +19,7 @@ from compressor.files.documents import read_json, replace_text
 from compressor.files.yaml import parse_yaml
 from compressor.plan import DENSE, rename_keys
 from compressor.reporting import figures, plots, report
+from compressor.reporting.records import Report
 from compressor.reporting.tables import ABSENT, number, percent, size
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -44,7 +45,7 @@ class Run:
     """What a checkpoint folder says about itself."""
 
     name: str
-    report: dict[str, Any]
+    report: Report
     contest: dict[str, float]  # held-out divergence of competing plans, empty if there was one only
     recipe: str
     curves: tuple[
@@ -108,7 +109,7 @@ def _read(folder: Path, name: str) -> Run:
     try:
         run = Run(
             name,
-            read_json(folder / "report.json"),
+            cast(Report, read_json(folder / "report.json")),
             contest,
             (folder / "recipe.yaml").read_text(encoding="utf-8"),
             tuple(drawn),
@@ -185,9 +186,9 @@ def _summary(run: Run) -> dict[str, Any]:
     longest = max(map(len, re.findall("`+", run.recipe)), default=0)
     return {
         "name": run.name,
-        "table": report.before_after(run.report),
-        "mix": report.method_mix(run.report),
-        "notes": [report.least_kept(run.report), *_run_notes(run.report)],
+        "table": report.before_after_rows(run.report),
+        "mix": report.method_rows(run.report),
+        "notes": [report.describe_least_kept(run.report), *_run_notes(run.report)],
         "contest": [
             (name, number(value))
             for name, value in sorted(run.contest.items(), key=lambda item: item[1])
@@ -319,7 +320,7 @@ def _settings(section: Any, path: str = "") -> dict[str, Any]:
         if isinstance(section, list)
         else ()
     )
-    found = {}
+    found: dict[str, Any] = {}
     for key, value in items:
         found |= _settings(value, f"{path}.{key}" if path else str(key))
     return found if isinstance(section, dict | list) and section else {path: section}

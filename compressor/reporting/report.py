@@ -1,14 +1,14 @@
-"""The report of a run: what was kept, what it cost, and the same as a table and as a model card.
+"""The report of a run: what was kept, what it cost, and the same as a table.
 
 Fractions are fractions kept. Sizes count what the linears store in the output dtype, bias included;
-`bytes` are the files themselves.
+`bytes` are the files themselves. The keys are those of `records.Report`.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 from rich.console import Group, RenderableType
 from rich.text import Text
@@ -17,6 +17,7 @@ from compressor.errors import EvaluationError
 from compressor.files.documents import replace_text
 from compressor.plan import DENSE, FINER_BASES, WITH_RESIDUALS, Plan
 from compressor.reporting import tables
+from compressor.reporting.records import Linear, Metrics, Report, Scores
 from compressor.reporting.tables import ABSENT, kept_removed, number, percent, size
 from compressor.statistics import dense_lines
 
@@ -26,7 +27,7 @@ HEADINGS = ("", "original", "compressed", "kept / change")
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the plan does not know."""
+    """Sizes that the plan does not know."""
 
     original_bytes: int  # files of the source model
     compressed_bytes: int  # files written
@@ -38,64 +39,95 @@ class Sizes:
     untied_parameters: int = 0
 
 
-def build(
+@dataclass(frozen=True)
+class Evaluated:
+    """The measurements of the evaluation that ends a run."""
+
+    scores: Scores  # on the evaluation windows
+    heldout: Scores | None = None
+    calibration: Scores | None = None  # of runs that train
+    lm_eval: dict[str, Metrics] | None = None  # of the compressed model
+    lm_eval_original: dict[str, Metrics] | None = None
+    warnings: Sequence[str] = ()
+    fingerprint: str | None = None  # digest of the evaluation windows
+
+
+def build_report(
     plan: Plan,
     sizes: Sizes,
-    unit: str,
-    evaluation: dict[str, Any] | None = None,
+    unit: Literal["bits", "parameters"],
+    fingerprints: Mapping[str, Any] | None = None,
     reason: str | None = None,
-    calibration: dict[str, Any] | None = None,
-    heldout: dict[str, Any] | None = None,
-    lm_eval: dict[str, Any] | None = None,
-    lm_eval_original: dict[str, Any] | None = None,
-    fingerprints: dict[str, str] | None = None,
     warnings: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Gather `report.json`.
+) -> Report:
+    """Gather the report of a model that is written but not evaluated.
 
-    plan: with measured errors. unit: "bits" or "parameters", what `kept.targets` and `kept.model`
-    count. evaluation, calibration, heldout: `Comparison.to_json()` on the three texts, None where
-    not measured; `reason` says why the scores are null. lm_eval: of `lm_eval_bridge.scores`, for
-    the compressed model and for the original.
+    Args:
+        plan: with measured errors.
+        sizes: of the files, and of what is no target.
+        unit: what `kept.targets` and `kept.model` count.
+        fingerprints: what the run depends on.
+        reason: why the scores are null.
+        warnings: beside those about linears that stay dense.
     """
-    counts = {
-        count: _count(
-            plan, count, getattr(sizes, f"other_{count}"), getattr(sizes, f"untied_{count}")
-        )
-        for count in ("bits", "parameters")
-    }
-    kept = {count: _kept(found["targets"]) for count, found in counts.items()}
-    kept_model = {f"model_{count}": _kept(found["model"]) for count, found in counts.items()}
+    silent = {name: choice.reason for name, choice in plan.linears.items() if choice.reason}
+    bits = _count(plan, "bits", sizes.other_bits, sizes.untied_bits)
+    parameters = _count(plan, "parameters", sizes.other_parameters, sizes.untied_parameters)
+    counted = bits if unit == "bits" else parameters
+    no_scores = to_scores(None)
     return {
-        "kept": {"unit": unit, "targets": kept[unit], "model": kept_model[f"model_{unit}"]}
-        | kept
-        | kept_model,
+        "kept": {
+            "unit": unit,
+            "targets": _kept(counted["targets"]),
+            "model": _kept(counted["model"]),
+            "bits": _kept(bits["targets"]),
+            "parameters": _kept(parameters["targets"]),
+            "model_bits": _kept(bits["model"]),
+            "model_parameters": _kept(parameters["model"]),
+        },
         "bytes": {"original": sizes.original_bytes, "compressed": sizes.compressed_bytes},
         "sizes": {
-            scope: {count: counts[count][scope] for count in counts}
+            scope: {"bits": bits[scope], "parameters": parameters[scope]}
             for scope in ("targets", "model")
         },
-        **scores(evaluation),
+        "perplexity": no_scores["perplexity"],
+        "kl": no_scores["kl"],
+        "tokens": no_scores["tokens"],
+        "window": no_scores["window"],
         "reason": reason,
-        "calibration": None if calibration is None else scores(calibration),
-        "heldout": None if heldout is None else scores(heldout),
-        "lm_eval": lm_eval,
-        "lm_eval_original": lm_eval_original,
+        "calibration": None,
+        "heldout": None,
+        "lm_eval": None,
+        "lm_eval_original": None,
         "price": plan.price,
         "contest": dict(plan.contest),
         "search": plan.search,
         "trained": plan.trained,
-        "linears": [{"name": name} | choice.to_json() for name, choice in plan.linears.items()],
-        "warnings": dense_lines(
-            {name: choice.reason for name, choice in plan.linears.items() if choice.reason}
-        )
-        + list(warnings),
+        "linears": [
+            cast(Linear, {"name": name} | choice.to_json()) for name, choice in plan.linears.items()
+        ],
+        "warnings": [*dense_lines(silent), *warnings],
         "fingerprints": dict(fingerprints or {}),
     }
 
 
+def add_evaluation(report: Report, evaluated: Evaluated) -> Report:
+    """Return the report with what its evaluation measured."""
+    marks = {} if evaluated.fingerprint is None else {"evaluation": evaluated.fingerprint}
+    return report | {
+        **evaluated.scores,
+        "reason": None,
+        "calibration": evaluated.calibration,
+        "heldout": evaluated.heldout,
+        "lm_eval": evaluated.lm_eval,
+        "lm_eval_original": evaluated.lm_eval_original,
+        "warnings": [*report["warnings"], *evaluated.warnings],
+        "fingerprints": report["fingerprints"] | marks,
+    }
+
+
 def _count(plan: Plan, count: str, other: int, untied: int) -> dict[str, dict[str, int]]:
-    """Bits or parameters of the targets and of the model, before and after."""
+    """Count bits or parameters of the targets and of the model, before and after."""
     original = sum(getattr(choice, f"dense_{count}") for choice in plan.linears.values())
     compressed = sum(getattr(choice, count) for choice in plan.linears.values())
     return {
@@ -111,55 +143,63 @@ def _kept(counted: dict[str, int]) -> float:
     return counted["compressed"] / counted["original"] if counted["original"] else 1.0
 
 
-def scores(evaluation: dict[str, Any] | None) -> dict[str, Any]:
-    """The entries of a report that one `Comparison.to_json()` fills; null where there is none."""
-    found = evaluation or {}
+def to_scores(comparison: Mapping[str, Any] | None) -> Scores:
+    """Turn `Comparison.to_json()` into the entries that a report has for one text; None into
+    nulls.
+    """
+    entries = comparison or {}
     return {
         "perplexity": {
-            "original": found.get("perplexity_original"),
-            "compressed": found.get("perplexity"),
+            "original": entries.get("perplexity_original"),
+            "compressed": entries.get("perplexity"),
         },
-        "kl": found.get("kl"),
-        "tokens": found.get("tokens"),
-        "window": found.get("window"),
+        "kl": entries.get("kl"),
+        "tokens": entries.get("tokens"),
+        "window": entries.get("window"),
     }
 
 
-def before_after(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    """Rows (quantity, original, compressed, kept or change) of the table that tables and model
-    cards show.
+def before_after_rows(report: Report) -> list[tuple[str, str, str, str]]:
+    """List the rows (quantity, original, compressed, kept or change) of the table that terminal,
+    page and model card show.
     """
-    found = []
+    rows = []
     for scope, label in (("targets", "Targeted linears"), ("model", "Whole model")):
         for count, shown in (("bits", lambda bits: size(bits / 8)), ("parameters", number)):
             counted = report["sizes"][scope][count]
-            found.append(
-                (
-                    f"{label}, stored {count}",
-                    shown(counted["original"]),
-                    shown(counted["compressed"]),
-                    kept_removed(_kept(counted)),
-                )
-            )
+            before, after = shown(counted["original"]), shown(counted["compressed"])
+            rows.append((f"{label}, stored {count}", before, after, kept_removed(_kept(counted))))
     files = report["bytes"]
-    found.append(
-        ("Files", size(files["original"]), size(files["compressed"]), kept_removed(_kept(files)))
-    )
-    for label, scores in (
-        ("", report),
-        ("held-out ", report["heldout"]),
-        ("calibration ", report["calibration"]),
+    before, after = size(files["original"]), size(files["compressed"])
+    rows.append(("Files", before, after, kept_removed(_kept(files))))
+    on_evaluation: Scores = {
+        "perplexity": report["perplexity"],
+        "kl": report["kl"],
+        "tokens": report["tokens"],
+        "window": report["window"],
+    }
+    rows += _score_rows("", on_evaluation)
+    if report["heldout"] is not None:
+        rows += _score_rows("held-out ", report["heldout"])
+    if report["calibration"] is not None:
+        rows += _score_rows("calibration ", report["calibration"])
+    return rows + lm_eval_rows(report)
+
+
+def lm_eval_rows(report: Report) -> list[tuple[str, str, str, str]]:
+    """List the rows of the metrics of lm-eval tasks, beside the original's where it has them."""
+    rows = []
+    for label, original, compressed in tables.metric_rows(
+        report["lm_eval"], report["lm_eval_original"]
     ):
-        if scores is not None:
-            found += _score_rows(label, scores)
-    found += [
-        (label, *(ABSENT if value is None else number(value) for value in values), _change(*values))
-        for label, *values in tables.metric_rows(report["lm_eval"], report["lm_eval_original"])
-    ]
-    return found
+        before, after = (
+            ABSENT if value is None else number(value) for value in (original, compressed)
+        )
+        rows.append((label, before, after, _change(original, compressed)))
+    return rows
 
 
-def _score_rows(label: str, scores: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+def _score_rows(label: str, scores: Scores) -> list[tuple[str, str, str, str]]:
     original, compressed = scores["perplexity"]["original"], scores["perplexity"]["compressed"]
     shown = [
         ABSENT if value is None else number(value) for value in (original, compressed, scores["kl"])
@@ -181,65 +221,51 @@ def _change(original: float | None, compressed: float | None) -> str:
     )
 
 
-def method_mix(report: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Rows of `MIX`, one for each method chosen."""
-    found = []
-    for method in sorted(
-        {linear["method"] for linear in report["linears"]}, key=lambda name: (name == DENSE, name)
-    ):
+def method_rows(report: Report) -> list[tuple[str, ...]]:
+    """List the rows of `MIX`, one for each method chosen, dense last."""
+    rows: list[tuple[str, ...]] = []
+    methods = {linear["method"] for linear in report["linears"]}
+    for method in sorted(methods, key=lambda name: (name == DENSE, name)):
         linears = [linear for linear in report["linears"] if linear["method"] == method]
-        dense, bits = (sum(linear[key] for linear in linears) for key in ("dense_bits", "bits"))
+        dense = sum(linear["dense_bits"] for linear in linears)
+        bits = sum(linear["bits"] for linear in linears)
         errors = [linear["error"] for linear in linears if linear["error"] is not None]
         least = min(linear["bits"] / linear["dense_bits"] for linear in linears)
         worst = number(max(errors)) if errors else ABSENT
-        found.append(
-            (
-                method,
-                str(len(linears)),
-                size(dense / 8),
-                size(bits / 8),
-                percent(bits / dense),
-                percent(least),
-                worst,
-            )
-        )
-    return found
+        sizes = size(dense / 8), size(bits / 8), percent(bits / dense), percent(least)
+        rows.append((method, str(len(linears)), *sizes, worst))
+    return rows
 
 
-def least_kept(report: dict[str, Any]) -> str:
-    """A sentence naming the linear that keeps the smallest fraction of its bits."""
-    least = min(
-        report["linears"], key=lambda linear: linear["bits"] / linear["dense_bits"], default=None
-    )
-    return (
-        "no linear was targeted"
-        if least is None
-        else f"least kept: {least['name']}, {percent(least['bits'] / least['dense_bits'])}"
-    )
+def describe_least_kept(report: Report) -> str:
+    """Name the linear that keeps the smallest fraction of its bits."""
+    if not report["linears"]:
+        return "no linear was targeted"
+    least = min(report["linears"], key=lambda linear: linear["bits"] / linear["dense_bits"])
+    return f"least kept: {least['name']}, {percent(least['bits'] / least['dense_bits'])}"
 
 
-def searched(report: dict[str, Any]) -> str | None:
-    """A sentence on what a search has found; None for runs without one."""
-    if not (found := report["search"]):
+def describe_search(report: Report) -> str | None:
+    """Say what a search came to; None for runs without one."""
+    search = report["search"]
+    if not search:
         return None
-    first, *others = found["trials"]
-    start = (
-        "a size it could not meet"
-        if first["heldout"] is None
-        else f"held-out KL {number(first['heldout'])}"
-    )
-    stayed = sum(one["kept"] for one in others)
-    left = sum(one["heldout"] is None for one in others)
-    whole = (
-        f"search: from {start} to {number(found['heldout'])}; of {len(others)} trials {stayed} "
+    first, *others = search["trials"]
+    start = "a size it could not meet"
+    if first["heldout"] is not None:
+        start = f"held-out KL {number(first['heldout'])}"
+    stayed = sum(trial["kept"] for trial in others)
+    dropped = sum(trial["heldout"] is None for trial in others)
+    sentence = (
+        f"search: from {start} to {number(search['heldout'])}; of {len(others)} trials {stayed} "
         "stayed"
     )
-    return f"{whole}, {left} were dropped, plan.json says why" if left else whole
+    return f"{sentence}, {dropped} were dropped, plan.json says why" if dropped else sentence
 
 
-def residuals(report: dict[str, Any]) -> str | None:
-    """A sentence on what the low-rank residuals of a report are worth; None if it has none, or if
-    they were not measured.
+def describe_residuals(report: Report) -> str | None:
+    """Say what the low-rank residuals of a report are worth; None if it has none, or if they were
+    not measured.
     """
     if WITH_RESIDUALS not in report["contest"]:
         return None
@@ -255,22 +281,28 @@ def residuals(report: dict[str, Any]) -> str | None:
     )
 
 
-def render(report: dict[str, Any]) -> RenderableType:
-    """Before/after table, the mix of methods, and what deserves a warning."""
-    notes = [least_kept(report)]
-    notes += [f"tokens evaluated: {number(report['tokens'])}"] if report["tokens"] else []
-    notes += [line for line in (searched(report), residuals(report)) if line]
-    notes += [f"scores missing: {report['reason']}"] if report["reason"] else []
-    notes += [f"warning: {warning}" for warning in report["warnings"]]
-    notes += [f"pushed to {report['pushed']['url']}"] if report.get("pushed") else []
-    mix = tables.columns("Linears", MIX, method_mix(report))
+def render(report: Report) -> RenderableType:
+    """Render the before/after table, the mix of methods, and what deserves a warning."""
+    notes = [describe_least_kept(report), *describe_scores(report)]
+    if "pushed" in report:
+        notes.append(f"pushed to {report['pushed']['url']}")
     return Group(
-        tables.columns("Before and after", HEADINGS, before_after(report)), mix, *map(Text, notes)
+        tables.columns("Before and after", HEADINGS, before_after_rows(report)),
+        tables.columns("Linears", MIX, method_rows(report)),
+        *map(Text, notes),
     )
 
 
-def to_json(data: dict[str, Any]) -> str:
-    """JSON text with keys in the order given. Raises EvaluationError naming the entry that is NaN
+def describe_scores(report: Report) -> list[str]:
+    """List what to know beside the tables: tokens, search, residuals, missing scores, warnings."""
+    notes = [f"tokens evaluated: {number(report['tokens'])}"] if report["tokens"] else []
+    notes += filter(None, (describe_search(report), describe_residuals(report)))
+    notes += [f"scores missing: {report['reason']}"] if report["reason"] else []
+    return notes + [f"warning: {warning}" for warning in report["warnings"]]
+
+
+def to_json(data: Mapping[str, Any]) -> str:
+    """Write JSON with keys in the order given. Raises EvaluationError naming the entry that is NaN
     or infinite.
     """
     try:
@@ -282,7 +314,7 @@ def to_json(data: dict[str, Any]) -> str:
 
 
 def _not_finite(data: Any, place: str) -> str | None:
-    """Dotted place of the first NaN or infinity."""
+    """Return the dotted place of the first NaN or infinity."""
     if isinstance(data, float):
         return place if data != data or data in (float("inf"), float("-inf")) else None
     entries = (
@@ -293,10 +325,10 @@ def _not_finite(data: Any, place: str) -> str | None:
         else ()
     )
     places = (_not_finite(value, f"{place}.{key}" if place else str(key)) for key, value in entries)
-    return next((found for found in places if found), None)
+    return next((path for path in places if path), None)
 
 
-def dump_json(path: Path, data: dict[str, Any]) -> None:
+def dump_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write JSON so that a reader sees the old or the new file. Raises EvaluationError as
     `to_json`, CheckpointError if it cannot.
     """

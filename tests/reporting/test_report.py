@@ -14,7 +14,18 @@ from support.models import read_json
 from compressor.errors import CheckpointError, EvaluationError
 from compressor.plan import Choice, Plan
 from compressor.reporting.card import model_card
-from compressor.reporting.report import Sizes, before_after, build, dump_json, render, to_json
+from compressor.reporting.report import (
+    Evaluated,
+    Sizes,
+    add_evaluation,
+    before_after_rows,
+    build_report,
+    dump_json,
+    lm_eval_rows,
+    render,
+    to_json,
+    to_scores,
+)
 
 EVALUATION = {
     "perplexity": 6.6,
@@ -26,6 +37,12 @@ EVALUATION = {
 SIZES = Sizes(
     original_bytes=20_000, compressed_bytes=15_000, other_bits=16_000, other_parameters=1_000
 )
+
+
+def evaluated_report(plan, *, evaluation=EVALUATION, fingerprints=None, **others):
+    """A report with the scores of its evaluation, which `EVALUATION` stands for."""
+    report = build_report(plan, SIZES, "bits", fingerprints)
+    return add_evaluation(report, Evaluated(to_scores(evaluation), **others))
 
 
 def choice(method: str, kept: float, error: float | None) -> Choice:
@@ -76,13 +93,8 @@ def rows_of(shown: str) -> dict[str, list[str]]:
 
 
 def test_keys_and_sums(plan):
-    report = build(
-        plan,
-        SIZES,
-        "bits",
-        evaluation=EVALUATION,
-        fingerprints={"weights": "ab"},
-        warnings=["overlap"],
+    report = evaluated_report(
+        plan, fingerprints={"weights": "ab"}, warnings=["overlap"], fingerprint="cd"
     )
     bits, parameters = (4_000 + 8_000 + 16_000 + 12_000 + 3 * 800) / 64_000, 2_500 / 4_000
     assert report["kept"] == {
@@ -114,11 +126,13 @@ def test_keys_and_sums(plan):
             "error": 0.03,
         }.items()
     )
-    assert report["fingerprints"] == {"weights": "ab"} and report["warnings"] == ["overlap"]
+    assert report["fingerprints"] == {"weights": "ab", "evaluation": "cd"} and report[
+        "warnings"
+    ] == ["overlap"]
 
 
 def test_kept_follows_the_unit_that_was_allocated(plan):
-    kept = build(plan, SIZES, "parameters")["kept"]
+    kept = build_report(plan, SIZES, "parameters")["kept"]
     assert kept["unit"] == "parameters"
     assert (
         (kept["targets"], kept["model"])
@@ -128,7 +142,7 @@ def test_kept_follows_the_unit_that_was_allocated(plan):
 
 
 def test_scores_that_are_missing_are_null_with_a_reason(plan):
-    report = build(plan, SIZES, "bits", reason="batch 3 of 8 is nan")
+    report = build_report(plan, SIZES, "bits", reason="batch 3 of 8 is nan")
     assert report["perplexity"] == {"original": None, "compressed": None}
     assert [report[key] for key in ("kl", "tokens", "window", "calibration", "heldout")] == [
         None
@@ -140,7 +154,7 @@ def test_scores_that_are_missing_are_null_with_a_reason(plan):
 
 
 def test_table_shows_kept_and_removed_in_both_counts_for_targets_model_and_files(plan):
-    shown = text(render(build(plan, SIZES, "bits", evaluation=EVALUATION)))
+    shown = text(render(evaluated_report(plan)))
     assert all(len(line) <= 100 for line in shown.splitlines()) and "…" not in shown
     rows = rows_of(shown)
     assert rows["Targeted linears, stored bits"] == [
@@ -170,7 +184,7 @@ def test_table_shows_kept_and_removed_in_both_counts_for_targets_model_and_files
 
 
 def test_table_shows_the_mix_of_methods_dense_last(plan):
-    shown = text(render(build(plan, SIZES, "bits")))
+    shown = text(render(build_report(plan, SIZES, "bits")))
     rows = rows_of(shown)
     assert list(rows)[-3:] == ["dictionary", "low_rank", "dense"]
     assert rows["low_rank"] == ["2", "3.91 KiB", "1.66 KiB", "42.5 %", "30.0 %", "0.03"]
@@ -185,24 +199,22 @@ def test_held_out_and_calibration_figures_and_lm_eval_stand_beside_the_evaluatio
         {"arc": {"acc": 0.5}},
     )
     heldout, calibration = EVALUATION | {"kl": 0.2}, EVALUATION | {"kl": 0.1}
-    report = build(
+    report = evaluated_report(
         plan,
-        SIZES,
-        "bits",
-        EVALUATION,
-        heldout=heldout,
-        calibration=calibration,
+        heldout=to_scores(heldout),
+        calibration=to_scores(calibration),
         lm_eval=scores,
         lm_eval_original=original,
         warnings=["w1"],
     )
     assert (report["heldout"]["kl"], report["calibration"]["kl"], report["kl"]) == (0.2, 0.1, 0.25)
     assert report["lm_eval"] == scores and report["lm_eval_original"] == original
+    assert lm_eval_rows(report) == [("arc: acc", "0.5", "0.45", "-10.0 %")]
     shown = text(render(report))
     assert all(len(line) <= 100 for line in shown.splitlines())
     rows = rows_of(shown)
     assert rows["arc: acc"] == ["0.5", "0.45", "-10.0 %"]
-    quantities = {label: cells for label, *cells in before_after(report)}
+    quantities = {label: cells for label, *cells in before_after_rows(report)}
     for text_of in ("Held-out", "Calibration"):
         assert quantities[f"{text_of} perplexity per token, window 512"] == [
             "5.5",
@@ -215,16 +227,14 @@ def test_held_out_and_calibration_figures_and_lm_eval_stand_beside_the_evaluatio
 
 
 def test_a_plan_without_linears_keeps_everything():
-    report = build(Plan({}), SIZES, "bits")
+    report = build_report(Plan({}), SIZES, "bits")
     assert report["kept"]["targets"] == report["kept"]["model"] == 1.0
     assert "no linear was targeted" in text(render(report))
 
 
 def test_model_card_has_front_matter_load_code_table_and_recipe(plan):
     recipe = "seed: 0\nmodel:\n  name: org/base\n"
-    report = build(
-        plan, SIZES, "bits", EVALUATION, lm_eval={"a|b": {"acc": 0.5}}, warnings=["overlap of 12 %"]
-    )
+    report = evaluated_report(plan, lm_eval={"a|b": {"acc": 0.5}}, warnings=["overlap of 12 %"])
     card = model_card(report, recipe, "org/base", license="apache-2.0")
     _, front, body = card.split("---\n", 2)
     assert yaml.safe_load(front) == {
@@ -256,14 +266,14 @@ def test_model_card_has_front_matter_load_code_table_and_recipe(plan):
 
 
 def test_model_card_of_a_folder_names_no_place_on_this_machine_and_claims_no_licence(plan):
-    card = model_card(build(plan, SIZES, "bits"), "seed: 0", "/home/someone/my model")
+    card = model_card(build_report(plan, SIZES, "bits"), "seed: 0", "/home/someone/my model")
     front = yaml.safe_load(card.split("---\n")[1])
     assert "/home" not in card and "# my model, compressed" in card
     assert "license" not in front and "base_model" not in front
 
 
 def test_model_card_says_what_was_trained_and_what_was_searched(plan):
-    card = model_card(build(plan, SIZES, "bits"), "seed: 0", "org/base")
+    card = model_card(build_report(plan, SIZES, "bits"), "seed: 0", "org/base")
     assert "Nothing was trained" in card and "earch" not in card
     trials = [
         {"heldout": 0.5, "kept": True},
@@ -272,7 +282,7 @@ def test_model_card_says_what_was_trained_and_what_was_searched(plan):
     ]
     trained = {"repair": {"kept": False}, "heal": {"kept": True}}
     card = model_card(
-        build(
+        build_report(
             replace(plan, trained=trained, search={"trials": trials, "heldout": 0.25}),
             SIZES,
             "bits",
@@ -289,19 +299,19 @@ def test_model_card_says_what_was_trained_and_what_was_searched(plan):
 
 def test_recipe_with_backticks_stays_inside_its_fence(plan):
     card = model_card(
-        build(plan, SIZES, "bits"), "text: |\n  ```\n  # not a heading\n", "reference"
+        build_report(plan, SIZES, "bits"), "text: |\n  ```\n  # not a heading\n", "reference"
     )
     assert "````yaml\ntext: |\n  ```\n  # not a heading\n````\n" in card
 
 
 def test_json_is_strict_and_keeps_its_order(tmp_path, plan):
     path = tmp_path / "report.json"
-    report = build(plan, SIZES, "bits", EVALUATION)
+    report = evaluated_report(plan)
     dump_json(path, report)
     first = path.read_bytes()
     assert read_json(path) == json.loads(to_json(report)) == report
     assert list(read_json(path)) == list(report)
-    dump_json(path, build(plan, SIZES, "bits", EVALUATION))
+    dump_json(path, evaluated_report(plan))
     assert path.read_bytes() == first and [entry.name for entry in tmp_path.iterdir()] == [
         "report.json"
     ]
@@ -309,7 +319,7 @@ def test_json_is_strict_and_keeps_its_order(tmp_path, plan):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_numbers_that_json_lacks_are_refused_by_name(tmp_path, plan, value):
-    report = build(plan, SIZES, "bits", EVALUATION)
+    report = evaluated_report(plan)
     report["linears"][1]["error"] = value
     path = tmp_path / "report.json"
     path.write_text("old")

@@ -46,13 +46,9 @@ def checkpoint(
     plan = Plan(kept, contest={"together": 0.2, "low_rank alone": 0.3})
     sizes = report.Sizes(SIZES.original_bytes, size, SIZES.other_bits, SIZES.other_parameters)
     found = (
-        report.build(
-            plan,
-            sizes,
-            "bits",
-            EVALUATION | {"kl": kl},
-            fingerprints=MARKS,
-            warnings=["5 % < 10 %"],
+        report.add_evaluation(
+            report.build_report(plan, sizes, "bits", fingerprints=MARKS, warnings=["5 % < 10 %"]),
+            report.Evaluated(report.to_scores(EVALUATION | {"kl": kl})),
         )
         | changes
     )
