@@ -22,7 +22,7 @@ from compressor.pipeline.solution import Solution, allocate
 from compressor.recipe.load import load_recipe
 from compressor.recipe.quantities import seconds_of
 from compressor.recipe.training import Heal
-from compressor.reporting.report import searched
+from compressor.reporting.report import describe_search
 from compressor.resume.store import NOWHERE
 from compressor.runtime.deadline import Deadline, OutOfTime
 from compressor.training.step_budget import StepTimes
@@ -65,7 +65,7 @@ def test_what_lowers_the_heldout_divergence_stays_and_the_report_says_what_was_t
         report["heldout"]["kl"] == pytest.approx(best, rel=1e-2, abs=1e-7)
         and report["search"] == plan["search"]
     )
-    assert f"of 3 trials {len(kept) - 1} stayed" in searched(report)
+    assert f"of 3 trials {len(kept) - 1} stayed" in describe_search(report)
 
 
 @pytest.mark.slow
@@ -122,7 +122,7 @@ def test_numbers_that_fail_drop_a_trial_but_not_the_start(start):
 
     found = search.search(job, statistics, fail_later).plan.search
     assert [trial.get("dropped") for trial in found["trials"]] == [None, "the Gram is singular"]
-    assert "of 1 trials 0 stayed, 1 were dropped" in searched({"search": found})
+    assert "of 1 trials 0 stayed, 1 were dropped" in describe_search({"search": found})
     with pytest.raises(NumericalError, match="singular"):
         search.search(job, statistics, fail)
 
