@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from compressor.calibrate.windows import sample
+from compressor.calibrate.sampling import sample
 from compressor.files.bundled import bundled_folder
 
 LENGTH = 512

@@ -1,5 +1,7 @@
-"""Where text comes from: files, folders and hub data sets, read into documents. No torch, and no
-socket for anything local.
+"""Sources of calibration text: files, folders and hub data sets, read into documents, and windows
+of tokens that need no text. No torch for text, and no socket for anything local.
+
+A source is one function, registered with `@source`: it gives documents, or windows of tokens.
 
 A text file is one document; a row of a jsonl or parquet file or of a hub data set is one document,
 either text or a list of chat messages ({role, content}). Whatever is skipped, cut or repaired on
@@ -9,11 +11,16 @@ the way is counted in a warning.
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compressor.errors import ConfigError, DataError, did_you_mean
+from compressor.runtime.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -25,29 +32,181 @@ FOLDER_SUFFIXES = (".txt", ".text", ".md", ".jsonl", ".parquet")
 LONG_LINE = 1 << 20  # characters; prose has no such lines
 
 
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a source: text to cut windows from, or the windows themselves."""
+
+    source: str
+    column: str | None = None  # of rows
+    chat: bool = False  # whether documents are lists of messages
+    limit: int | None = None  # bytes of text to read; None: all
+    length: int = 0  # tokens of a window
+    count: int | None = None  # windows; None: all
+    seed: int = 0
+    model: Any = None  # loaded; None where there is none
+    progress: Progress = silent
+
+
+Reader = Callable[[Request], "Iterable[Document] | Tensor"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A kind of source: how it is written, what of that is meant, and how it is read."""
+
+    form: str
+    matches: Callable[[str], object]
+    read: Reader
+    tokens: bool
+
+
+SOURCES: list[Source] = []  # the first that matches is read
+
+
+def source(
+    form: str, matches: Callable[[str], object], tokens: bool = False
+) -> Callable[[Reader], Reader]:
+    """Register a function that reads a kind of source.
+
+    Args:
+        form: how a user writes it, for messages.
+        matches: whether a text names a source of this kind; earlier ones have the first word.
+        tokens: whether it gives windows (n, length) int64 rather than documents.
+    """
+
+    def register(read: Reader) -> Reader:
+        SOURCES.append(Source(form, matches, read, tokens))
+        return read
+
+    return register
+
+
+def read_source(request: Request) -> "list[Document] | Tensor":
+    """Read the documents of a source, or its windows (n, length) int64.
+
+    Raises DataError naming the source when it is missing, is not text, has no such column, or holds
+    no text at all; ConfigError for options that it would ignore.
+    """
+    kind = next((kind for kind in SOURCES if kind.matches(request.source)), None)
+    if kind is None:
+        raise DataError(
+            f"{request.source}: no such file or folder; a source is "
+            f"{', '.join(kind.form for kind in reversed(SOURCES))}"
+        )
+    if kind.tokens:
+        _refuse_text_options(request)
+        return kind.read(request)
+    return _take(iter(kind.read(request)), request.source, request.limit)
+
+
 def read_documents(
     source: str, column: str | None = None, chat: bool = False, limit: int | None = None
 ) -> list[Document]:
-    """Read the documents of a local path or of a hub data set `org/name:config:split[:column]`.
+    """Read the documents of a source of text. Raises as `read_source`."""
+    return read_source(Request(source, column, chat, limit))
 
-    A local path wins over a data set of that name. `chat` prefers the column `messages`; reading
-    stops after `limit` bytes (None: never). Raises DataError naming the source when it is missing,
-    is not text, has no such column, or holds no text at all.
-    """
-    path, hub = Path(source), HUB.fullmatch(source)
-    if path.exists():
-        documents = (
-            document for file in _files(path) for document in _read_file(file, column, chat, limit)
-        )
-    elif hub:
-        documents = _read_hub(source, hub, column, chat, stream=limit is not None)
-    else:
+
+@source("self", lambda text: text == "self", tokens=True)
+def sample_self(request: Request) -> "Tensor":
+    """Sample windows from the model that is to be compressed."""
+    if request.model is None or request.count is None:
         raise DataError(
-            f"{source}: no such file or folder; a source is a text, jsonl or parquet file or "
-            "folder, a hub data set "
-            "org/name:config:split[:column], windows of tokens file.safetensors:key, or self"
+            "self: windows can be sampled only from a loaded model, and their number must be given"
         )
-    return _take(documents, source, limit)
+    check_positions(request.length, request.model, "self")
+    from compressor.calibrate.sampling import sample
+
+    return sample(request.model, request.count, request.length, request.seed, request.progress)
+
+
+@source("windows of tokens file.safetensors:key", lambda text: ".safetensors:" in text, tokens=True)
+def read_tokens(request: Request) -> "Tensor":
+    """Read integer windows (n, length). Raises DataError naming the source."""
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    source, length = request.source, request.length
+    stem, key = source.rsplit(".safetensors:", 1)
+    path = Path(f"{stem}.safetensors")
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = list(file.keys())
+            if key not in keys:
+                raise DataError(f"{path} holds no tensor '{key}'; {did_you_mean(key, keys)}")
+            tokens = file.get_tensor(key)
+    except SafetensorError as error:
+        raise DataError(f"{path}: damaged safetensors file: {error}") from None
+    shape = tuple(tokens.shape)
+    if tokens.is_floating_point() or tokens.dtype == torch.bool or tokens.ndim != 2 or 0 in shape:
+        raise DataError(
+            f"{source}: {tokens.dtype} of shape {shape}, where integer token windows (n, "
+            f"{length}) are needed"
+        )
+    if shape[1] != length:
+        raise DataError(
+            f"{source}: its windows have {shape[1]} tokens, where {length} were asked for; set "
+            f"the length to {shape[1]}"
+        )
+    return tokens.long()
+
+
+@source("a text, jsonl or parquet file or folder", lambda text: Path(text).exists())
+def read_path(request: Request) -> Iterator[Document]:
+    """Read a file, or all files of a folder."""
+    for file in _files(Path(request.source)):
+        yield from _read_file(file, request.column, request.chat, request.limit)
+
+
+@source("a hub data set org/name:config:split[:column]", HUB.fullmatch)
+def read_hub(request: Request) -> Iterator[Document]:
+    """Read a hub data set; only the rows used, unless offline or the split is a slice such as
+    train[:1%].
+    """
+    import datasets
+
+    hub = HUB.fullmatch(request.source)
+    assert hub is not None  # it matched
+    source, column = request.source, request.column
+    name, config, split = hub["name"], hub["config"] or None, hub["split"]
+    if column is not None and hub["column"] not in (None, column):
+        raise ConfigError(
+            f"{source}: the source names the column '{hub['column']}', and column '{column}' was "
+            "asked for too; leave one of the two out"
+        )
+    stream = request.limit is not None and "[" not in split and not datasets.config.HF_HUB_OFFLINE
+    try:
+        rows = datasets.load_dataset(name, config, split=split, streaming=stream)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"{source}: the data set could not be read: {reason} (offline: HF_HUB_OFFLINE=1 uses "
+            "the local cache; private: set HF_TOKEN)"
+        ) from error
+    places = ((f"{source}, row {number}", row) for number, row in enumerate(rows, start=1))
+    return _pick(places, column or hub["column"], request.chat)
+
+
+def _refuse_text_options(request: Request) -> None:
+    """Raise ConfigError for options of text that windows of tokens would ignore."""
+    column = f"column '{request.column}'" if request.column else None
+    for option in (column, request.chat and "chat_template"):
+        if option:
+            raise ConfigError(
+                f"{request.source}: {option} was asked for, but these are tokens, not text; leave "
+                "it out"
+            )
+
+
+def check_positions(length: int, model: Any, source: str) -> None:
+    """Raise DataError unless windows of `length` tokens fit the positions of the model."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise DataError(
+            f"{source}: windows of {length} tokens, but the model has {positions} positions; "
+            "shorten the windows"
+        )
 
 
 def _take(documents: Iterator[Document], source: str, limit: int | None) -> list[Document]:
@@ -206,33 +365,6 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield f"{path}, row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable parquet file: {error}") from None
-
-
-def _read_hub(
-    source: str, hub: re.Match, column: str | None, chat: bool, stream: bool
-) -> Iterator[Document]:
-    """Read a hub data set. `stream` fetches only the rows used, unless offline or the split is a
-    slice such as train[:1%].
-    """
-    import datasets
-
-    name, config, split = hub["name"], hub["config"] or None, hub["split"]
-    if column is not None and hub["column"] not in (None, column):
-        raise ConfigError(
-            f"{source}: the source names the column '{hub['column']}', and column '{column}' was "
-            "asked for too; leave one of the two out"
-        )
-    stream = stream and "[" not in split and not datasets.config.HF_HUB_OFFLINE
-    try:
-        rows = datasets.load_dataset(name, config, split=split, streaming=stream)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(
-            f"{source}: the data set could not be read: {reason} (offline: HF_HUB_OFFLINE=1 uses "
-            "the local cache; private: set HF_TOKEN)"
-        ) from error
-    places = ((f"{source}, row {number}", row) for number, row in enumerate(rows, start=1))
-    return _pick(places, column or hub["column"], chat)
 
 
 def _pick(

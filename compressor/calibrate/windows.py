@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor.calibrate.sources import Document, read_documents
-from compressor.errors import ConfigError, DataError, NumericalError, did_you_mean
+from compressor.calibrate.sources import Document, Request, check_positions, read_source
+from compressor.errors import DataError, did_you_mean
 from compressor.files.bundled import bundled_folder
 from compressor.runtime.progress import Progress, silent
 
@@ -24,9 +24,6 @@ logger = logging.getLogger(__name__)
 READ_LEAST = 4 << 20  # bytes of text always read, if there are as many
 # bytes of text read per requested token: enough to choose from, without tokenising a library
 READ_PER_TOKEN = 32
-SAMPLE_BATCH = (
-    64  # windows sampled together; fixed, because it decides which random number meets which window
-)
 
 
 @dataclass(frozen=True)
@@ -56,26 +53,22 @@ def load_windows(
 ) -> Windows:
     """Load up to `count` windows of `length` tokens (None: all) from a SOURCE.
 
-    SOURCE is a text, jsonl or parquet file or folder, `org/name:config:split[:column]`,
-    `file.safetensors:key` with integer windows (n, length), or `self`. Windows are chosen evenly:
-    one at random, by `seed`, from each of `count` equal stretches of the source. With `count` the
-    text behind the first max(READ_LEAST, READ_PER_TOKEN · tokens) bytes is not read, with a
-    warning. `model` is needed for `self`; where given, windows must fit its vocabulary and its
-    positions. Fewer windows than asked for are a warning with both counts.
+    SOURCE is one of those registered in `sources`. Windows are chosen evenly: one at random, by
+    `seed`, from each of `count` equal stretches of the source. With `count` the text behind the
+    first max(READ_LEAST, READ_PER_TOKEN · tokens) bytes is not read, with a warning. `model` is
+    needed for `self`; where given, windows must fit its vocabulary and its positions. Fewer windows
+    than asked for are a warning with both counts.
 
     Raises DataError naming the source when there is not one window, when window lengths differ, or
     when the source cannot be read.
     """
-    if source == "self" or ".safetensors:" in source:
-        _refuse_text_options(source, column, chat_template)
-    if source == "self":
-        tokens = _sample_self(model, length, count, seed, progress)
-    elif ".safetensors:" in source:
-        tokens = _read_tokens(source, length)
+    limit = None if count is None else max(READ_LEAST, READ_PER_TOKEN * length * count)
+    request = Request(source, column, chat_template, limit, length, count, seed, model, progress)
+    content = read_source(request)
+    if isinstance(content, Tensor):
+        tokens = content
     else:
-        limit = None if count is None else max(READ_LEAST, READ_PER_TOKEN * length * count)
-        documents = read_documents(source, column, chat_template, limit)
-        tokens = _cut(_tokenise(documents, tokenizer, chat_template, source), length, source)
+        tokens = _cut(_tokenise(content, tokenizer, chat_template, source), length, source)
     if model is not None:
         _check_model(tokens, model, source)
     if count is not None and len(tokens) < count:
@@ -89,15 +82,6 @@ def load_windows(
     elif count is not None:
         tokens = tokens[_choose(len(tokens), count, seed)]
     return Windows(tokens, source)
-
-
-def _refuse_text_options(source: str, column: str | None, chat_template: bool) -> None:
-    """Raise ConfigError for options of text that windows of tokens would ignore."""
-    for option in (f"column '{column}'" if column else None, chat_template and "chat_template"):
-        if option:
-            raise ConfigError(
-                f"{source}: {option} was asked for, but these are tokens, not text; leave it out"
-            )
 
 
 def bundled(kind: str) -> Path:
@@ -228,38 +212,6 @@ def _cut(tokens: Tensor, length: int, source: str) -> Tensor:
     return tokens[: count * length].view(count, length)
 
 
-def _read_tokens(source: str, length: int) -> Tensor:
-    """Read integer windows (n, length) from `file.safetensors:key`. Raises DataError naming the
-    source.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    stem, key = source.rsplit(".safetensors:", 1)
-    path = Path(f"{stem}.safetensors")
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            keys = list(file.keys())
-            if key not in keys:
-                raise DataError(f"{path} holds no tensor '{key}'; {did_you_mean(key, keys)}")
-            tokens = file.get_tensor(key)
-    except SafetensorError as error:
-        raise DataError(f"{path}: damaged safetensors file: {error}") from None
-    shape = tuple(tokens.shape)
-    if tokens.is_floating_point() or tokens.dtype == torch.bool or tokens.ndim != 2 or 0 in shape:
-        raise DataError(
-            f"{source}: {tokens.dtype} of shape {shape}, where integer token windows (n, "
-            f"{length}) are needed"
-        )
-    if shape[1] != length:
-        raise DataError(
-            f"{source}: its windows have {shape[1]} tokens, where {length} were asked for; set "
-            f"the length to {shape[1]}"
-        )
-    return tokens.long()
-
-
 def _check_model(tokens: Tensor, model: Any, source: str) -> None:
     """Raise DataError unless the token ids fit the embedding and the windows fit the positions of
     the model.
@@ -271,67 +223,4 @@ def _check_model(tokens: Tensor, model: Any, source: str) -> None:
             f"{source}: token ids {low} … {high} do not fit the model's vocabulary of "
             f"{vocabulary}; is it another model's?"
         )
-    _check_positions(tokens.shape[1], model, source)
-
-
-def _check_positions(length: int, model: Any, source: str) -> None:
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and length > positions:
-        raise DataError(
-            f"{source}: windows of {length} tokens, but the model has {positions} positions; "
-            "shorten the windows"
-        )
-
-
-def _sample_self(
-    model: Any, length: int, count: int | None, seed: int, progress: Progress
-) -> Tensor:
-    if model is None or count is None:
-        raise DataError(
-            "self: windows can be sampled only from a loaded model, and their number must be given"
-        )
-    _check_positions(length, model, "self")
-    return sample(model, count, length, seed, progress)
-
-
-@torch.no_grad()
-def sample(model: Any, count: int, length: int, seed: int, progress: Progress = silent) -> Tensor:
-    """Sample token windows (count, length), int64, from the model's own distribution: temperature
-    1, each starting with BOS.
-
-    Sampling goes on after an end-of-sequence token, as in packed training text. The same seed,
-    device and dtype give the same tokens. Raises DataError when the model names neither a BOS nor
-    an EOS token to start from, NumericalError on non-finite logits.
-    """
-    start = next(
-        (
-            token
-            for token in (model.config.bos_token_id, model.config.eos_token_id)
-            if token is not None
-        ),
-        None,
-    )
-    if start is None:
-        raise DataError(
-            "self: the model's config names neither bos_token_id nor eos_token_id, so there is no "
-            "token to start from"
-        )
-    generator = torch.Generator(model.device).manual_seed(seed)
-    batches = []
-    for first in progress(range(0, count, SAMPLE_BATCH), "sample"):
-        rows = min(SAMPLE_BATCH, count - first)
-        token = torch.full(
-            (rows, 1), start[0] if isinstance(start, list) else start, device=model.device
-        )
-        columns, cache = [token], None
-        while len(columns) < length:
-            output = model(input_ids=token, past_key_values=cache, use_cache=True)
-            cache, logits = output.past_key_values, output.logits[:, -1].float()
-            if not torch.isfinite(logits).all():
-                raise NumericalError(
-                    f"self: non-finite logits at position {len(columns) - 1} while sampling"
-                )
-            token = torch.multinomial(logits.softmax(-1), 1, generator=generator)
-            columns.append(token)
-        batches.append(torch.cat(columns, dim=1).cpu())
-    return torch.cat(batches)
+    check_positions(tokens.shape[1], model, source)

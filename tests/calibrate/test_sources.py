@@ -233,3 +233,15 @@ def test_a_local_path_wins_over_a_data_set(tmp_path, monkeypatch, hub):
     write(tmp_path / "name:c:train", TEXT)
     assert read_documents("name:c:train") == [TEXT]
     assert hub == []
+
+
+def test_a_source_is_one_registered_function(monkeypatch):
+    monkeypatch.setattr(sources, "SOURCES", [*sources.SOURCES])
+
+    @sources.source("a number of words words:NUMBER", lambda text: text.startswith("words:"))
+    def read_words(request):
+        return ["word"] * int(request.source.removeprefix("words:"))
+
+    assert read_documents("words:3", limit=8) == ["word"] * 2
+    with pytest.raises(DataError, match="a source is a number of words words:NUMBER, a hub data"):
+        read_documents("nowhere.txt")

@@ -10,13 +10,14 @@ from safetensors.torch import save_file
 from support.models import VOCABULARY, tiny_model, tiny_tokenizer
 from tokenizers import processors
 
+from compressor.calibrate import sampling
 from compressor.calibrate import windows as data
+from compressor.calibrate.sampling import sample
 from compressor.calibrate.windows import (
     Windows,
     bundled,
     load_windows,
     overlap,
-    sample,
     split_heldout,
 )
 from compressor.errors import ConfigError, DataError, NumericalError
@@ -219,7 +220,7 @@ def test_windows_must_fit_the_model(token_file, text_file, tokenizer):
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_sampling_with_a_cache_equals_sampling_without(kind, monkeypatch):
-    monkeypatch.setattr(data, "SAMPLE_BATCH", 3)
+    monkeypatch.setattr(sampling, "SAMPLE_BATCH", 3)
     model = tiny_model(kind)
     generator = torch.Generator().manual_seed(7)
     batches = []
