@@ -62,6 +62,15 @@ class LinearStats:
                 "`compressor calibrate MODEL STATS --config RECIPE`"
             )
 
+    def total(self, linear: str, name: str) -> Tensor:
+        """Return one of the sums.
+
+        Raises:
+            DataError: it was not collected; names the linear.
+        """
+        self.require(linear, frozenset({name}))
+        return getattr(self, name)
+
     @property
     def silence(self) -> str | None:
         """Why the text says nothing about this linear: a clause for people; None where it says
@@ -85,13 +94,13 @@ class LinearStats:
         Raises DataError naming the linear where the gradients were not collected, or are all zero
         and would weigh every error by nothing.
         """
-        self.require(linear, frozenset({"grad_gram"}))
-        if not self.grad_gram.diagonal().any():
+        grad_gram = self.total(linear, "grad_gram")
+        if not grad_gram.diagonal().any():
             raise DataError(
                 f"{linear}: no gradient reaches it, so metric 'two_sided' does not see it; leave "
                 "it dense or take 'gram'"
             )
-        return linalg.shrink(self.grad_gram.double() / self.grad_tokens, shrink)
+        return linalg.shrink(grad_gram.double() / self.grad_tokens, shrink)
 
     def gradient_root(self, linear: str, shrink: float, option: str = "shrink_grad_gram") -> Tensor:
         """Lower L (out, out) with L Lᵀ = H of `gradient_moment`, float64.

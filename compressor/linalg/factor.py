@@ -1,5 +1,5 @@
-"""The linear algebra behind the methods: metrics, eigenbases, the one weighted error, pivot
-columns. Pure functions of tensors.
+"""Factorisations behind the methods: eigenbases, Cholesky factors, pivot columns. Pure functions of
+tensors.
 
 References: the eigenvector form of weighted truncation is LoRD's (arXiv 2309.14021) and SVD-LLM's
 optimum (arXiv 2403.07378, theorem 3.2) without its Cholesky factor; the two-sided metric is
@@ -70,15 +70,16 @@ def principal_outputs(weight: Tensor, metric: Metric, what: str) -> tuple[Tensor
     """
     weight = weight.double()
     require_finite(weight, what)
-    tall = weight.shape[0] > weight.shape[1]
-    frame, core = torch.linalg.qr(weight) if tall else (None, weight)
+    frame, core = None, weight
+    if weight.shape[0] > weight.shape[1]:
+        frame, core = torch.linalg.qr(weight)
     values, vectors = eigh_descending(metric.weigh(core) @ core.T, what)
     if (
         metric.mean is not None
         and values.clamp(min=0).sum() <= CANCELLED * (core @ metric.mean).square().sum()
     ):
         values = torch.zeros_like(values)
-    return values, frame @ vectors if tall else vectors
+    return values, vectors if frame is None else frame @ vectors
 
 
 def cholesky(moment: Tensor, what: str, option: str) -> Tensor:
@@ -142,8 +143,8 @@ def drift(
     beyond them; and the damping taken.
 
     For targets W x and inputs x̂, ‖W X − Ŵ X̂‖² = tr((W̃ − Ŵ) Ĝ (W̃ − Ŵ)ᵀ) + what no Ŵ can reach,
-    with W̃ = W C Ĝ⁻¹ = W (I + Δ) at λ = 0 (low-rank card 2.16; SAES-SVD, arXiv 2602.03051; AA-SVD,
-    arXiv 2604.02119). Damping λ leaves directions that x̂ hardly has as they are.
+    with W̃ = W C Ĝ⁻¹ = W (I + Δ) at λ = 0 (SAES-SVD, arXiv 2602.03051; AA-SVD, arXiv 2604.02119).
+    Damping λ leaves directions that x̂ hardly has as they are.
 
     gram: (in, in) Σ x̂ x̂ᵀ; cross_gram: (in, in) Σ x x̂ᵀ; dampings: λ ÷ mean diagonal, tried in
     this order until Ĝ + λI is positive definite. Raises NumericalError naming `what` if none is.

@@ -21,15 +21,29 @@ class Metric:
     mean: Tensor | None = None
     shift: float = 0.0
 
-    def shrunk(self, fraction: float) -> "Metric":
-        """(1 − a) M + a · mean(diag M) · I: shrinkage towards the scaled identity (low-rank card
-        1.4), a in [0, 1].
-        """
+    def shrink(self, fraction: float) -> "Metric":
+        """Shrink towards the scaled identity: (1 − a) M + a · mean(diag M) · I, a in [0, 1]."""
+        if self.moment is None:
+            return self  # the identity
         level = self.scale * self.moment.diagonal().double().mean().item()
         return Metric(self.moment, (1 - fraction) * self.scale, shift=fraction * level)
 
+    def matrix(self) -> Tensor:
+        """Form M (in, in) of a full moment that is not centred: a new tensor, float64."""
+        if self.moment is None:
+            raise ValueError("the identity has no size to be formed in")
+        matrix = self.scale * self.moment.double()
+        matrix.diagonal().add_(self.shift)
+        return matrix
+
+    def diagonal(self) -> Tensor:
+        """Form the diagonal of M (in,), float64, as `matrix` does."""
+        if self.moment is None:
+            raise ValueError("the identity has no size to be formed in")
+        return self.scale * self.moment.diagonal().double() + self.shift
+
     def weigh(self, weight: Tensor) -> Tensor:
-        """W M: (out, in), float64."""
+        """Multiply W (out, in) by M: (out, in), float64."""
         weight = weight.double()
         if self.moment is None:
             weighted = self.scale * weight
@@ -41,7 +55,7 @@ class Metric:
         return weighted + self.shift * weight if self.shift else weighted
 
     def energy(self, weight: Tensor) -> float:
-        """tr(W M Wᵀ), summed in float64."""
+        """Compute tr(W M Wᵀ), summed in float64."""
         return (self.weigh(weight) * weight).sum(dtype=torch.float64).item()
 
 
@@ -52,10 +66,15 @@ def relative_error(
     root: Tensor | None = None,
     whole: float | None = None,
 ) -> float:
-    """tr(H D M Dᵀ) / tr(H W M Wᵀ) with D = W − Ŵ: the error that plans and reports speak of. 0 when
-    the weight has no energy.
+    """Compute tr(H D M Dᵀ) / tr(H W M Wᵀ), D = W − Ŵ: the error that plans and reports speak of;
+    0 when the weight has no energy.
 
-    root: L (out, out) with L Lᵀ = H, or None for H = I; whole: the denominator, where it is known.
+    Args:
+        weight: W (out, in).
+        approximation: Ŵ (out, in).
+        metric: M (in, in).
+        root: L (out, out) with L Lᵀ = H, or None for H = I.
+        whole: the denominator, where it is known.
     """
     weight = weight.double()
     lost = weight - approximation.double()
@@ -65,8 +84,8 @@ def relative_error(
 
 
 def shrink(moment: Tensor, fraction: float) -> Tensor:
-    """Shrinkage as in `Metric.shrunk`, for a matrix that is to be factorised: (n, n), a new tensor
-    unless a = 0.
+    """Shrink a matrix (n, n) that is to be factorised, as `Metric.shrink`; a new tensor unless
+    a = 0.
     """
     if fraction == 0:
         return moment

@@ -22,7 +22,7 @@ from compressor.linalg import Metric, eigh_descending, require_finite
 
 @dataclass(frozen=True)
 class Product:
-    """What an adapter adds to one weight: scale · up · down."""
+    """Product that an adapter adds to one weight: scale · up · down."""
 
     up: Tensor  # (out, r)
     down: Tensor  # (r, in)
@@ -53,8 +53,8 @@ class Components:
         return self.energies[rank:].sum().item()
 
     def take(self, rank: int) -> Product:
-        """The best product of this rank, its size shared equally between the factors: without a
-        metric B' = Q_B U √Σ, A' = √Σ Vᵀ Q_Aᵀ.
+        """Take the best product of this rank, its size shared equally between the factors: without
+        a metric B' = Q_B U √Σ, A' = √Σ Vᵀ Q_Aᵀ.
         """
         norms = torch.linalg.vector_norm(self.right[:rank], dim=1).sqrt()
         return Product(
@@ -79,9 +79,7 @@ def core(product: Product, what: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def decompose(product: Product, metric: Metric, what: str) -> Components:
-    """The product's components under tr(D M Dᵀ). metric: (in, in). Raises NumericalError naming
-    `what`.
-    """
+    """Decompose a product under tr(D M Dᵀ), M (in, in). Raises NumericalError naming `what`."""
     left, inner, right = core(product, what)
     weighted = inner
     if metric.moment is not None:
@@ -97,12 +95,12 @@ def decompose(product: Product, metric: Metric, what: str) -> Components:
 
 
 def energy(product: Product, metric: Metric, what: str) -> float:
-    """tr(ΔW M ΔWᵀ), never below 0. Raises NumericalError naming `what`."""
+    """Compute tr(ΔW M ΔWᵀ), never below 0. Raises NumericalError naming `what`."""
     _, inner, right = core(product, what)
     return max(metric.energy(inner @ right), 0.0)
 
 
 def difference(product: Product, other: Product) -> Product:
-    """ΔW − ΔW' as a product, of the sum of the ranks."""
+    """Write ΔW − ΔW' as a product, of the sum of the ranks."""
     up = torch.cat([product.scale * product.up.double(), -other.scale * other.up.double()], dim=1)
     return Product(up, torch.cat([product.down.double(), other.down.double()]))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from compressor.linears.base import CompressedLinear, Dense
+from compressor.linears.dictionary import Dictionary
 from compressor.plan import Candidate, Curve
 from compressor.statistics import LinearStats
 
@@ -142,7 +143,9 @@ class LinearMethod(Method[State]):
         module = self.compress(state, setting)
         if len(outputs) == 1:
             return dict.fromkeys(outputs, module)
-        return module.split(outputs)
+        if not isinstance(module, Dictionary):
+            raise TypeError(f"{self.name} builds modules that cannot be split by outputs")
+        return {**module.split(outputs)}
 
     def measure_unit(self, state: State, modules: Mapping[str, Approximation]) -> float:
         stacked = list(modules.values())

@@ -85,7 +85,7 @@ def test_metric_is_the_matrix_it_stands_for(kind):
         metric.weigh(case.dense.weight), case.dense.weight.double() @ expected
     )
     if kind == "matrix":
-        shrunk = Metric(moment, 0.25).shrunk(0.3)
+        shrunk = Metric(moment, 0.25).shrink(0.3)
         torch.testing.assert_close(shrunk.weigh(torch.eye(44)), linalg.shrink(0.25 * moment, 0.3))
 
 

@@ -1,8 +1,7 @@
-"""What the sparse-dictionary methods share: one basis for the whole grid of sizes, closed-form
-errors, the best dictionary, storage.
+"""Basis of the sparse-dictionary methods: one for the whole grid of sizes, closed-form errors, the
+best dictionary, storage.
 
-References: the problem is CoSpaDi's (arXiv 2509.22075); equations are those of the
-sparse-dictionary card, section 0.5.
+Reference: the problem is CoSpaDi's, arXiv 2509.22075.
 
 Glossary (W (out, in); papers write y = x W, so that their W is our Wᵀ)
     A = L Wᵀ    whitened target (in, out), LᵀL = G the Gram, never formed: with A = B Σ Uᵀ all that
@@ -19,7 +18,7 @@ Equations
     (0.4)  and its error is ‖A‖² − tr(Zᵀ (S Sᵀ)⁻¹ Z), Z = S Aᵀ; B drops out, so that Z = S Cᵀ does
 `metric: weighted_gram` weighs each output by its mean squared gradient f: everything then speaks of
 √f W, and codes are divided by √f
-when they are stored (card §0.5; supports and dictionary change, the algorithms do not).
+when they are stored; supports and dictionary change, the algorithms do not.
 """
 
 import math
@@ -44,14 +43,14 @@ from compressor.statistics import LinearStats
 
 # added to each atom's own energy in S Sᵀ, relative: two atoms may serve the very same outputs
 DAMPING = 1e-6
-RATIOS = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0)  # atoms to nonzeros; the optimum is flat (card §9.6)
+RATIOS = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0)  # atoms to nonzeros; the optimum is flat
 ATOM_COUNTS = 32  # dictionaries of this many sizes are offered unless a step is given
 SPAN = 5  # rounds over which progress is judged
 FLAT = 1e-3  # relative progress of a span below which rounds end
 
 Law = Callable[
     [np.ndarray, np.ndarray, int, int], np.ndarray
-]  # (atoms, nonzeros, r, n) → expected θ, see `profiled`
+]  # (atoms, nonzeros, r, n) → expected θ, see `profile_sizes`
 Ratio = Annotated[float, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 MetricName = Literal["gram", "weighted_gram"]
@@ -102,13 +101,15 @@ def needs_of(metric: str) -> frozenset[str]:
     return frozenset({"gram", "grad_gram"} if metric == "weighted_gram" else {"gram"})
 
 
-def output_roots(dense: Dense, stats: LinearStats, metric: str, shrink: float) -> Tensor:
+def output_roots(
+    linear: str, dense: Dense, stats: LinearStats, metric: str, shrink: float
+) -> Tensor:
     """√f (out,): f the mean squared gradient of each output, shrunk towards their mean by a
     fraction `shrink`; 1 for other metrics.
     """
     if metric != "weighted_gram":
         return torch.ones(len(dense.weight), dtype=torch.float64, device=dense.weight.device)
-    squares = stats.grad_gram.diagonal().double() / stats.grad_tokens
+    squares = stats.total(linear, "grad_gram").diagonal().double() / stats.grad_tokens
     return ((1 - shrink) * squares + shrink * squares.mean()).sqrt()
 
 
@@ -121,12 +122,12 @@ def basis_of(
     shrink_grad_gram: float,
 ) -> Basis:
     """Whitened coordinates of a linear under its Gram, shrunk by `shrink_gram` (see
-    `Metric.shrunk`), outputs weighted as `metric` says.
+    `Metric.shrink`), outputs weighted as `metric` says.
     """
     stats.require(linear, needs_of(metric))
     moment = Metric(stats.gram, 1 / stats.tokens)
-    moment = moment.shrunk(shrink_gram) if shrink_gram else moment
-    roots = output_roots(dense, stats, metric, shrink_grad_gram)
+    moment = moment.shrink(shrink_gram) if shrink_gram else moment
+    roots = output_roots(linear, dense, stats, metric, shrink_grad_gram)
     values, vectors = linalg.principal_outputs(
         roots[:, None] * dense.weight.double(), moment, linear
     )
@@ -135,7 +136,7 @@ def basis_of(
 
 def stored_size(dense: Dense, atoms: int, nonzeros: int, blocks: int = 1) -> tuple[int, int]:
     """(bits, parameters) of a dictionary: atoms and codes, bias, and one mask bit for each place of
-    a code, in whole bytes (card §10.1).
+    a code, in whole bytes.
 
     atoms, nonzeros: of each of the `blocks` slices of the inputs. Linears that are stacked have a
     mask each.
@@ -146,7 +147,7 @@ def stored_size(dense: Dense, atoms: int, nonzeros: int, blocks: int = 1) -> tup
     return parameters * dense.dtype.itemsize * 8 + 8 * masks, parameters
 
 
-def executed(dense: Dense, atoms: int, blocks: int = 1) -> int:
+def count_multiply_adds(dense: Dense, atoms: int, blocks: int = 1) -> int:
     """Multiply-adds for a token, of every linear that is stacked: as a pair or as the dense
     product, whichever are fewer.
     """
@@ -157,7 +158,7 @@ def executed(dense: Dense, atoms: int, blocks: int = 1) -> int:
     )
 
 
-def grid(
+def list_sizes(
     method: str, dense: Dense, ratios: Sequence[float], step: int | None, most: int, blocks: int = 1
 ) -> list[Candidate]:
     """Sizes that save something: atom counts up to `most` in even steps, at each ratio of atoms to
@@ -171,7 +172,7 @@ def grid(
             {"atoms": k, "nonzeros": s},
             *stored_size(dense, k, s, blocks),
             math.nan,
-            executed(dense, k, blocks),
+            count_multiply_adds(dense, k, blocks),
         )
         for k, s in sorted(pairs)
         if s <= k
@@ -197,11 +198,11 @@ def start_errors(sizes: Sequence[Candidate], coordinates: Tensor) -> np.ndarray:
     return np.array([lost[size.setting["atoms"]][size.setting["nonzeros"] - 1] for size in sizes])
 
 
-def front(sizes: Sequence[Candidate], errors: Sequence[float]) -> list[int]:
+def select_front(sizes: Sequence[Candidate], errors: Sequence[float] | np.ndarray) -> list[int]:
     """Places of the sizes, in order of bits, without those that a smaller one matches or beats;
     exact ones all stay.
     """
-    places = np.lexsort((errors, [size.bits for size in sizes]))
+    places = np.lexsort((np.asarray(errors), np.array([size.bits for size in sizes])))
     chosen: list[int] = []
     for place in places.tolist():
         last = chosen[-1] if chosen else None
@@ -213,7 +214,7 @@ def front(sizes: Sequence[Candidate], errors: Sequence[float]) -> list[int]:
     return chosen
 
 
-def spread(bits: Sequence[int], count: int) -> list[int]:
+def spread_places(bits: Sequence[int], count: int) -> list[int]:
     """At most `count` places: those nearest to the middles of as many equal intervals of size.
     bits: ascending.
     """
@@ -223,7 +224,7 @@ def spread(bits: Sequence[int], count: int) -> list[int]:
     return sorted({int(np.abs(np.array(bits) - size).argmin()) for size in middles})
 
 
-def profiled(
+def profile_sizes(
     sizes: Sequence[Candidate],
     coordinates: Tensor,
     anchors: int | None,
@@ -231,27 +232,36 @@ def profiled(
     law: Law = no_law,
     tails: Tensor | None = None,
 ) -> list[Candidate]:
-    """The front of sizes by the errors that fits will have. fit: (atoms, nonzeros) → relative error
-    of a finished fit.
+    """Predict the errors of fits and keep the front of sizes by them.
 
     A fit of k atoms lies between the truncated decomposition at rank k, its error with all codes
     kept, and the orthonormal start of the same nonzeros. How far up, θ, is what `law` expects times
     what is found at `anchors` sizes of the front, linear in bits between them, twice, since better
-    codes move the front to more atoms with fewer nonzeros (half as many the first time). anchors: 0
-    leaves the law alone, None fits the whole front of the start. tails (r,): errors of the
-    truncated decompositions at ranks 1, 2, …, where the error is not the one that the start is
-    known in.
+    codes move the front to more atoms with fewer nonzeros (half as many the first time).
+
+    Args:
+        sizes: candidates in order of bits.
+        coordinates: C (r, out).
+        anchors: sizes fitted; 0 leaves the law alone, None fits the whole front of the start.
+        fit: (atoms, nonzeros) → relative error of a finished fit.
+        law: (atoms, nonzeros, r, out) → expected θ.
+        tails: (r,), errors of the truncated decompositions at ranks 1, 2, …, where the error is not
+            the one that the start is known in.
     """
+
+    def fit_size(size: Candidate) -> float:
+        return fit(size.setting["atoms"], size.setting["nonzeros"])
+
     if not sizes:
         return []
     starts, energies = start_errors(sizes, coordinates), coordinates.square().sum(1)
     if energies.sum() == 0 or anchors is None:
-        chosen = front(sizes, starts)
-        errors = {
-            place: fit(**sizes[place].setting) if energies.sum() > 0 else 0.0 for place in chosen
-        }
-        found = [replace(sizes[place], error=error) for place, error in errors.items()]
-        return [found[place] for place in front(found, list(errors.values()))]
+        chosen = select_front(sizes, starts)
+        exact = [fit_size(sizes[place]) if energies.sum() > 0 else 0.0 for place in chosen]
+        found = [
+            replace(sizes[place], error=error) for place, error in zip(chosen, exact, strict=True)
+        ]
+        return [found[place] for place in select_front(found, exact)]
     atoms, nonzeros, bits = (
         np.array(column)
         for column in zip(*((*size.setting.values(), size.bits) for size in sizes), strict=True)
@@ -259,20 +269,21 @@ def profiled(
     truncated = (1 - energies.cumsum(0) / energies.sum()).clamp(min=0)
     gaps = (starts - truncated.numpy(force=True)[atoms - 1]).clip(min=0)
     lows = (truncated if tails is None else tails).numpy(force=True)[atoms - 1]
-    raised = gaps * law(atoms, nonzeros, *coordinates.shape)
+    raised = gaps * law(atoms, nonzeros, len(coordinates), coordinates.shape[1])
     errors = lows + raised
     for count in (anchors // 2, anchors):
         open_ = [
-            place for place in front(sizes, errors) if gaps[place] > 1e-9
+            place for place in select_front(sizes, errors) if gaps[place] > 1e-9
         ]  # elsewhere the start is the best there is
-        places = [open_[index] for index in spread(bits[open_].tolist(), count)]
+        places = [open_[index] for index in spread_places(bits[open_].tolist(), count)]
         if places:
             levels = [
-                max(0.0, (fit(**sizes[place].setting) - lows[place]) / raised[place])
-                for place in places
+                max(0.0, (fit_size(sizes[place]) - lows[place]) / raised[place]) for place in places
             ]
             errors = lows + raised * np.interp(bits, bits[places], levels)
-    return [replace(sizes[place], error=float(errors[place])) for place in front(sizes, errors)]
+    return [
+        replace(sizes[place], error=float(errors[place])) for place in select_front(sizes, errors)
+    ]
 
 
 def has_stalled(errors: Sequence[float]) -> bool:
@@ -346,7 +357,7 @@ def fitted_error(codes: Tensor, targets: Tensor, ridge: float = 0.0) -> float:
     return max(0.0, lost / whole) if whole > 0 else 0.0
 
 
-def unwhitened(basis: Basis, directions: Tensor) -> Tensor:
+def unwhiten(basis: Basis, directions: Tensor) -> Tensor:
     """Dᵀ (k, in) of a whitened dictionary, given by its coordinates (r, k): L⁻¹ B = Wᵀ U Σ⁻¹,
     without L.
 
@@ -361,8 +372,8 @@ def unwhitened(basis: Basis, directions: Tensor) -> Tensor:
 def store(
     dense: Dense, roots: Tensor, codes: Tensor, mask: Tensor, atoms: Tensor, blocks: int = 1
 ) -> Dictionary:
-    """Module of Ŵ = Sᵀ Dᵀ in the stored dtype, for codes of √f W. codes, mask: (blocks · k, out);
-    atoms: (blocks · k, in / blocks).
+    """Build the module of Ŵ = Sᵀ Dᵀ in the stored dtype, for codes of √f W. codes, mask:
+    (blocks · k, out); atoms: (blocks · k, in / blocks).
 
     An output without weight (√f = 0) has no codes. Each atom and its codes are scaled to equal
     norms, which changes nothing but keeps both in the range of 16-bit numbers.
@@ -392,28 +403,28 @@ class DictionaryMethod(LinearMethod[Basis]):
 
     metric: MetricName = "gram"
     ratios: tuple[Ratio, ...] = RATIOS  # atoms to nonzeros
-    atom_step: Annotated[int, Field(ge=1)] | None = (
-        None  # atom counts offered; by default at most 32 of them, evenly spaced
-    )
-    anchors: Annotated[int, Field(ge=0)] | None = (
-        4  # sizes fitted for the curve, see `profiled`; None fits all, 0 none
-    )
+    # atom counts offered; by default at most 32 of them, evenly spaced
+    atom_step: Annotated[int, Field(ge=1)] | None = None
+    # sizes fitted for the curve, see `profile_sizes`; None fits all, 0 none
+    anchors: Annotated[int, Field(ge=0)] | None = 4
     shrink_gram: Fraction = 0.0  # shrinkage of the input Gram
-    shrink_grad_gram: Fraction = (
-        0.1  # `weighted_gram` only: shrinkage of the outputs' weights towards equal ones
-    )
+    # `weighted_gram` only: shrinkage of the outputs' weights towards equal ones
+    shrink_grad_gram: Fraction = 0.1
 
     @property
     def needs(self) -> frozenset[str]:
         return needs_of(self.metric)
 
     def sizes(self, dense: Dense) -> list[Candidate]:
-        return grid(self.name, dense, self.ratios, self.atom_step, min(dense.weight.shape))
+        return list_sizes(self.name, dense, self.ratios, self.atom_step, min(dense.weight.shape))
 
     def prepare(self, linear: str, dense: Dense, stats: LinearStats) -> Basis:
+        """Find the coordinates C = Σ Uᵀ (r, out) that all dictionaries start from: eigenpairs σ², U
+        of √F W G Wᵀ √F, W (out, in), G (in, in). One eigenproblem of size r = min(out, in).
+        """
         return basis_of(linear, dense, stats, self.metric, self.shrink_gram, self.shrink_grad_gram)
 
     def screen(self, state: Basis, fit: Callable[[int, int], float], law: Law = no_law) -> Curve:
-        """List the sizes with the errors that fits will have, see `profiled`."""
-        found = profiled(self.sizes(state.dense), state.coordinates, self.anchors, fit, law)
+        """List the sizes with the errors that fits will have, see `profile_sizes`."""
+        found = profile_sizes(self.sizes(state.dense), state.coordinates, self.anchors, fit, law)
         return curve_of(state, self.name, found, self.anchors is not None)

@@ -3,7 +3,7 @@ codes in turn.
 
 References: COMPOT, arXiv 2602.15200.
 
-Glossary: as in `dictionary`, and
+Glossary: as in `base`, and
     rotation Q    (r, k) orthonormal dictionary D_L = B Q in whitened coordinates
     Procrustes    Q = P Rᵀ from the thin singular value decomposition C Sᵀ = P Σ Rᵀ: the orthonormal
                   Q nearest to the codes S
@@ -91,7 +91,7 @@ class Compot(base.DictionaryMethod):
         rows = (
             base.best_dictionary(codes, state.weight)
             if self.free
-            else base.unwhitened(state, rotation)
+            else base.unwhiten(state, rotation)
         )
         return base.store(state.dense, state.roots, codes, project_columns(nonzeros)(codes), rows)
 

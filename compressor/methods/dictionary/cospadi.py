@@ -1,9 +1,9 @@
 """CoSpaDi: a dictionary learned for the whitened weight, every output combining its own few atoms.
 
 References: CoSpaDi, arXiv 2509.22075; fast solver: HTP and ADMM codes of arXiv 2609.25963 and
-2401.02938 with the closed-form dictionary (0.3), procedure R1 of the sparse-dictionary card.
+2401.02938 with the closed-form dictionary (0.3).
 
-Glossary: as in `dictionary`, and
+Glossary: as in `base`, and
     atoms to nonzeros ρ = k / s    2 in the paper                     rounds T           60 in the
                                    paper, its K-SVD alone
     penalty ρ of ADMM              0.2 of the atoms' squared norm     inner iterations   4: more of
@@ -11,11 +11,11 @@ Glossary: as in `dictionary`, and
 
 Differs from the paper: `solver: fast` starts from the leading whitened directions and alternates
 ADMM codes with the best dictionary of those codes. Its iterates need not improve one by one
-(guarding every column, as `coder.keep_better` does, stalls it), so the best one is kept, never
-worse than the start. `solver: ksvd` is the published algorithm, in whitened coordinates, which
-change no inner product. Values are stored at the width of the output dtype, not in 14 bits, and
-atoms never outnumber the smaller side of the weight, where more of them would seldom save anything.
-Sizes are screened in closed form: between truncation and start (see `dictionary.profiled`) fits of
+(guarding every column, as `sparse_coding.keep_better` does, stalls it), so the best one is kept,
+never worse than the start. `solver: ksvd` is the published algorithm, in whitened coordinates,
+which change no inner product. Values are stored at the width of the output dtype, not in 14 bits,
+and atoms never outnumber the smaller side of the weight: more of them would seldom save anything.
+Sizes are screened in closed form: between truncation and start (see `base.profile_sizes`) fits of
 the fast solver end near θ = 0.07 (n / r) (k / r)^−0.7 (s / k)^−0.3 (1 − p)^⅓ of the way, with n
 outputs, r the smaller side and p = s / r + k / n the part of the weight's numbers that codes and
 atoms have: a law measured on linears of two trained models, which predicts errors within about a
@@ -74,7 +74,7 @@ def leading_codes(coordinates: Tensor, atoms: int, nonzeros: int) -> Tensor:
     return leading * project_columns(nonzeros)(leading)
 
 
-def revived(atoms: Tensor, codes: Tensor, coordinates: Tensor) -> Tensor:
+def revive_atoms(atoms: Tensor, codes: Tensor, coordinates: Tensor) -> Tensor:
     """Atoms (k, r) with those that no code uses replaced by the residuals of the worst-fitted
     targets, one each.
     """
@@ -100,7 +100,8 @@ def alternate(
     coordinates: (r, n) targets, in the dtype to compute in. Errors are those of codes with their
     own best dictionary.
     """
-    energy, best, errors = coordinates.square().sum(), codes, []
+    energy, best = coordinates.square().sum(), codes
+    errors: list[float] = []
     for round_ in range(rounds + 1):
         atoms = base.best_dictionary(codes, coordinates.T).to(codes.dtype)  # (k, r)
         lost = (energy + column_errors(atoms @ atoms.T, atoms @ coordinates, codes).sum()).item()
@@ -108,7 +109,7 @@ def alternate(
         errors.append(lost)
         if round_ == rounds or base.has_stalled(errors):
             break
-        atoms = revived(atoms, codes, coordinates)
+        atoms = revive_atoms(atoms, codes, coordinates)
         gram, correlations, norms = unit_atoms(atoms @ atoms.T, atoms @ coordinates)
         codes = (
             admm_codes(
@@ -134,15 +135,13 @@ class Cospadi(base.DictionaryMethod):
     paper: ClassVar[str] = "CoSpaDi, arXiv 2509.22075"
 
     solver: Literal["fast", "ksvd"] = "fast"
-    rounds: Annotated[int, Field(ge=0)] | None = (
-        None  # by default at most 40 of the fast solver, 60 of K-SVD
-    )
+    # by default at most 40 of the fast solver, 60 of K-SVD
+    rounds: Annotated[int, Field(ge=0)] | None = None
     power_iterations: Annotated[int, Field(ge=1)] = 8  # for each atom of a K-SVD sweep
     seed: Annotated[int, Field(ge=0)] = 42  # of K-SVD's first atoms
     memory: Size = "1GiB"  # held by the pursuit of K-SVD at most; a bound on targets coded at once
-    anchors: Annotated[int, Field(ge=0)] | None = (
-        0  # sizes fitted for the curve, see `profiled`; None fits all
-    )
+    # sizes fitted for the curve, see `profile_sizes`; None fits all
+    anchors: Annotated[int, Field(ge=0)] | None = 0
 
     def candidates(self, state: base.Basis) -> Curve:
         coordinates = state.coordinates
@@ -186,7 +185,7 @@ class Cospadi(base.DictionaryMethod):
         rows = (
             base.best_dictionary(codes, state.weight)
             if dictionary is None
-            else base.unwhitened(state, dictionary)
+            else base.unwhiten(state, dictionary)
         )
         return base.store(
             state.dense, state.roots, codes.double(), project_columns(nonzeros)(codes), rows

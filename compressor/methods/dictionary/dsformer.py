@@ -47,8 +47,8 @@ def _group(value: str | int) -> str | int:
 
 
 def slice_width(group: str | int, width: int, linear: str) -> int:
-    """Inputs in a slice: `group` itself, or for `auto:32` the divisor of `width` nearest to 32, the
-    larger one of two.
+    """Count the inputs of a slice: `group` itself, or for `auto:32` the divisor of `width` nearest
+    to 32, the larger one of two.
 
     Raises ConfigError naming the linear if an explicit `group` does not divide the width.
     """
@@ -92,15 +92,12 @@ class DSFormer(LinearMethod[Slices]):
     metric: Literal["identity", "gram", "weighted_gram"] = "identity"
     group: Annotated[str | int, AfterValidator(_group)] = "auto:32"  # inputs in a slice
     ratios: tuple[base.Ratio, ...] = base.RATIOS  # atoms to nonzeros
-    atom_step: Annotated[int, Field(ge=1)] | None = (
-        None  # atom counts considered; by default at most 32 of them, evenly spaced
-    )
-    anchors: Annotated[int, Field(ge=0)] | None = (
-        4  # sizes fitted for the curve, see `profiled`; None fits all, 0 none
-    )
-    shrink_grad_gram: base.Fraction = (
-        0.1  # `weighted_gram` only: shrinkage of the outputs' weights towards equal ones
-    )
+    # atom counts considered; by default at most 32 of them, evenly spaced
+    atom_step: Annotated[int, Field(ge=1)] | None = None
+    # sizes fitted for the curve, see `profile_sizes`; None fits all, 0 none
+    anchors: Annotated[int, Field(ge=0)] | None = 4
+    # `weighted_gram` only: shrinkage of the outputs' weights towards equal ones
+    shrink_grad_gram: base.Fraction = 0.1
 
     @property
     def needs(self) -> frozenset[str]:
@@ -109,15 +106,18 @@ class DSFormer(LinearMethod[Slices]):
     def sizes(self, dense: Dense) -> list[Candidate]:
         height, width = dense.weight.shape
         group = slice_width(self.group, width, "this linear")
-        return base.grid(
+        return base.list_sizes(
             self.name, dense, self.ratios, self.atom_step, min(group, height), width // group
         )
 
     def prepare(self, linear: str, dense: Dense, stats: LinearStats) -> Slices:
+        """Find the leading directions of each of the P slices √f W_p (out, in / P) in its own block
+        of the metric: P eigenproblems of size min(out, in / P).
+        """
         stats.require(linear, self.needs)
         width = dense.weight.shape[1]
         group = slice_width(self.group, width, linear)
-        roots = base.output_roots(dense, stats, self.metric, self.shrink_grad_gram)
+        roots = base.output_roots(linear, dense, stats, self.metric, self.shrink_grad_gram)
         parts, starts = (
             (roots[:, None] * dense.weight.double()).split(group, dim=1),
             range(0, width, group),
@@ -125,8 +125,9 @@ class DSFormer(LinearMethod[Slices]):
         if self.metric == "identity":
             metrics = [Metric()] * len(parts)
         else:
+            gram = stats.total(linear, "gram")
             metrics = [
-                Metric(stats.gram[start : start + group, start : start + group], 1 / stats.tokens)
+                Metric(gram[start : start + group, start : start + group], 1 / stats.tokens)
                 for start in starts
             ]
         bases = [
@@ -168,7 +169,7 @@ class DSFormer(LinearMethod[Slices]):
                 / state.energy
             )
 
-        found = base.profiled(self.sizes(dense), state.coordinates, self.anchors, fit)
+        found = base.profile_sizes(self.sizes(dense), state.coordinates, self.anchors, fit)
         return Curve(
             state.linear,
             self.name,

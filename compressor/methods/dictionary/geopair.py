@@ -1,9 +1,9 @@
 """Pairs of linears in two blocks that share one dictionary, each with codes and an input metric of
 its own.
 
-Reference: GeoPair, arXiv 2609.25963 (sparse-dictionary card 4).
+Reference: GeoPair, arXiv 2609.25963.
 
-Glossary: as in `dictionary`, and
+Glossary: as in `base`, and
     objective      Σ_i ω_i tr((W_i − S_iᵀ Dᵀ) G_i (W_i − S_iᵀ Dᵀ)ᵀ), ω_i = 1, or one over the
                    linear's own energy (`relative`)
     start D₀       leading directions of the stacked weights in the metric Σ ω_i G_i (`whitened`) or
@@ -14,7 +14,7 @@ Glossary: as in `dictionary`, and
                    (0.3) of the stacked linears
 Coordinates of each A_i in an orthonormal basis of the first 1, 2, … directions of D₀, by one QR of
 L_i D₀, make its truncated errors exact;
-sizes are screened in them as those of `cospadi` are (`dictionary.profiled`), of whose problem equal
+sizes are screened in them as those of `cospadi` are (`base.profile_sizes`), of whose problem equal
 Grams make this an instance.
 
 Differs from the paper: each error counts relative to its linear's own energy unless `relative` is
@@ -106,33 +106,42 @@ class GeoPair(Method[Pair]):
     rounds: Annotated[int, Field(ge=0)] = 30  # at most
     steps: Annotated[int, Field(ge=1)] = 2  # of HTP in a round
     ratios: tuple[base.Ratio, ...] = base.RATIOS  # atoms to nonzeros
-    atom_step: Annotated[int, Field(ge=1)] | None = (
-        None  # atom counts offered; by default at most 32 of them, evenly spaced
-    )
-    anchors: Annotated[int, Field(ge=0)] | None = (
-        0  # sizes fitted for the curve, see `profiled`; None fits all
-    )
-    shrink_gram: base.Fraction = (
-        1e-3  # shrinkage of the input Grams; above 0, since their Cholesky factors are needed
-    )
+    # atom counts offered; by default at most 32 of them, evenly spaced
+    atom_step: Annotated[int, Field(ge=1)] | None = None
+    # sizes fitted for the curve, see `profile_sizes`; None fits all
+    anchors: Annotated[int, Field(ge=0)] | None = 0
+    # shrinkage of the input Grams; above 0, since their Cholesky factors are needed
+    shrink_gram: base.Fraction = 1e-3
 
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({"gram"})
 
     def sizes_of_unit(self, members: Mapping[str, Member]) -> list[Candidate]:
-        return self.offered(stack_pair(members))
+        return self.list_sizes(stack_pair(members))
 
-    def offered(self, dense: Dense) -> list[Candidate]:
-        return base.grid(self.name, dense, self.ratios, self.atom_step, min(dense.weight.shape))
+    def list_sizes(self, dense: Dense) -> list[Candidate]:
+        return base.list_sizes(
+            self.name, dense, self.ratios, self.atom_step, min(dense.weight.shape)
+        )
 
     def prepare_unit(self, unit: str, members: Mapping[str, Member]) -> Pair:
+        """Find the start D₀ of every dictionary, and the coordinates of both weights in it.
+
+        D₀ᵀ (r, in) holds the leading directions of the stacked weights W (Σ out_i, in) in the
+        metric Σ ω_i G_i: Σ^(−½) Uᵀ W from the eigenpairs of W (Σ ω_i G_i) Wᵀ. With L_i L_iᵀ =
+        ω_i G_i, the coordinates of A_i = L_iᵀ W_iᵀ in an orthonormal basis of L_iᵀ D₀ make the
+        errors of truncations exact. Costs one eigenproblem of size r, and a Cholesky factor and a
+        QR of size in for each linear.
+        """
         dense = stack_pair(members)
         for part in members.values():
             part.stats.require(part.linear, self.needs)
         weights = [part.dense.weight.double() for part in members.values()]
         grams = [
-            linalg.shrink(part.stats.gram.double() / part.stats.tokens, self.shrink_gram)
+            linalg.shrink(
+                part.stats.total(part.linear, "gram").double() / part.stats.tokens, self.shrink_gram
+            )
             for part in members.values()
         ]
         if self.relative:
@@ -146,7 +155,9 @@ class GeoPair(Method[Pair]):
         ]
         whole = torch.cat(weights)
         values, vectors = linalg.principal_outputs(
-            whole, Metric(sum(grams) if self.start == "whitened" else None), unit
+            whole,
+            Metric(sum(grams, torch.zeros_like(grams[0])) if self.start == "whitened" else None),
+            unit,
         )
         scales = torch.where(
             values > 1e-12 * values[0], values.rsqrt(), 0.0
@@ -155,7 +166,11 @@ class GeoPair(Method[Pair]):
         coordinates = [
             coordinates_of(start, root, weight) for root, weight in zip(roots, weights, strict=True)
         ]
-        basis = None if len(grams) == 1 or torch.equal(*grams) else gram_basis(tuple(grams), unit)
+        basis = (
+            None
+            if len(grams) == 1 or torch.equal(*grams)
+            else gram_basis((grams[0], grams[1]), unit)
+        )
         return Pair(
             unit,
             tuple(members.values()),
@@ -170,8 +185,8 @@ class GeoPair(Method[Pair]):
         def fit(atoms: int, nonzeros: int) -> float:
             return self.fit(state, atoms, nonzeros)[2] / state.energy
 
-        found = base.profiled(
-            self.offered(state.dense), state.coordinates, self.anchors, fit, expected_level
+        found = base.profile_sizes(
+            self.list_sizes(state.dense), state.coordinates, self.anchors, fit, expected_level
         )
         return Curve(
             state.name,
@@ -183,10 +198,16 @@ class GeoPair(Method[Pair]):
         )
 
     def fit(self, state: Pair, atoms: int, nonzeros: int) -> tuple[Tensor, Tensor, float]:
-        """Dᵀ (k, in) and codes (k, outputs of all), float64, and the objective: those of the best
-        round.
+        """Alternate codes and dictionary; return those of the best round and the objective.
+
+        A round codes every W_i by HTP on H_i = Dᵀ G_i D (k, k) and R_i = Dᵀ G_i W_iᵀ (k, out_i),
+        then solves Σ_i G_i D S_i S_iᵀ = Σ_i G_i W_iᵀ S_iᵀ for D (in, k). Costs O(in² k) a round.
+
+        Returns:
+            Dᵀ (k, in), codes (k, Σ out_i), float64, and Σ_i ω_i tr((W_i − S_iᵀ Dᵀ) G_i (…)ᵀ).
         """
-        weights, rows, errors = state.weights, state.start[:atoms], []
+        weights, rows = state.weights, state.start[:atoms]
+        errors: list[float] = []
         codes = [weight.new_zeros(atoms, len(weight)) for weight in weights]
         best = rows, torch.cat(codes, dim=1), state.energy
         problems = [
@@ -194,7 +215,7 @@ class GeoPair(Method[Pair]):
         ]
         for _ in range(self.rounds + 1):
             codes = [
-                coded(*each, code, nonzeros, self.steps)
+                code_columns(*each, code, nonzeros, self.steps)
                 for each, code in zip(problems, codes, strict=True)
             ]
             rows = shared_dictionary(weights, state.grams, codes, state.name, state.basis)
@@ -221,7 +242,7 @@ class GeoPair(Method[Pair]):
         module = base.store(
             state.dense, torch.ones_like(codes[0]), codes, project_columns(nonzeros)(codes), rows
         )
-        return module.split(outputs)
+        return {**module.split(outputs)}
 
     def measure_unit(self, state: Pair, modules: Mapping[str, Approximation]) -> float:
         lost = [
@@ -245,7 +266,9 @@ def problem(rows: Tensor, gram: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]
     return weighted @ rows.T, weighted @ weight.T
 
 
-def coded(gram: Tensor, correlations: Tensor, codes: Tensor, nonzeros: int, steps: int) -> Tensor:
+def code_columns(
+    gram: Tensor, correlations: Tensor, codes: Tensor, nonzeros: int, steps: int
+) -> Tensor:
     """Codes (k, out), float64, by HTP in float32 on atoms of unit norm."""
     gram, correlations, norms = unit_atoms(gram, correlations)
     found = htp_codes(

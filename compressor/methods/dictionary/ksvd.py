@@ -88,8 +88,8 @@ def _omp_batch(gram: Tensor, correlations: Tensor, count: int) -> Tensor:
 def sweep(
     targets: Tensor, dictionary: Tensor, codes: Tensor, power_iterations: int = 8
 ) -> tuple[Tensor, Tensor]:
-    """One K-SVD sweep: each atom in turn becomes the leading direction of what it must explain, its
-    codes the projections on it.
+    """Sweep once over the atoms: each in turn becomes the leading direction of what it must
+    explain, its codes the projections on it.
 
     No update grows the error, and none changes which codes are zero. Power iterations start from
     the atom as it is; atoms without a code stay. targets: (r, n); dictionary: (r, k); codes: (k,

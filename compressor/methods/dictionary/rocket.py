@@ -3,7 +3,7 @@ weight error.
 
 References: ROCKET, arXiv 2602.11008; code mts-ai/ROCKET.
 
-Glossary: as in `dictionary`, and
+Glossary: as in `base`, and
     score       |c_ij| · ‖L⁻¹ b_i‖^λ, λ = `exponent`; as L⁻¹ b_i = Wᵀ u_i / σ_i it is |u_ji|
                 σ_i^(1−λ) ‖Wᵀ u_i‖^λ, without L
     margin β    share of the atoms that every column gives up first; the places go to the best
@@ -40,7 +40,7 @@ from compressor.plan import Curve
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # Adam's, as in the authors' code
 
 
-def reactivated(scores: Tensor, nonzeros: int, margin: float) -> Tensor:
+def reactivate(scores: Tensor, nonzeros: int, margin: float) -> Tensor:
     """Mask (k, n) with `nonzeros` · n entries: s − ⌈β k⌉ of the best in every column, then the best
     of what is left anywhere.
     """
@@ -51,7 +51,7 @@ def reactivated(scores: Tensor, nonzeros: int, margin: float) -> Tensor:
     return mask | top_mask(left.flatten(), (nonzeros - first) * columns, 0).view_as(mask)
 
 
-def adam_refined(
+def refine_with_adam(
     coordinates: Tensor, codes: Tensor, mask: Tensor, atoms: Tensor, steps: int, rate: float
 ) -> Tensor:
     """Codes (k, n) after `steps` of Adam on dictionary and codes together, for the relative error
@@ -91,13 +91,11 @@ class Rocket(base.DictionaryMethod):
     exponent: Annotated[float, Field(ge=0, le=1)] = 0.5  # λ of the score
     margin: Annotated[float, Field(ge=0, le=1)] = 5e-3  # β, fraction of the atoms
     ridge: Annotated[float, Field(ge=0)] = 1e-3  # μ of the dictionary
-    refine_steps: Annotated[int, Field(ge=0)] = (
-        0  # Adam steps on dictionary and codes; 100 in the authors' code
-    )
+    # Adam steps on dictionary and codes; 100 in the authors' code
+    refine_steps: Annotated[int, Field(ge=0)] = 0
     refine_rate: Annotated[float, Field(gt=0)] = 1e-3
-    profile: Literal["gram", "weight"] = (
-        "gram"  # errors of the curve: relative output error, or ‖W − Ŵ‖ / ‖W‖ as published
-    )
+    # errors of the curve: relative output error, or ‖W − Ŵ‖ / ‖W‖ as published
+    profile: Literal["gram", "weight"] = "gram"
     ratios: tuple[base.Ratio, ...] = tuple(
         round(1 + 0.1 * step, 1) for step in range(21)
     )  # atoms to nonzeros
@@ -114,7 +112,7 @@ class Rocket(base.DictionaryMethod):
         self, basis: base.Basis, scores: Tensor, atoms: int, nonzeros: int
     ) -> tuple[Tensor, Tensor]:
         """Codes (k, out) and their mask, closed form."""
-        mask = reactivated(scores[:atoms], nonzeros, self.margin)
+        mask = reactivate(scores[:atoms], nonzeros, self.margin)
         return basis.coordinates[:atoms] * mask, mask
 
     def candidates(self, state: base.Basis) -> Curve:
@@ -135,7 +133,7 @@ class Rocket(base.DictionaryMethod):
         kept = (state.vectors.T @ state.weight).square().sum(1).cumsum(0)
         tails = (1 - kept / energy).clamp(min=0) if energy > 0 else torch.zeros_like(kept)
         sizes = self.sizes(state.dense)
-        found = base.profiled(sizes, state.coordinates, self.anchors, fit, tails=tails)
+        found = base.profile_sizes(sizes, state.coordinates, self.anchors, fit, tails=tails)
         norms = [replace(size, error=size.error**0.5) for size in found]
         curve = base.curve_of(state, self.name, norms, self.anchors is not None)
         return replace(curve, energy=energy)
@@ -147,7 +145,7 @@ class Rocket(base.DictionaryMethod):
         targets = state.coordinates.T
         if self.refine_steps:
             atoms = base.best_dictionary(codes, targets, self.ridge).float()
-            refined = adam_refined(
+            refined = refine_with_adam(
                 targets.T.float(), codes.float(), mask, atoms, self.refine_steps, self.refine_rate
             )
             codes = min(

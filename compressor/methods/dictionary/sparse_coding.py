@@ -7,7 +7,7 @@ directly (D = X: H the Gram of the inputs, R = H Wᵀ), and fits the sparse part
 atoms of unit norm (`unit_atoms`): steps and penalties are relative to the diagonal of H.
 
 References: ADMM with a projected copy is ALPS (arXiv 2406.07831) and arXiv 2401.02938; hard
-thresholding pursuit (HTP) codes are GeoPair's (arXiv 2609.25963). Card: "Fast solvers".
+thresholding pursuit (HTP) codes are GeoPair's (arXiv 2609.25963).
 
 Glossary
     gram H          (k, k) inner products of the atoms            correlations R  (k, n) of the
@@ -76,8 +76,8 @@ def project_global(count: int) -> Projection:
 
 
 def unit_atoms(gram: Tensor, correlations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same problem for atoms scaled to unit norm: H / (ν νᵀ), R / ν and the norms ν (k, 1), 1
-    for atoms that are zero.
+    """Scale the atoms of a problem to unit norm: return H / (ν νᵀ), R / ν and the norms ν (k, 1),
+    1 for atoms that are zero.
 
     Codes of the scaled problem are ν times the codes of the given one.
     """
@@ -87,8 +87,8 @@ def unit_atoms(gram: Tensor, correlations: Tensor) -> tuple[Tensor, Tensor, Tens
 
 
 def column_errors(gram: Tensor, correlations: Tensor, codes: Tensor) -> Tensor:
-    """‖a − D s‖² − ‖a‖² of every target: sᵀHs − 2 rᵀs, (n,). Their sum over targets plus ‖A‖² is
-    the error.
+    """Compute ‖a − D s‖² − ‖a‖² of every target: sᵀHs − 2 rᵀs, (n,). Their sum over targets plus
+    ‖A‖² is the error.
     """
     return ((gram @ codes - 2 * correlations) * codes).sum(0)
 

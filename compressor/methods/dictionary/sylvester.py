@@ -1,7 +1,7 @@
 """One dictionary shared by two linears: the generalised Sylvester equation of its least-squares
 update.
 
-Reference: GeoPair, arXiv 2609.25963 (sparse-dictionary card 4).
+Reference: GeoPair, arXiv 2609.25963.
 
 Objective: Σ_i tr((W_i − S_iᵀ Dᵀ) G_i (W_i − S_iᵀ Dᵀ)ᵀ) over D for fixed codes S_i. Its gradient
 vanishes where G_1 D B_1 + G_2 D B_2 = K, with B_i = S_i S_iᵀ and K = Σ_i G_i W_iᵀ S_iᵀ. The
@@ -68,24 +68,28 @@ def shared_dictionary(
     what: str,
     basis: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Dᵀ (k, in), the best dictionary that two linears share, each in its own metric, for given
-    codes; or that of one alone.
+    """Compute Dᵀ (k, in), the best dictionary that two linears share, each in its own metric, for
+    given codes; or that of one alone.
 
     weights: two (out_i, in); grams: two (in, in), sums or means alike, the first positive definite;
     codes: two (k, out_i); basis: that of the Grams where it is known.
     """
     if len(grams) == 1 or torch.equal(*grams):
         return best_dictionary(torch.cat(list(codes), dim=1), torch.cat(list(weights)))
-    codes = tuple(code.double() for code in codes)
-    moments = tuple(damped(code @ code.T) for code in codes)
+    first, second = (code.double() for code in codes)
+    moments = damp(first @ first.T), damp(second @ second.T)
     right = sum(
-        gram.double() @ (code @ weight.double()).T
-        for weight, gram, code in zip(weights, grams, codes, strict=True)
+        (
+            gram.double() @ (code.double() @ weight.double()).T
+            for weight, gram, code in zip(weights, grams, codes, strict=True)
+        ),
+        weights[0].new_zeros(()).double(),
     )
-    return sylvester(basis or gram_basis(tuple(grams), what), moments, right, what).T
+    basis = basis or gram_basis((grams[0], grams[1]), what)
+    return sylvester(basis, moments, right, what).T
 
 
-def damped(moment: Tensor) -> Tensor:
-    """B + DAMPING · mean(diag B) · I; DAMPING · I if there are no codes at all."""
+def damp(moment: Tensor) -> Tensor:
+    """Form B + DAMPING · mean(diag B) · I; DAMPING · I if there are no codes at all."""
     level = moment.diagonal().mean().item() or 1.0
     return moment + DAMPING * level * torch.eye(len(moment)).to(moment)

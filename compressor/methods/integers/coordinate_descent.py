@@ -44,7 +44,7 @@ def descend(
     moment = metric.weigh(torch.eye(width, dtype=torch.float64, device=weight.device))
     outer = None if root is None else root @ root.T
     values = entries.scales * (codes - entries.zeros)
-    codes, pull = codes.clone(), pulled(weight - values, moment, outer)
+    codes, pull = codes.clone(), weigh_lost(weight - values, moment, outer)
     for _ in range(sweeps):
         before = codes.clone()
         for start in range(0, width, block):
@@ -67,8 +67,8 @@ def descend(
     return codes
 
 
-def pulled(lost: Tensor, moment: Tensor, outer: Tensor | None) -> Tensor:
-    """R of D (K, out, in)."""
+def weigh_lost(lost: Tensor, moment: Tensor, outer: Tensor | None) -> Tensor:
+    """Weigh D (K, out, in): H D M."""
     return lost @ moment if outer is None else outer @ (lost @ moment)
 
 

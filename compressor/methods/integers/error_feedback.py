@@ -3,7 +3,7 @@ feedback in the metric. Pure tensors.
 
 References: error feedback column by column is GPTQ (arXiv 2210.17323); feedback along both sides of
 the two-sided metric is YAQA's (arXiv 2505.22988); the clip search is weighted by the metric's
-diagonal (quantisation card §2).
+diagonal.
 
 Glossary
     metric  tr(H D M Dᵀ), D = W − Ŵ                     scale s (out, groups)      zero z, integer
@@ -80,6 +80,7 @@ class Entries:
 
 def nearest(values: Tensor, scales: Tensor, zeros: Tensor, half: Tensor | int) -> Tensor:
     """Codes from −half to half − 1 nearest to `values`."""
+    half = torch.as_tensor(half).to(values)
     return (values / scales + zeros).round().clamp(-half, half - 1)
 
 
@@ -201,11 +202,9 @@ def round_entries(
         -width % block,
         -height % block,
     )  # so much is added for whole blocks; nothing reaches it, and it reaches nothing
-    padded = [
-        functional.pad(part, (0, right, 0, below), value=value)
-        for part, value in ((entries.scales, 1.0), (entries.zeros, 0.0))
-    ]
-    entries = Entries(*padded, entries.halves)
+    scales = functional.pad(entries.scales, (0, right, 0, below), value=1.0)
+    zeros = functional.pad(entries.zeros, (0, right, 0, below))
+    entries = Entries(scales, zeros, entries.halves)
     inner = torch.block_diag(inner, torch.eye(right, dtype=inner.dtype, device=inner.device))
     outer = torch.block_diag(outer, torch.eye(below, dtype=outer.dtype, device=outer.device))
     weight = functional.pad(weight[rows][:, order], (0, right, 0, below))
@@ -232,10 +231,8 @@ def round_entries(
             torch.stack(now),
             torch.stack(reached),
             Entries(
-                *(
-                    torch.stack([part[:, row, column] for row, column in places])
-                    for part in (entries.scales, entries.zeros)
-                ),
+                torch.stack([entries.scales[:, row, column] for row, column in places]),
+                torch.stack([entries.zeros[:, row, column] for row, column in places]),
                 entries.halves,
             ),
             torch.stack([outer[row, row] for row, _ in places])[:, None],

@@ -3,16 +3,15 @@ metric that its error is seen in.
 
 References: SVD-LLM with GPTQ (arXiv 2403.07378, 2210.17323): factors first, then GPTQ on both. One
 factor refitted on the other, which is rounded already, is one sweep of LPLR and CALDERA (arXiv
-2310.11028, 2405.18886); quantisation card §10.
+2310.11028, 2405.18886).
 
 Glossary
     metric M, grad_gram H = L Lᵀ, σ   as in `low_rank`
     down A (r, in)   D⁻¹ Uᵀ Lᵀ W, rounded under M: Lᵀ B has orthogonal columns, so tr(H B (A − Â) M
-                     (A − Â)ᵀ Bᵀ) counts the rows of A one
-                     by one, and those of every rank are the first of one rounding
+                     (A − Â)ᵀ Bᵀ) counts the rows of A one by one, and those of every rank are
+                     the first of one rounding
     up B (out, r)    W M Âᵀ S⁺ with S = Â M Âᵀ: least squares on the rounded Â, whatever H is;
-                     rounded under H and S, the second moment
-                     of what Â makes of the inputs
+                     rounded under H and S, the second moment of what Â makes of the inputs
     balance D        √σ, as in the paper: the outputs of B have one scale for all of its inputs, so
                      inputs that count more are larger
 
@@ -63,7 +62,7 @@ class Rounded:
     damping: float | None  # that its error feedback took; None without
 
 
-def balanced(factors: Factors) -> Tensor:
+def balance_down(factors: Factors) -> Tensor:
     """Down factor (k, in) at full rank, float64, scaled so that the largest column of the up factor
     has length 1, the others √(σ ÷ σ₁).
     """
@@ -99,24 +98,18 @@ class LowRankIntegers(TwoSided[Rounded]):
     # output
     group: Group = "auto:32"
     symmetric: bool = True  # no zero points
-    clip: Annotated[float, Field(gt=0, le=1)] = (
-        0.4  # smallest part of a range that the clip search tries; 1 for none
-    )
-    damping: tuple[Annotated[float, Field(ge=0)], ...] = (
-        0.01,
-        0.1,
-        1.0,
-    )  # `gptq` only: over the mean diagonal, the first that works
-    rank_step: Annotated[int, Field(ge=1)] | None = (
-        None  # ranks offered; by default at most 256 of them, evenly spaced
-    )
-    anchors: Annotated[int, Field(ge=2)] | None = (
-        8  # ranks at which the error is measured; null for all
-    )
+    # smallest part of a range that the clip search tries; 1 for none
+    clip: Annotated[float, Field(gt=0, le=1)] = 0.4
+    # `gptq` only: over the mean diagonal, the first that works
+    damping: tuple[Annotated[float, Field(ge=0)], ...] = (0.01, 0.1, 1.0)
+    # ranks offered; by default at most 256 of them, evenly spaced
+    rank_step: Annotated[int, Field(ge=1)] | None = None
+    # ranks at which the error is measured; null for all
+    anchors: Annotated[int, Field(ge=2)] | None = 8
 
     @property
     def exact(self) -> LowRankMethod:
-        """The same with factors that are not rounded."""
+        """Low rank in the same metric, factors not rounded."""
         return LowRankMethod(
             metric=self.metric, shrink_gram=self.shrink_gram, shrink_grad_gram=self.shrink_grad_gram
         )
@@ -145,16 +138,20 @@ class LowRankIntegers(TwoSided[Rounded]):
         return found
 
     def prepare(self, linear: str, dense: Dense, stats: LinearStats) -> Rounded:
+        """Decompose W (out, in) as `low_rank` does, and round the balanced down factor Uᵀ Lᵀ W
+        (k, in) of full rank once: its leading rows serve every rank. Costs one eigenproblem of size
+        k = min(out, in) and one rounding with error feedback, O(k · in²).
+        """
         factors = self.exact.prepare(linear, dense, stats)
         group = group_size(self.group, dense.weight.shape[1], linear)
-        down = Dense(balanced(factors), None, dense.dtype)
+        down = Dense(balance_down(factors), None, dense.dtype)
         rounded = self.round(f"{linear}: the down factor", down, factors.metric, None, group)
         return Rounded(factors, rounded.module, rounded.damping)
 
     def round(
         self, what: str, dense: Dense, metric: Metric, root: Tensor | None, group: int
     ) -> Scheme:
-        """One factor rounded as `quantize` rounds a weight."""
+        """Round one factor as `quantize` rounds a weight."""
         energy = metric.energy(dense.weight if root is None else root.T @ dense.weight)
         state = Prepared(Weighed(what, dense, metric, root, energy, None))
         rounder = QuantizeMethod(
@@ -164,10 +161,10 @@ class LowRankIntegers(TwoSided[Rounded]):
         return state.schemes[self.bits, group]
 
     def candidates(self, state: Rounded) -> Curve:
-        """Every rank that saves bits and that no smaller one matches; errors are measured at the
-        anchors.
+        """List every rank that saves bits and that no smaller one matches; errors are measured at
+        the anchors.
         """
-        factors, found = state.factors, []
+        factors, found = state.factors, list[Candidate]()
         sizes, (energy, _, tails) = self.sizes(factors.dense, factors.linear), factors.tails()
         count = len(sizes) if self.anchors is None else min(self.anchors, len(sizes))
         places = (

@@ -2,12 +2,12 @@
 residual that makes up for the rounding.
 
 References (solver → paper)
-    rtn       round to nearest, ranges clipped where that lowers the error; quantisation card §2
+    rtn       round to nearest, ranges clipped where that lowers the error
     gptq      error feedback from input to input: GPTQ, arXiv 2210.17323; in the two-sided metric
               also from output to output: YAQA,
               arXiv 2505.22988
     sweeps    adaptive rounding of what either returns, by coordinate descent: QuantEase, arXiv
-              2309.01885; see `descent`
+              2309.01885; see `coordinate_descent`
     residual  EoRA, arXiv 2410.21271, see `residual`, and `residual_integers` for factors of
               integers; choosing bits and rank together for
               each linear by a knapsack is MLoRQ's idea, arXiv 2507.09616
@@ -84,8 +84,10 @@ Bits = Annotated[int, Field(ge=2, le=8)]
 
 
 def group_size(group: int | str, width: int, linear: str) -> int:
-    """Inputs that share a scale. Raises ConfigError naming the linear if a size given as a number
-    does not divide its width.
+    """Count the inputs that share a scale.
+
+    Raises:
+        ConfigError: a size given as a number does not divide the width; names the linear.
     """
     if group == "channel":
         return width
@@ -109,8 +111,8 @@ def scheme_of(setting: dict[str, Any]) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Feedback:
-    """Orders of inputs and outputs and the factors of error feedback in them, see `rounding`; the
-    damping that they took.
+    """Orders of inputs and outputs, the factors of `error_feedback` in them, and the damping that
+    they took.
     """
 
     order: Tensor  # (in,)
@@ -142,7 +144,7 @@ class Prepared:
 
     @property
     def damping(self) -> float | None:
-        """What error feedback took, once something is solved; None without it."""
+        """Damping that error feedback took, once something is solved; None without it."""
         return next((scheme.damping for scheme in self.schemes.values()), None)
 
 
@@ -158,45 +160,33 @@ class QuantizeMethod(TwoSided[Prepared]):
     solver: Literal["rtn", "gptq"] = "gptq"
     metric: MetricName = "gram"
     bits: tuple[Bits, ...] = (4,)  # widths of the codes that are offered
-    group: tuple[Group, ...] = (
-        "auto:32",
-    )  # inputs that share a scale, each as a number, 'auto:N' or 'channel'
+    # inputs that share a scale, each as a number, 'auto:N' or 'channel'
+    group: tuple[Group, ...] = ("auto:32",)
     symmetric: bool = True  # no zero points
-    residual: tuple[Annotated[int, Field(ge=0)], ...] = (
-        0,
-    )  # ranks of the residual that are offered; 0 is none
-    residual_bits: Bits | None = (
-        # width of the codes of both factors of residuals; null for numbers in the stored dtype
-        None
-    )
-    residual_group: Group = (
-        "auto:128"  # inputs of the one factor, and outputs of the other, that share a scale
-    )
-    clip: Annotated[float, Field(gt=0, le=1)] = (
-        0.4  # smallest part of a range that the clip search tries; 1 for none
-    )
-    clips: Annotated[int, Field(ge=1)] = (
-        31  # ranges that it tries, evenly spaced from the whole one
-    )
-    ordering: Literal["moment", "natural"] = (
-        "moment"  # `gptq` only: inputs of large second moment first, or as they stand
-    )
-    damping: tuple[Annotated[float, Field(ge=0)], ...] = (
-        0.01,
-        0.1,
-        1.0,
-    )  # `gptq` only: over the mean diagonal, the first that works
-    block: Annotated[int, Field(ge=1)] = (
-        # `gptq` only: columns, and rows of the two-sided metric, whose feedback is applied together
-        32
-    )
-    sweeps: Annotated[int, Field(ge=0)] = (
-        0  # of adaptive rounding after that, see `descent`: each code in turn moves to the best one
-    )
+    # ranks of the residual that are offered; 0 is none
+    residual: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
+    # width of the codes of both factors of residuals; null for numbers in the stored dtype
+    residual_bits: Bits | None = None
+    # inputs of the one factor, and outputs of the other, that share a scale
+    residual_group: Group = "auto:128"
+    # smallest part of a range that the clip search tries; 1 for none
+    clip: Annotated[float, Field(gt=0, le=1)] = 0.4
+    # ranges that it tries, evenly spaced from the whole one
+    clips: Annotated[int, Field(ge=1)] = 31
+    # `gptq` only: inputs of large second moment first, or as they stand
+    ordering: Literal["moment", "natural"] = "moment"
+    # `gptq` only: over the mean diagonal, the first that works
+    damping: tuple[Annotated[float, Field(ge=0)], ...] = (0.01, 0.1, 1.0)
+    # `gptq` only: columns, and rows of the two-sided metric, whose feedback is applied together
+    block: Annotated[int, Field(ge=1)] = 32
+    # of `coordinate_descent` after that: each code in turn moves to the best one
+    sweeps: Annotated[int, Field(ge=0)] = 0
 
     def settings(self, dense: Dense, linear: str) -> Iterator[Candidate]:
-        """Everything on offer, errors NaN. Raises ConfigError naming the linear for groups that do
-        not divide and ranks above its sides.
+        """List everything on offer, errors NaN.
+
+        Raises:
+            ConfigError: a group does not divide, or all ranks are above a side; names the linear.
         """
         (height, width), wide = dense.weight.shape, 8 * dense.dtype.itemsize
         ranks = [rank for rank in self.residual if rank <= min(height, width)]
@@ -243,12 +233,14 @@ class QuantizeMethod(TwoSided[Prepared]):
         return sorted(smaller, key=lambda size: size.bits)
 
     def prepare(self, linear: str, dense: Dense, stats: LinearStats) -> Prepared:
+        """Form the metric tr(H D M Dᵀ), D = W − Ŵ (out, in); schemes are solved when they are asked
+        for, at the cost of a Cholesky factor, O(in³), and O(out · in²) each.
+        """
         linalg.require_finite(dense.weight, f"{linear}: the weight")
         return Prepared(self.weigh(linear, dense, stats, is_posed=False))
 
     def feedback(self, weighed: Weighed) -> Feedback:
-        moment = weighed.metric.scale * weighed.metric.moment.double()
-        moment.diagonal().add_(weighed.metric.shift)
+        moment = weighed.metric.matrix()
         order, rows, outer, taken = self.arrange(moment.diagonal()), None, None, 0.0
         inner, damping = obs_factor(moment[order][:, order], self.damping, weighed.linear)
         if weighed.root is not None:
@@ -275,9 +267,7 @@ class QuantizeMethod(TwoSided[Prepared]):
         if not new:
             return
         feedback = self.feedback(weighed) if self.solver == "gptq" else None
-        importance = (
-            weighed.metric.scale * weighed.metric.moment.diagonal().double() + weighed.metric.shift
-        )
+        importance = weighed.metric.diagonal()
         together = max(1, TOGETHER // weight.numel())
         for start in range(0, len(new), together):
             part = new[start : start + together]
@@ -303,11 +293,11 @@ class QuantizeMethod(TwoSided[Prepared]):
                     Packed.of_codes(codes, grid.scales.to(dense.dtype), grid.zeros, bias, grid.bits)
                 )
             state.schemes.update(
-                zip(part, self.measured(weighed, modules, importance, feedback), strict=True)
+                zip(part, self.measure_rounded(weighed, modules, importance, feedback), strict=True)
             )
 
     def ranges(self) -> Tensor:
-        """What the clip search tries."""
+        """List the parts of a range that the clip search tries, (clips,)."""
         return torch.linspace(1, self.clip, self.clips if self.clip < 1 else 1)
 
     def codes(self, weight: Tensor, grids: Sequence[Grid], feedback: Feedback | None) -> Tensor:
@@ -316,20 +306,27 @@ class QuantizeMethod(TwoSided[Prepared]):
             return torch.stack(
                 [nearest(weight, *grid.columns(), 2 ** (grid.bits - 1)) for grid in grids]
             )
-        if feedback.outer is None:
+        if feedback.outer is None or feedback.rows is None:
             return round_columns(weight, grids, feedback.inner, feedback.order, self.block)
         return round_entries(
             weight, grids, feedback.inner, feedback.order, feedback.outer, feedback.rows, self.block
         )
 
-    def measured(
+    def measure_rounded(
         self,
         weighed: Weighed,
         modules: Sequence[Packed],
         importance: Tensor,
         feedback: Feedback | None,
     ) -> list[Scheme]:
-        """Measure rounded weights, and decompose what they lost where residuals are offered."""
+        """Measure rounded weights, and decompose what they lost where residuals are offered.
+
+        Args:
+            weighed: W (out, in) and its metric.
+            modules: K rounded weights.
+            importance: (in,), weights of squared errors: the mean of x².
+            feedback: what the codes were rounded with; None for nearest ones.
+        """
         height, width = weighed.dense.weight.shape
         most, what = min(max(self.residual), height, width), f"{weighed.linear}: residual"
         damping = None if feedback is None else feedback.damping
@@ -342,8 +339,9 @@ class QuantizeMethod(TwoSided[Prepared]):
         found = [decompose(error, weighed.metric, weighed.root, most, what) for error in lost]
         integers: list[IntegerResidual | None] = [None] * len(found)
         if self.residual_bits is not None:
-            groups = tuple(
-                group_size(self.residual_group, side, weighed.linear) for side in (height, width)
+            groups = (
+                group_size(self.residual_group, height, weighed.linear),
+                group_size(self.residual_group, width, weighed.linear),
             )
             dampings = () if feedback is None else self.damping
             codec = Codec(
@@ -354,24 +352,23 @@ class QuantizeMethod(TwoSided[Prepared]):
                 self.block,
                 weighed.dense.dtype,
             )
-            integers = round_residuals(
-                what, lost, found, (weighed.metric, weighed.root, importance), codec, feedback
-            )
+            metrics = weighed.metric, weighed.root, importance
+            integers = [*round_residuals(what, lost, found, metrics, codec, feedback)]
         return [
             Scheme(module, part.tail[0].item() / (weighed.energy or 1.0), part, stored, damping)
             for module, part, stored in zip(modules, found, integers, strict=True)
         ]
 
     def candidates(self, state: Prepared) -> Curve:
-        """Every scheme and rank that no smaller one matches.
+        """List every scheme and rank that no smaller one matches.
 
         Errors are measured on the codes, also on those of residuals; residuals that are not
         integers follow in closed form.
         """
-        weighed, found = state.weighed, []
+        weighed, found = state.weighed, list[Candidate]()
         sizes = self.sizes(weighed.dense, weighed.linear)
         self.solve(state, list(dict.fromkeys(scheme_of(size.setting) for size in sizes)))
-        left = self.left(state, {size.setting.get("rank", 0) for size in sizes})
+        left = self.errors_behind(state, {size.setting.get("rank", 0) for size in sizes})
         for size in sizes:
             rank = size.setting.get("rank", 0)
             error = left[rank][scheme_of(size.setting)]
@@ -390,22 +387,21 @@ class QuantizeMethod(TwoSided[Prepared]):
             weighed.energy,
         )
 
-    def left(
+    def errors_behind(
         self, state: Prepared, ranks: Iterable[int]
     ) -> dict[int, dict[tuple[int, int], float]]:
-        """Relative error of every scheme behind residuals of these ranks."""
+        """Measure the relative error of every scheme behind residuals of these ranks."""
         schemes, energy = state.schemes.values(), state.weighed.energy or 1.0
         found = {}
         for rank in ranks:
             if rank == 0:
                 lost = [scheme.error for scheme in schemes]
             elif self.residual_bits is None:
-                lost = [scheme.residual.tail[rank].item() / energy for scheme in schemes]
+                residuals = [one.residual for one in schemes if one.residual is not None]
+                lost = [residual.tail[rank].item() / energy for residual in residuals]
             else:
-                lost = [
-                    error / energy
-                    for error in errors([scheme.integers for scheme in schemes], rank)
-                ]
+                integers = [one.integers for one in schemes if one.integers is not None]
+                lost = [error / energy for error in errors(integers, rank)]
             found[rank] = dict(zip(state.schemes, lost, strict=True))
         return found
 
@@ -421,6 +417,8 @@ class QuantizeMethod(TwoSided[Prepared]):
             return module
         if scheme.integers is not None:
             return Adapted(module, *scheme.integers.pair(rank))
+        if scheme.residual is None:
+            raise ValueError(f"{weighed.linear}: no residual was decomposed; setting {setting}")
         pair = scheme.residual.pair(
             weighed.dense.weight.double() - module.to_dense(), weighed.root, rank
         )

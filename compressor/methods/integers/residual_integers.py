@@ -1,15 +1,14 @@
-"""The low-rank residual of `residual` with both factors stored as integers, of every rank from one
-rounding of the wide factor.
+"""Residuals with both factors stored as integers, of every rank from one rounding of the wide
+factor.
 
 References: EoRA (arXiv 2410.21271) rounds both factors by GPTQ after the base; the refit of one
-factor on the other is a sweep of LPLR and CALDERA (arXiv 2310.11028, 2405.18886); quantisation card
-§10.
+factor on the other is a sweep of LPLR and CALDERA (arXiv 2310.11028, 2405.18886).
 
 Glossary
     lost E, metric M, H = L Lᵀ, frame   as in `residual`
     down A (r, in)   rounded under M: Lᵀ B has orthogonal columns, so tr(H B (A − Â) M (A − Â)ᵀ Bᵀ)
-                     counts the rows of A one by one, and
-                     those of every rank are the first of one rounding
+                     counts the rows of A one by one, and those of every rank are the first of
+                     one rounding
     up B (out, r)    E M Âᵀ S⁺ with S = Â M Âᵀ: least squares on the rounded Â, whatever H is;
                      rounded rank after rank under S
     error            tr(H (E − B̂ Â) M (E − B̂ Â)ᵀ) = tail(0) − 2 tr(H B̂ Cᵀ) + tr(H B̂ S B̂ᵀ) with
@@ -108,7 +107,7 @@ def ups(residuals: Sequence[IntegerResidual], rank: int) -> list[tuple[Tensor, G
 
 
 def errors(residuals: Sequence[IntegerResidual], rank: int) -> list[float]:
-    """What this rank leaves of each of K errors E of one weight, absolute."""
+    """Measure what this rank leaves of each of K errors E of one weight, absolute."""
     found = []
     for one, (codes, grid) in zip(residuals, ups(residuals, rank), strict=True):
         up = (codes * grid.columns()[0]).T
@@ -134,7 +133,7 @@ def round_residuals(
     """Round the residuals of K errors E (out, in) of one weight, all down factors at once.
 
     weighing: metric M, root L, and the diagonal of M (in,); feedback: `inner` and `order` among the
-    inputs, as in `rounding`, or None.
+    inputs, as in `error_feedback`, or None.
     """
     metric, root, importance = weighing
     downs = torch.stack(

@@ -72,7 +72,7 @@ class Factors:
     vectors: Tensor  # (out, k) U
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
-        """A (out, r) and B (r, in), float64."""
+        """Return A (out, r) and B (r, in), float64: A B = L⁻ᵀ U_r · U_rᵀ Lᵀ W."""
         weight, leading = self.dense.weight.double(), self.vectors[:, :rank]
         if self.root is None:
             return leading, leading.T @ weight
@@ -121,32 +121,33 @@ class LowRankMethod(LinearMethod[Factors]):
     storage: Literal["factors", "pivoted"] = "pivoted"
     shrink_gram: Fraction = 0.01  # `two_sided` only: shrinkage of the input Gram
     shrink_grad_gram: Fraction = 0.1  # `two_sided` only: shrinkage of the output-gradient moment
-    rank_step: Annotated[int, Field(ge=1)] | None = (
-        None  # ranks offered; by default at most 256 of them, evenly spaced
-    )
-    max_rank: Annotated[float, Field(gt=0, le=1)] = (
-        1.0  # largest rank offered, as a fraction of full rank (WeLore's dense rule: 0.5)
-    )
+    # ranks offered; by default at most 256 of them, evenly spaced
+    rank_step: Annotated[int, Field(ge=1)] | None = None
+    # largest rank offered, as a fraction of full rank (WeLore's dense rule: 0.5)
+    max_rank: Annotated[float, Field(gt=0, le=1)] = 1.0
 
     @property
     def needs(self) -> frozenset[str]:
         return frozenset(NEEDS[self.metric])
 
-    def input_metric(self, stats: LinearStats) -> Metric:
-        """M of the chosen metric, per token."""
+    def input_metric(self, linear: str, stats: LinearStats) -> Metric:
+        """Form M of the chosen metric, per token."""
         match self.metric:
             case "identity":
                 return Metric()
             case "fisher":
                 return Metric(stats.fisher, 1 / stats.grad_tokens)
             case "mean_abs":
-                return Metric((stats.abs_sum.double() / stats.tokens) ** (2 * self.alpha))
+                return Metric(
+                    (stats.total(linear, "abs_sum").double() / stats.tokens) ** (2 * self.alpha)
+                )
             case "gram_diagonal":
-                return Metric(stats.gram.diagonal(), 1 / stats.tokens)
+                return Metric(stats.total(linear, "gram").diagonal(), 1 / stats.tokens)
             case "centred_gram":
-                return Metric(stats.gram, 1 / stats.tokens, mean=stats.sum.double() / stats.tokens)
+                mean = stats.total(linear, "sum").double() / stats.tokens
+                return Metric(stats.gram, 1 / stats.tokens, mean)
             case "two_sided":
-                return Metric(stats.gram, 1 / stats.tokens).shrunk(self.shrink_gram)
+                return Metric(stats.gram, 1 / stats.tokens).shrink(self.shrink_gram)
         return Metric(stats.gram, 1 / stats.tokens)
 
     def sizes(self, dense: Dense) -> list[Candidate]:
@@ -166,8 +167,15 @@ class LowRankMethod(LinearMethod[Factors]):
         ]
 
     def prepare(self, linear: str, dense: Dense, stats: LinearStats) -> Factors:
+        """Find the directions of the outputs that matter: eigenpairs of Lᵀ W M Wᵀ L.
+
+        With U_r the r leading eigenvectors, the best Ŵ of rank r is L⁻ᵀ U_r U_rᵀ Lᵀ W, and its
+        error tr(Lᵀ D M Dᵀ L), D = W − Ŵ, is the sum of the other eigenvalues. W (out, in), M
+        (in, in) of the inputs, L Lᵀ (out, out) of the output gradients, or I. One product W M,
+        O(out · in²), and one eigenproblem of the smaller side serve every rank.
+        """
         stats.require(linear, self.needs)
-        metric, weight, root = self.input_metric(stats), dense.weight.double(), None
+        metric, weight, root = self.input_metric(linear, stats), dense.weight.double(), None
         if self.metric == "two_sided":
             root = stats.gradient_root(linear, self.shrink_grad_gram)
             weight = root.T @ weight
@@ -183,9 +191,7 @@ class LowRankMethod(LinearMethod[Factors]):
         )
         singular = state.values.clamp(min=0).sqrt()
         span = (singular[0] - singular[-1]).clamp(min=torch.finfo(torch.float64).tiny)
-        normalised = (
-            (singular - singular[-1]) / span
-        ).tolist()  # WeLore's min–max scale (card 2.10)
+        normalised = ((singular - singular[-1]) / span).tolist()  # WeLore's min–max scale
         ranks = [size.setting["rank"] for size in candidates]
         thresholds = (
             *tuple(normalised[rank - 1] for rank in ranks),

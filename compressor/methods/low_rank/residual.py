@@ -123,7 +123,10 @@ def fit(
     """
     method, root = LowRankMethod(metric=METRICS[metric]), None
     stats.require(linear, method.needs)
-    lost, inputs = target.weight.double() - module.to_dense().double(), method.input_metric(stats)
+    lost, inputs = (
+        target.weight.double() - module.to_dense().double(),
+        method.input_metric(linear, stats),
+    )
     if metric == "two_sided":
         root = stats.gradient_root(linear, method.shrink_grad_gram, "calibration.windows")
     residual = decompose(lost, inputs, root, min(lost.shape), f"{linear}: residual")

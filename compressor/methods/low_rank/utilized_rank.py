@@ -1,7 +1,7 @@
 """Utilised rank: project a weight on the input and output subspaces that the data uses, Ŵ = P_out W
 P_in.
 
-References: utilised rank, arXiv 2407.04797 (low-rank card 2.8).
+References: utilised rank, arXiv 2407.04797.
 
 Glossary
     V, λ       eigenpairs of the Gram G (in, in): input directions and their energy
@@ -77,7 +77,9 @@ class UtilizedRank(LinearMethod[Subspaces]):
     def prepare(self, linear: str, dense: Dense, stats: LinearStats) -> Subspaces:
         stats.require(linear, self.needs)
         metric = Metric(stats.gram, 1 / stats.tokens)
-        input_energy, inputs = linalg.eigh_descending(stats.gram, f"{linear}: the Gram")
+        input_energy, inputs = linalg.eigh_descending(
+            stats.total(linear, "gram"), f"{linear}: the Gram"
+        )
         output_energy, outputs = linalg.principal_outputs(dense.weight, metric, linear)
         return Subspaces(
             linear,

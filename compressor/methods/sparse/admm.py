@@ -2,12 +2,11 @@
 copy, then least squares on the mask.
 
 Problem: min tr(H (W − S − R) M (W − S − R)ᵀ) over sparse S (out, in), whose mask a projection
-chooses; the rest R is the caller's, or 0. `coder` solves it for targets that do not interact, H =
-I; here the output-gradient moment H couples the outputs as well.
+chooses; the rest R is the caller's, or 0. `sparse_coding` solves it for targets that do not
+interact, H = I; here the output-gradient moment H couples the outputs as well.
 
 References: ADMM pruning is ALPS (arXiv 2406.07831) and arXiv 2401.02938; a low-rank block within it
-is 3BASiL's (arXiv 2603.01376); the two-sided metric is KFAC-SVD's (ICML 2026). Sparse-dictionary
-card: procedure R2.
+is 3BASiL's (arXiv 2603.01376); the two-sided metric is KFAC-SVD's (ICML 2026).
 
 Glossary
     M   second moment of the inputs (in, in)      H   second moment of the output gradients (out,
@@ -83,13 +82,15 @@ class Problem:
     @cached_property
     def output_basis(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues (out,) and eigenvectors (out, out) of `grad_gram`."""
+        if self.grad_gram is None:
+            raise ValueError(f"{self.linear}: the identity has no eigenbasis of its own")
         values, vectors = linalg.eigh_descending(
             self.grad_gram, f"{self.linear}: the output-gradient moment"
         )
         return values.clamp(min=0), vectors
 
     def of_outputs(self, rows: Tensor) -> "Problem":
-        """The problem of some outputs alone, (k,) indices; it has the same inputs, so their
+        """Restrict the problem to some outputs, (k,) indices; it has the same inputs, so their
         eigenbasis is shared.
         """
         grad_gram = None if self.grad_gram is None else self.grad_gram[rows][:, rows]
@@ -110,7 +111,7 @@ class Problem:
         return (self.weigh(lost) * lost).sum().item()
 
     def relax(self, pull: Tensor, penalty: float) -> Tensor:
-        """The X (…, out, in) with H X M + penalty · X = pull."""
+        """Solve H X M + penalty · X = pull for X (…, out, in)."""
         values, basis = self.input_basis
         if self.grad_gram is None:
             return ((pull @ basis) / (values + penalty)) @ basis.T

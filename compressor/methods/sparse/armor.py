@@ -1,6 +1,6 @@
 """A 2:4 sparse core between small block-diagonal wrappers.
 
-References: ARMOR, arXiv 2510.05528. Card "pruning", 6. The descent is in `wrapping`.
+References: ARMOR, arXiv 2510.05528. The descent is in `block_diagonal`.
 
 Glossary
     core S            two of every four consecutive entries of a row stored         (their 2:4
@@ -31,12 +31,12 @@ from compressor.linears.wrapped import Wrapped
 from compressor.methods import register
 from compressor.methods.base import Approximation
 from compressor.methods.sparse.admm import Problem, admm, projection, refit
-from compressor.methods.sparse.base import TwoSided, Weighed, require_divisible
+from compressor.methods.sparse.base import Pattern, TwoSided, Weighed, require_divisible
 from compressor.methods.sparse.block_diagonal import Factors, descend
 from compressor.plan import Candidate, Curve
 from compressor.statistics import LinearStats
 
-PATTERN = "2:4"
+PATTERN: Pattern = "2:4"
 ITERATIONS, RHO, GROWTH, REFIT = 15, 0.1, 1.2, 10  # of ADMM, as in `sparse`
 
 
@@ -50,8 +50,8 @@ def identity(width: int, size: int, like: Tensor) -> Tensor:
     return torch.eye(size, dtype=like.dtype, device=like.device).repeat(width // size, 1, 1)
 
 
-def first(problem: Problem) -> tuple[Tensor, Tensor, float]:
-    """The better of two sparse cores: values and mask (out, in), and its error."""
+def choose_core(problem: Problem) -> tuple[Tensor, Tensor, float]:
+    """Choose the better of two sparse cores: values and mask (out, in), and its error."""
     project = projection(PATTERN, [0])
     mask = project(problem.weight[None])
     cores = [(problem.weight * mask[0], mask[0])]
@@ -83,9 +83,8 @@ class Armor(TwoSided[Started]):
     wrapper: tuple[Annotated[int, Field(ge=1)], ...] = (4, 8, 16, 32)  # sizes of blocks offered
     sweeps: Annotated[int, Field(ge=0)] = 20  # at most
     steps: Annotated[int, Field(ge=0)] = 4  # of conjugate gradients in a sweep
-    tolerance: Annotated[float, Field(ge=0, lt=1)] = (
-        5e-3  # the last sweep gained less than this share of the error
-    )
+    # the last sweep gained less than this share of the error
+    tolerance: Annotated[float, Field(ge=0, lt=1)] = 5e-3
     # solve every size for the curve; otherwise its errors are a guess that what is built corrects,
     # see `guess`
     measured: bool = False
@@ -108,9 +107,13 @@ class Armor(TwoSided[Started]):
         return [found[bits] for bits in sorted(found)]
 
     def prepare(self, linear: str, dense: Dense, stats: LinearStats) -> Started:
+        """Find the 2:4 core that descent starts from: the better of the largest entries of W̃
+        (out, in) and ADMM on them. Costs one pair of eigenproblems and ITERATIONS products of the
+        size of W M.
+        """
         require_divisible(PATTERN, dense.weight.shape[1], linear)
         weighed = self.weigh(linear, dense, stats)
-        core, mask, lost = first(weighed.problem)
+        core, mask, lost = choose_core(weighed.problem)
         return Started(weighed, core, mask, lost / (weighed.energy or 1.0))
 
     def candidates(self, state: Started) -> Curve:
@@ -135,7 +138,7 @@ class Armor(TwoSided[Started]):
         )
 
     def compress(self, state: Started, setting: dict[str, Any]) -> Wrapped:
-        """The better of what descent comes to and its start, as they are stored."""
+        """Build the better of what descent comes to and its start, as they are stored."""
         height, width = state.core.shape
         left, right = (
             identity(size, divisor(size, setting["wrapper"]), state.core)
@@ -144,7 +147,7 @@ class Armor(TwoSided[Started]):
         start = Factors(left, state.core, state.mask, right)
         found, _ = descend(state.weighed.problem, start, self.sweeps, self.steps, self.tolerance)
         return min(
-            (stored(state.weighed, factors) for factors in (found, start)),
+            (store(state.weighed, factors) for factors in (found, start)),
             key=lambda module: self.measure(state, module),
         )
 
@@ -161,9 +164,9 @@ def guess(state: Started, size: Candidate) -> float:
     return state.lost * lacking / (whole - whole // 2)
 
 
-def stored(weighed: Weighed, factors: Factors) -> Wrapped:
-    """Module of factors in the coordinates of the problem: their scales go to the wrappers, whose
-    columns and rows then get norm 1.
+def store(weighed: Weighed, factors: Factors) -> Wrapped:
+    """Build the module of factors in the coordinates of the problem: their scales go to the
+    wrappers, whose columns and rows then get norm 1.
 
     So the core has the scale of the weight, and no factor leaves the range of the stored dtype.
     """

@@ -1,18 +1,15 @@
-"""What the sparse methods share: the metric of one linear, the sizes on offer, the screened curve,
+"""Basis of the sparse methods: the metric of one linear, the sizes on offer, the screened curve,
 and the stored form.
 
 Glossary
     payload     numbers that may be stored at a size, once mask and bias are paid for
     screening   error(size) = diagonal(size) · share(size). `diagonal`, the error if entries did not
-                interact, is a sum of dropped squares,
-                known for all sizes from one sort. `share`, the part of it that the solver leaves,
-                varies by a factor of two to four while
-                the error varies by four orders of magnitude. It is 1 without anchors: the curve has
-                the right shape, and what is
-                probed and built later tells the rest (`Curve.screened`). Otherwise it is measured
-                at a few sizes, the anchors, by the
-                very function that builds modules; its log is interpolated over the log of the
-                numbers stored.
+                interact, is a sum of dropped squares, known for all sizes from one sort. `share`,
+                the part of it that the solver leaves, varies by a factor of two to four while the
+                error varies by four orders of magnitude. It is 1 without anchors: the curve has the
+                right shape, and what is probed and built later tells the rest (`Curve.screened`).
+                Otherwise it is measured at a few sizes, the anchors, by the very function that
+                builds modules; its log is interpolated over the log of the numbers stored.
 """
 
 import math
@@ -55,10 +52,17 @@ class Weighed:
     metric: Metric  # M, per token
     root: Tensor | None  # L: (out, out), L Lᵀ = H, per token; None where H is the identity
     energy: float  # tr(H W M Wᵀ)
-    problem: Problem | None  # None where nothing is to be solved in it
+    posed: Problem | None  # None where nothing is to be solved in it
+
+    @property
+    def problem(self) -> Problem:
+        """The problem posed in the metric. Raises ValueError where none was."""
+        if self.posed is None:
+            raise ValueError(f"{self.linear}: no problem was posed in its metric")
+        return self.posed
 
     def error(self, approximation: Tensor) -> float:
-        """Relative error of Ŵ (out, in)."""
+        """Measure the relative error of Ŵ (out, in)."""
         return linalg.relative_error(
             self.dense.weight, approximation, self.metric, self.root, self.energy
         )
@@ -95,12 +99,13 @@ class TwoSided(LinearMethod[State]):
         weight, grad_gram, root = dense.weight.double(), None, None
         if self.metric == "two_sided":
             shrink = self.shrink_gram
-            inputs = inputs.shrunk(shrink)
+            inputs = inputs.shrink(shrink)
             grad_gram = stats.gradient_moment(linear, self.shrink_grad_gram)
             root = stats.gradient_root(linear, self.shrink_grad_gram)
         problem = None
         if is_posed:
-            moment = linalg.shrink(stats.gram.double() / stats.tokens, shrink)
+            gram = stats.total(linear, "gram").double() / stats.tokens
+            moment = linalg.shrink(gram, shrink)
             problem = pose(linear, dense.weight, moment, grad_gram)
         energy = inputs.energy(weight if root is None else root.T @ weight)
         return Weighed(linear, dense, inputs, root, energy, problem)
@@ -158,7 +163,9 @@ def stored_size(dense: Dense, numbers: int) -> tuple[int, int]:
     return parameters * dense.dtype.itemsize * 8 + 8 * ((height * width + 7) // 8), parameters
 
 
-def saving(method: str, dense: Dense, settings: Sequence[tuple[dict, int]]) -> list[Candidate]:
+def keep_smaller(
+    method: str, dense: Dense, settings: Sequence[tuple[dict, int]]
+) -> list[Candidate]:
     """Candidates, errors NaN, of (setting, numbers stored) pairs that are smaller than dense in
     bits and in parameters; bits grow.
     """
@@ -192,7 +199,7 @@ def diagonal_errors(problem: Problem, pattern: Pattern, counts: Sequence[int]) -
     ]
 
 
-def screened(
+def screen_curve(
     weighed: Weighed,
     method: str,
     sizes: list[Candidate],
@@ -216,7 +223,7 @@ def screened(
     ):  # the same entries at every size: nothing to go by
         anchors = 4
     if anchors == 0:
-        return falling(weighed, method, sizes, diagonal, screened=True)
+        return drop_matched(weighed, method, sizes, diagonal, screened=True)
     count = len(sizes) if anchors is None else min(anchors, len(sizes))
     places = (
         sorted({round(place) for place in np.linspace(0, len(sizes) - 1, count)}) if sizes else []
@@ -232,10 +239,10 @@ def screened(
         measured.get(place, float(rate) * part)
         for place, (rate, part) in enumerate(zip(rates, diagonal, strict=True))
     ]
-    return falling(weighed, method, sizes, found, screened=anchors is not None)
+    return drop_matched(weighed, method, sizes, found, screened=anchors is not None)
 
 
-def falling(
+def drop_matched(
     weighed: Weighed, method: str, sizes: list[Candidate], errors: Sequence[float], screened: bool
 ) -> Curve:
     """Curve of sizes without those that a smaller one matches."""
@@ -256,8 +263,8 @@ def falling(
 
 
 def store(weighed: Weighed, values: Tensor, mask: Tensor) -> Sparse:
-    """Module of the values (out, in) inside a mask, in the stored dtype, with the bias of the dense
-    linear.
+    """Build the module of the values (out, in) inside a mask, in the stored dtype, with the bias of
+    the dense linear.
     """
     dense = weighed.dense
     height, width = dense.weight.shape

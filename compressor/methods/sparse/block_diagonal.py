@@ -1,12 +1,11 @@
 """A 2:4 core between block-diagonal wrappers, fitted by descent over its three factors: W ≈ A S B.
 
-Problem: min tr(H D M Dᵀ), D = W − A S B, in the coordinates of `coupled` (unit diagonals), over A
+Problem: min tr(H D M Dᵀ), D = W − A S B, in the coordinates of `admm` (unit diagonals), over A
 of blocks b × b, S with two of every four consecutive entries of a row, and B of blocks c × c. Every
 step is the exact minimum of the error, or of an upper bound of it that is tight where it starts, so
 the error never grows.
 
-References: the form is ARMOR's (arXiv 2510.05528), whose Adam steps become least squares here. Card
-"pruning", 6.
+References: the form is ARMOR's (arXiv 2510.05528), whose Adam steps become least squares here.
 
 Steps of one sweep
     wrapper B   block after block: Δ_j = (P_jᵀ H P_j)⁻¹ (Pᵀ H D M)_jj M_jj⁻¹ with P = A S; for A the
@@ -163,7 +162,7 @@ def solvers(inner: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def masks(problem: Problem, factors: Factors) -> Factors:
-    """A better mask, and values on it."""
+    """Choose a better mask, and values on it."""
     inner, pull = seen_by_core(problem, factors)
     coupling = coupled(problem, factors.left)
     limits = bounds(coupling)

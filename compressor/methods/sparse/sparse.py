@@ -5,7 +5,7 @@ References (solver → paper)
     wanda       |W_ij| ‖X_j‖, nothing is updated: Wanda, arXiv 2306.11695
     sparsegpt   optimal-brain-surgeon updates, column by column: SparseGPT, arXiv 2301.00774
     admm        ADMM for the mask, least squares for its values: ALPS, arXiv 2406.07831; see
-                `coupled`
+                `admm`
 
 Glossary
     metric M     second moment of the inputs                         H = 2 X Xᵀ / tokens of
@@ -38,11 +38,11 @@ from compressor.methods.sparse.base import (
     Pattern,
     Patterned,
     Weighed,
+    keep_smaller,
     pattern_count,
     payloads,
     require_divisible,
-    saving,
-    screened,
+    screen_curve,
     store,
 )
 from compressor.plan import Candidate, Curve
@@ -132,18 +132,13 @@ class SparseMethod(Patterned[Prepared]):
     )
 
     solver: Literal["wanda", "sparsegpt", "admm"] = "admm"
-    damping: tuple[Annotated[float, Field(ge=0)], ...] = (
-        0.01,
-        0.1,
-        1.0,
-    )  # `sparsegpt` only: tried in this order
-    block: Annotated[int, Field(ge=8, multiple_of=8)] = (
-        128  # `sparsegpt` only: columns whose mask is chosen together
-    )
+    # `sparsegpt` only: tried in this order
+    damping: tuple[Annotated[float, Field(ge=0)], ...] = (0.01, 0.1, 1.0)
+    # `sparsegpt` only: columns whose mask is chosen together
+    block: Annotated[int, Field(ge=8, multiple_of=8)] = 128
     iterations: Annotated[int, Field(ge=1)] = 15  # `admm` only
-    growth: Annotated[float, Field(ge=1)] = (
-        1.2  # `admm` only: factor of the penalty from one iteration to the next
-    )
+    # `admm` only: factor of the penalty from one iteration to the next
+    growth: Annotated[float, Field(ge=1)] = 1.2
 
     def __post_init__(self):
         if self.solver != "admm" and self.metric != "gram":
@@ -156,25 +151,31 @@ class SparseMethod(Patterned[Prepared]):
             len(dense.weight) if self.pattern == "rows" else 1,
         )
         counts = [fixed] if fixed else [count - count % row for count in payloads(dense, self.step)]
-        return saving(self.name, dense, [({"nonzeros": count}, count) for count in counts if count])
+        return keep_smaller(
+            self.name, dense, [({"nonzeros": count}, count) for count in counts if count]
+        )
 
     def prepare(self, linear: str, dense: Dense, stats: LinearStats) -> Prepared:
+        """Scale the problem min tr(H D M Dᵀ), D = W − Ŵ (out, in), to unit diagonals and find its
+        eigenbases, O(in³ + out³); for SparseGPT, factorise the damped inverse of M besides.
+        """
         require_divisible(self.pattern, dense.weight.shape[1], linear)
         weighed = self.weigh(linear, dense, stats)
         factor, damping = None, None
         if self.solver == "sparsegpt":
-            factor, damping = obs_factor(stats.gram.double() / stats.tokens, self.damping, linear)
+            gram = stats.total(linear, "gram").double() / stats.tokens
+            factor, damping = obs_factor(gram, self.damping, linear)
         return Prepared(weighed, factor, damping)
 
     def candidates(self, state: Prepared) -> Curve:
-        """Screened curve (see `sparsity`); SparseGPT's settings name the damping that it took."""
+        """Screen the sizes (see `base`); SparseGPT's settings name the damping that it took."""
         sizes = self.sizes(state.weighed.dense)
         if state.damping is not None:
             sizes = [
                 replace(size, setting=size.setting | {"damping": state.damping}) for size in sizes
             ]
         counts = [size.setting["nonzeros"] for size in sizes]
-        return screened(
+        return screen_curve(
             state.weighed,
             self.name,
             sizes,
@@ -197,7 +198,7 @@ class SparseMethod(Patterned[Prepared]):
     def solve(self, state: Prepared, counts: list[int]) -> tuple[Tensor, Tensor]:
         """Values and masks (K, out, in) of all sizes, values zero off the mask."""
         problem, weight = state.weighed.problem, state.weighed.dense.weight.double()
-        if self.solver == "sparsegpt":
+        if state.factor is not None:
             alive = problem.gram.diagonal() > 0
             return surgeon(weight * alive, state.factor, self.pattern, counts, self.block)
         project = projection(self.pattern, counts)

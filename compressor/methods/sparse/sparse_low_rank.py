@@ -5,7 +5,7 @@ References (solver → paper)
     oats   truncated SVD and hard thresholding in turn, inputs scaled by their norms: OATS, arXiv
            2409.13652
     admm   both parts within one ADMM loop in the full metric: 3BASiL, arXiv 2603.01376; see
-           `coupled`
+           `admm`
 
 Glossary
     metric M, grad_gram H = L Lᵀ      as in `sparse`; OATS alternates with diag M and the identity
@@ -40,11 +40,11 @@ from compressor.methods.sparse.admm import admm, projection, refit
 from compressor.methods.sparse.base import (
     Patterned,
     Weighed,
+    keep_smaller,
     pattern_count,
     payloads,
     require_divisible,
-    saving,
-    screened,
+    screen_curve,
     store,
 )
 from compressor.plan import Candidate, Curve
@@ -60,16 +60,15 @@ class LowRankPart:
 
     def __init__(self, linear: str, gram: Tensor | None, root: Tensor | None, ranks: list[int]):
         self.linear, self.gram, self.root, self.ranks = linear, gram, root, ranks
-        self.frames: Tensor | None = (
-            None  # (K, out, largest r) U, columns beyond a size's own rank zero
-        )
+        # (K, out, largest r) U, columns beyond a size's own rank zero
+        self.frames: Tensor | None = None
 
     def seen(self, residual: Tensor) -> Tensor:
         """Lᵀ (W − S), (K, out, in)."""
         return residual if self.root is None else self.root.T @ residual
 
     def fit(self, residual: Tensor) -> Tensor:
-        """The best A B (K, out, in) for W − S."""
+        """Fit the best A B (K, out, in) to W − S: K eigenproblems."""
         self.frames = residual.new_zeros(*residual.shape[:2], max(self.ranks))
         for frame, part, rank in zip(self.frames, self.seen(residual), self.ranks, strict=True):
             frame[:, :rank] = linalg.principal_outputs(
@@ -78,8 +77,8 @@ class LowRankPart:
         return self.product(residual)
 
     def follow(self, residual: Tensor) -> Tensor:
-        """A B (K, out, in) after one step of orthogonal iteration from the last frames; the first
-        call is exact.
+        """Take one step of orthogonal iteration from the last frames and return A B (K, out, in);
+        the first call is exact.
         """
         if self.frames is None:
             return self.fit(residual)
@@ -90,7 +89,9 @@ class LowRankPart:
         return self.product(residual)
 
     def factors(self, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """A (K, out, r) and B (K, r, in)."""
+        """Return A (K, out, r) and B (K, r, in) of the last fit."""
+        if self.frames is None:
+            raise ValueError(f"{self.linear}: nothing has been fitted yet")
         down = self.frames.mT @ self.seen(residual)
         up = (
             self.frames
@@ -113,18 +114,14 @@ class SparseLowRankMethod(Patterned[Weighed]):
     paper: ClassVar[str] = "OATS, arXiv 2409.13652; 3BASiL, arXiv 2603.01376"
 
     solver: Literal["oats", "admm"] = "admm"
-    rank_share: Annotated[float, Field(gt=0, lt=1)] = (
-        0.1  # part of the stored numbers in the low-rank pair; at least rank 1
-    )
+    # part of the stored numbers in the low-rank pair; at least rank 1
+    rank_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
     iterations: Annotated[int, Field(ge=1)] = 40
-    growth: Annotated[float, Field(ge=1)] = (
-        1.07  # `admm` only: factor of the penalty from one iteration to the next
-    )
-    rounds: Annotated[int, Field(ge=1)] = (
-        # `admm` only: exact low-rank fits after the loop, each followed by least squares on the
-        # mask
-        2
-    )
+    # `admm` only: factor of the penalty from one iteration to the next
+    growth: Annotated[float, Field(ge=1)] = 1.07
+    # `admm` only: exact low-rank fits after the loop, each followed by least squares on the
+    # mask
+    rounds: Annotated[int, Field(ge=1)] = 2
 
     def __post_init__(self):
         if self.solver == "oats" and self.metric != "gram":
@@ -164,24 +161,27 @@ class SparseLowRankMethod(Patterned[Weighed]):
             if setting
         ]
         sides = sum(dense.weight.shape)
-        return saving(
+        return keep_smaller(
             self.name,
             dense,
             [(setting, setting["nonzeros"] + setting["rank"] * sides) for setting in settings],
         )
 
     def prepare(self, linear: str, dense: Dense, stats: LinearStats) -> Weighed:
+        """Scale the problem min tr(H D M Dᵀ), D = W − S − A B (out, in), to unit diagonals and find
+        its eigenbases, O(in³ + out³).
+        """
         require_divisible(self.pattern, dense.weight.shape[1], linear)
         return self.weigh(linear, dense, stats)
 
     def candidates(self, state: Weighed) -> Curve:
-        """Screened curve (see `sparsity`); the diagonal error is that of the nonzeros at unrounded
+        """Screen the sizes (see `base`); the diagonal error is that of the nonzeros at unrounded
         rank, which is smooth in size.
         """
         sizes, sides = self.sizes(state.dense), sum(state.dense.weight.shape)
         numbers = [size.setting["nonzeros"] + size.setting["rank"] * sides for size in sizes]
         entries = [int(number - self.rank(state.dense, number) * sides) for number in numbers]
-        return screened(
+        return screen_curve(
             state,
             self.name,
             sizes,

@@ -3,8 +3,7 @@ linear makes up for them.
 
 References: OSSCAR, arXiv 2403.12983 (`obs`: backward elimination with a refit); LoRAP, arXiv
 2404.09695 (`lorap`, with the least important 1 % kept); FLAP, arXiv 2312.11983 (`flap`:
-fluctuation); Wanda, arXiv 2306.11695 (`wanda`); TransAct, arXiv 2407.05690 (`transact`). Card
-"pruning", 0.1, 1, 2, 4.2, 4.4.
+fluctuation); Wanda, arXiv 2306.11695 (`wanda`); TransAct, arXiv 2407.05690 (`transact`).
 
 Glossary
     hidden h    (m,) inputs of the consumer (down, fc2); producers (gate, up, gate_up, fc1) write
@@ -16,8 +15,8 @@ Glossary
                 squares of the inputs
         flap    var(h_c) ‖W_down[:, c]‖²                    wanda   E h_c² ‖W_down[:, c]‖²
         transact    E h_c², blind to what the consumer makes of it
-    refit       none, linear (W' of F0.1) or affine (the same on centred inputs, with a bias for
-                what is lost on average)
+    refit       none, linear (W' of `elimination`) or affine (the same on centred inputs, with a
+                bias for what is lost on average)
 
 Differs from the papers: statistics are of the dense model, collected once (OSSCAR and LoRAP go
 block after block). All widths share one elimination; removed channels of LoRAP and FLAP may be
@@ -71,8 +70,10 @@ class Block:
 
 
 def consumer_of(module: str, roles: Mapping[str, Any]) -> str:
-    """Role of the linear that reads the hidden activations. Raises ConfigError for a module that is
-    no feed-forward block.
+    """Find the role of the linear that reads the hidden activations.
+
+    Raises:
+        ConfigError: the module is no feed-forward block.
     """
     found = [role for role in CONSUMERS if role in roles]
     if len(found) != 1 or len(roles) < 2:
@@ -98,13 +99,11 @@ class Channels(Method[Block]):
     refit: Literal["none", "linear", "affine"] = "linear"
     metric: Literal["gram", "two_sided"] = "gram"  # of the consumer's output
     keep_least: bool = False  # keep the least important 1 % as well, as LoRAP does
-    ridge: Annotated[float, Field(ge=0)] = (
-        1e-3  # λ, relative to the mean square of a hidden channel
-    )
+    # λ, relative to the mean square of a hidden channel
+    ridge: Annotated[float, Field(ge=0)] = 1e-3
     shrink_grad_gram: Annotated[float, Field(ge=0, le=1)] = 0.1  # `two_sided` only
-    step: Annotated[int, Field(ge=1)] | None = (
-        None  # widths offered: multiples of it; by default at most 128 of them
-    )
+    # widths offered: multiples of it; by default at most 128 of them
+    step: Annotated[int, Field(ge=1)] | None = None
 
     @property
     def needs(self) -> frozenset[str]:
@@ -124,7 +123,7 @@ class Channels(Method[Block]):
         return [size for size in found if size.bits < bits and size.parameters < parameters]
 
     def size(self, denses: Mapping[str, Dense], consumer: str, width: int) -> Candidate:
-        """What a block of `width` channels stores: small matrices, a mask for each linear,
+        """Count what a block of `width` channels stores: small matrices, a mask for each linear,
         biases.
         """
         bits = parameters = multiply_adds = 0
@@ -152,17 +151,29 @@ class Channels(Method[Block]):
         return Candidate(self.name, {"channels": width}, bits, parameters, math.nan, multiply_adds)
 
     def prepare_unit(self, unit: str, members: Mapping[str, Member]) -> Block:
+        """Order the channels by what their removal costs the consumer y = W h, W (d, m).
+
+        The error of keeping K with the best W' is tr(Lᵀ (W − W') M (W − W')ᵀ L), the sum of the
+        prices tr(Lᵀ W_P V_PP⁻¹ W_Pᵀ L) of what has left, V = M⁻¹ as the removals so far have left
+        it (see `elimination`): M (m, m) the second moment of h, centred where a bias may follow,
+        plus the ridge on its diagonal, L Lᵀ (d, d) that of the output gradients, or I. Scores other
+        than `obs` give the order; without a refit the error is tr(Lᵀ W_P M_PP W_Pᵀ L). One
+        elimination, O(m³ + d m²), serves every width.
+        """
         parts = by_role(members)
         consumer = consumer_of(unit, parts)
         dense, stats = parts[consumer].dense, parts[consumer].stats
         for part in parts.values():
             part.stats.require(part.linear, self.needs)
-        moment, weight, root = stats.gram.double() / stats.tokens, dense.weight.double(), None
+        name, weight, root = parts[consumer].linear, dense.weight.double(), None
+        moment = stats.total(name, "gram").double() / stats.tokens
         ridge = self.ridge * moment.diagonal().mean().item() if self.refit != "none" else 0.0
-        mean = stats.sum.double() / stats.tokens if self.refit == "affine" else None
+        mean = None
+        if self.refit == "affine":
+            mean = stats.total(name, "sum").double() / stats.tokens
         metric = Metric(stats.gram, 1 / stats.tokens, mean, ridge)
         if self.metric == "two_sided":
-            root = stats.gradient_root(parts[consumer].linear, self.shrink_grad_gram)
+            root = stats.gradient_root(name, self.shrink_grad_gram)
             weight = root.T @ weight
         squares = moment.diagonal().clone()
         if mean is not None:
@@ -173,7 +184,7 @@ class Channels(Method[Block]):
             else torch.zeros_like(squares, dtype=torch.bool)
         )
         moment = moment + torch.diag(torch.full_like(squares, ridge)) + torch.diag(dead.double())
-        order, errors = self.eliminated(unit, parts, consumer, weight * ~dead, moment)
+        order, errors = self.order_channels(unit, parts, consumer, weight * ~dead, moment)
         return Block(
             unit,
             parts,
@@ -186,7 +197,7 @@ class Channels(Method[Block]):
             metric.energy(weight),
         )
 
-    def eliminated(
+    def order_channels(
         self,
         module: str,
         parts: Mapping[str, Member],
@@ -194,7 +205,7 @@ class Channels(Method[Block]):
         weight: Tensor,
         moment: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Order in which channels leave, and the error after each."""
+        """Order the channels by removal; return the order and the error after each, both (m,)."""
         what = f"{module}: the moment of the hidden activations"
         linalg.require_finite(moment, what)
         if self.score == "obs" and self.refit != "none":
@@ -210,9 +221,10 @@ class Channels(Method[Block]):
     def scores(
         self, parts: Mapping[str, Member], consumer: str, weight: Tensor, moment: Tensor
     ) -> Tensor:
-        """Worth of every channel, (m,); `obs` without a refit is that of the first step."""
-        stats = parts[consumer].stats
-        squares, norms = stats.gram.diagonal().double() / stats.tokens, weight.square().sum(0)
+        """Score every channel, (m,); `obs` without a refit is that of the first step."""
+        name, stats = parts[consumer].linear, parts[consumer].stats
+        squares = stats.total(name, "gram").diagonal().double() / stats.tokens
+        norms = weight.square().sum(0)
         match self.score:
             case "obs":
                 return norms / torch.cholesky_inverse(torch.linalg.cholesky(moment)).diagonal()
@@ -221,11 +233,14 @@ class Channels(Method[Block]):
             case "wanda":
                 return squares * norms
             case "flap":
-                return (squares - (stats.sum.double() / stats.tokens).square()) * norms
+                return (
+                    squares - (stats.total(name, "sum").double() / stats.tokens).square()
+                ) * norms
         found = norms.sqrt() * squares.sqrt()
         for role, part in parts.items():
             if role != consumer:
-                inputs = (part.stats.gram.diagonal().double() / part.stats.tokens).sqrt()
+                gram = part.stats.total(part.linear, "gram")
+                inputs = (gram.diagonal().double() / part.stats.tokens).sqrt()
                 rows = (part.dense.weight.double() * inputs).norm(
                     dim=1
                 )  # (m,), or (2 m,) where gate and up are one
@@ -244,7 +259,7 @@ class Channels(Method[Block]):
         return Curve(state.module, self.name, tuple(found), bits, parameters, state.energy)
 
     def kept(self, state: Block, width: int) -> Tensor:
-        """Mask (m,) of the channels that stay."""
+        """Mask the channels that stay, (m,)."""
         kept = torch.ones(state.hidden, dtype=torch.bool, device=state.order.device)
         kept[state.order[: state.hidden - width]] = False
         return kept
@@ -264,7 +279,7 @@ class Channels(Method[Block]):
         return modules
 
     def consumer(self, state: Block, dense: Dense, kept: Tensor) -> Pruned:
-        """The linear that reads the kept channels."""
+        """Build the linear that reads the kept channels."""
         weight, bias = dense.weight.double(), dense.bias
         if self.refit == "none":
             return Pruned.of(dense.weight, bias, None, kept, dense.dtype)

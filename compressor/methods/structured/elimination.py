@@ -1,8 +1,7 @@
 """Removing inputs of a linear one after the other, the rest making up for each: the order, and what
 every number of them costs.
 
-References: OSSCAR (arXiv 2403.12983) and Týr-the-Pruner (arXiv 2503.09657); card "pruning", facts
-F0.1 and 4.4.
+References: OSSCAR (arXiv 2403.12983) and Týr-the-Pruner (arXiv 2503.09657).
 
 Glossary (consumer y = W x + b)
     moment H    (in, in) second moment of the inputs, centred where a bias may follow, plus a ridge
@@ -13,14 +12,15 @@ Equations
     refit       W'_K = W_K + W_P H_PK H_KK⁻¹, the best consumer of what is left; as a step: W ← W −
                 W_P s with s = V_PP⁻¹ V_P
     price       tr(W_P V_PP⁻¹ W_Pᵀ) = tr(V_PP⁻¹ S_PP), what removing P adds to the error tr(D H Dᵀ),
-                D = W − W', of the refit:
-                one elimination is the exact curve of all widths
+                D = W − W', of the refit: one elimination is the exact curve of all widths
     step        with V_PP = L Lᵀ, t = L⁻¹ V_P and c = L⁻¹ S_P − ½ (L⁻¹ S_PP L⁻ᵀ) t:  V ← V − tᵀ t,
                 S ← S − tᵀ c − cᵀ t
     panel       the next prices ask for the diagonal blocks of V and S alone, the next step for one
-                more row of blocks. Those are
-                brought up to date at once; the rest waits until PANEL inputs have left and is then
-                one product of matrices
+                more row of blocks. Those are brought up to date at once; the rest waits until p =
+                PANEL inputs have left and is then one product of matrices. With T and C (p, in) the
+                rows t and c of the panel,  V now = V − Tᵀ T  and  S now = S − [T; C]ᵀ [C; T]
+    cost        O(in³) for all removals: 2 p · in for the row that a step asks for, and in² · p for
+                the products that close a panel
     in order    with H = U Uᵀ, U upper triangular, inputs in the order in which they leave: the
                 price of the i-th is ‖(W U)_i‖²
 """
@@ -39,16 +39,24 @@ WHAT = "the moment of the inputs that may leave"
 def eliminate(
     weight: Tensor, moment: Tensor, size: int = 1, order: Tensor | None = None, what: str = WHAT
 ) -> tuple[Tensor, Tensor]:
-    """Order in which groups of `size` consecutive inputs leave, and the error of the refit after
-    each, both (groups,).
+    """Order groups of `size` consecutive inputs by removal, and price each removal.
 
-    weight: W (out, in); moment: H (in, in), positive definite; order: a given order of the groups,
-    or None for the cheapest first. Float64. The last group is never asked for, but has its place.
-    Raises NumericalError that names `what` and the option 'ridge' where the moment is not positive
-    definite.
+    Args:
+        weight: W (out, in), float64.
+        moment: H (in, in), positive definite, float64.
+        size: inputs of a group.
+        order: a given order of the groups (groups,), or None for the cheapest first.
+        what: the moment, for messages.
+
+    Returns:
+        The order, and the error of the refit after each removal, both (groups,). The last group is
+        never asked for, but has its place.
+
+    Raises:
+        NumericalError: the moment is not positive definite; names `what` and the option 'ridge'.
     """
     if order is None:
-        order, costs = removals(weight, moment, size, what=what)
+        order, costs = remove_greedily(weight, moment, size, what=what)
         return order, costs.clamp(min=0).cumsum(0)
     places = places_of(order, size).flip(0)
     factor = linalg.cholesky(
@@ -58,13 +66,12 @@ def eliminate(
     return order, costs.unflatten(0, (len(order), size)).sum(1).cumsum(0)
 
 
-def removals(
+def remove_greedily(
     weight: Tensor, moment: Tensor, size: int = 1, count: int | None = None, what: str = WHAT
 ) -> tuple[Tensor, Tensor]:
-    """The first `count` groups to leave, or all, the cheapest of those left first, and what each
-    costs after those before it.
+    """Order groups greedily by marginal cost, the first `count` to leave or all.
 
-    As `eliminate`.
+    Args as of `eliminate`. Returns the order and the costs, each (count,).
     """
     with torch.inference_mode():  # most steps are short: it makes them a third shorter
         state = (Singles if size == 1 else Elimination)(weight, moment, size, what)
@@ -82,28 +89,20 @@ class Elimination:
     """V and S, both (n, n), as groups leave: only their diagonal blocks are always up to date."""
 
     def __init__(self, weight: Tensor, moment: Tensor, size: int, what: str):
-        self.size, self.what, self.names, self.gone = (
-            size,
-            what,
-            list(range(len(moment) // size)),
-            [],
-        )
-        self.panel, self.count = (
-            max(1, PANEL // size),
-            0,
-        )  # groups that leave before V and S are brought up to date; those that did
-        self.inverse, self.products = (
-            torch.cholesky_inverse(linalg.cholesky(moment, what, "ridge")),
-            weight.T @ weight,
-        )
-        self.inverses, self.squares = (
-            diagonal_blocks(self.inverse, size),
-            diagonal_blocks(self.products, size),
-        )  # up to date
+        self.size, self.what = size, what
+        self.names, self.gone = list(range(len(moment) // size)), list[int]()
+        self.panel = max(
+            1, PANEL // size
+        )  # groups that leave before V and S are brought up to date
+        self.count = 0  # those that did
+        self.inverse = torch.cholesky_inverse(linalg.cholesky(moment, what, "ridge"))  # V
+        self.products = weight.T @ weight  # S
+        self.inverses = diagonal_blocks(self.inverse, size)  # these two are always up to date
+        self.squares = diagonal_blocks(self.products, size)
         self.open()
 
     def open(self) -> None:
-        """An empty panel: t, c and t again of all inputs that leave in it, zero before they do."""
+        """Open an empty panel: t, c and t again of all inputs that leave in it, zero before."""
         height = self.panel * self.size
         self.stack = self.inverse.new_zeros(3 * height, len(self.inverse))
         self.lines = self.stack.unbind()
@@ -115,18 +114,18 @@ class Elimination:
         self.first = self.stack[:height].T  # V − its product with its transpose is up to date
 
     def cheapest(self) -> tuple[int, float]:
-        """The group to leave next, by its name, and its price."""
+        """Find the group to leave next; return its name and its price."""
         prices = torch.linalg.solve(self.inverses, self.squares).diagonal(dim1=1, dim2=2).sum(1)
         prices[self.gone] = torch.inf
         return self.choose(prices)
 
     def choose(self, prices: Tensor) -> tuple[int, float]:
-        self.chosen = prices.argmin().item()
+        self.chosen = int(prices.argmin())
         self.price = prices[self.chosen].item()
         return self.names[self.chosen], self.price
 
     def remove(self) -> None:
-        """The group that was found is removed."""
+        """Remove the group that was found: one row of blocks of V and S, and all diagonal ones."""
         inside = slice(self.chosen * self.size, (self.chosen + 1) * self.size)
         row = self.inverse[inside] - self.first[inside] @ self.first.T
         root = linalg.cholesky(row[:, inside], self.what, "ridge")
@@ -156,7 +155,7 @@ class Elimination:
             self.open()
 
     def pack(self) -> None:
-        """Smaller matrices, without what has left."""
+        """Drop what has left from both matrices."""
         left = sorted(set(range(len(self.names))) - set(self.gone))
         groups = torch.tensor(left, dtype=torch.long, device=self.inverse.device)
         places = places_of(groups, self.size)
@@ -167,8 +166,8 @@ class Elimination:
 
 
 class Singles(Elimination):
-    """The same for groups of one input, in fewer and cheaper operations: for small models, those
-    are what takes the time.
+    """Elimination of single inputs, in fewer and cheaper operations: on small models these take
+    the time.
     """
 
     def __init__(self, weight: Tensor, moment: Tensor, size: int, what: str):
@@ -209,7 +208,7 @@ class Singles(Elimination):
 
 
 def diagonal_blocks(matrix: Tensor, size: int) -> Tensor:
-    """(groups, size, size) from (in, in)."""
+    """Copy the diagonal blocks (groups, size, size) of a matrix (in, in)."""
     groups = len(matrix) // size
     return (
         matrix.reshape(groups, size, groups, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone()
@@ -217,20 +216,20 @@ def diagonal_blocks(matrix: Tensor, size: int) -> Tensor:
 
 
 def product_blocks(one: Tensor, two: Tensor, size: int) -> Tensor:
-    """Diagonal blocks of oneᵀ two, (groups, size, size), from two matrices (k, in)."""
+    """Compute the diagonal blocks (groups, size, size) of oneᵀ two, matrices (k, in)."""
     return one.unflatten(1, (-1, size)).permute(1, 2, 0) @ two.unflatten(1, (-1, size)).transpose(
         0, 1
     )
 
 
 def places_of(order: Tensor, size: int) -> Tensor:
-    """Inputs in the order in which their groups leave, (in,)."""
+    """List inputs in the order in which their groups leave, (in,)."""
     return (order[:, None] * size + torch.arange(size, device=order.device)).flatten()
 
 
 def dropped_errors(weight: Tensor, moment: Tensor, order: Tensor, size: int = 1) -> Tensor:
-    """tr(W_P H_PP W_Pᵀ) after each group of a given order has left and nothing makes up for it,
-    (groups,).
+    """Compute tr(W_P H_PP W_Pᵀ) after each group of a given order has left and nothing makes up
+    for it, (groups,).
     """
     places = places_of(order, size)
     coupled = (weight.T @ weight * moment)[places][:, places]
@@ -238,7 +237,13 @@ def dropped_errors(weight: Tensor, moment: Tensor, order: Tensor, size: int = 1)
 
 
 def refit(weight: Tensor, moment: Tensor, kept: Tensor) -> Tensor:
-    """W' (out, in): the best consumer of the kept inputs, zero elsewhere. kept: boolean (in,)."""
+    """Compute W' (out, in), the best consumer of the kept inputs, zero elsewhere.
+
+    Args:
+        weight: W (out, in).
+        moment: H (in, in).
+        kept: (in,) bool.
+    """
     factor = torch.linalg.cholesky(moment[kept][:, kept])
     found = torch.zeros_like(weight)
     found[:, kept] = torch.cholesky_solve((weight @ moment[:, kept]).T, factor).T

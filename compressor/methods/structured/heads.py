@@ -3,7 +3,7 @@ for what it can.
 
 References: value and output projections as one module, MoDeGPT (arXiv 2408.09632); heads by
 output-aware elimination, OSSCAR (arXiv 2403.12983); by the norm of their activations, TransAct
-(arXiv 2407.05690). Card "pruning", 0.2, 2, 4.4, 4.5.
+(arXiv 2407.05690).
 
 Glossary (k key–value heads, each serving g query heads; hd = head_dim; mixed values z (k · g · hd,)
 are the inputs of o_proj)
@@ -58,8 +58,10 @@ class Shape:
 
 
 def shape_of(module: str, parts: Mapping[str, Member], roles: tuple[str, ...]) -> Shape:
-    """Layout from shapes. Raises ConfigError naming the module if projections are fused or missing,
-    or heads are not known.
+    """Read the layout of heads off the shapes of projections.
+
+    Raises:
+        ConfigError: projections are fused or missing, or heads are not known; names the module.
     """
     few, many = ("k", "q") if "q" in roles else ("v", "o")
     if not set(roles) <= parts.keys():
@@ -96,9 +98,9 @@ class Mixed:
     energy: float
 
 
-def rearranged(shape: Shape) -> Tensor:
-    """Inputs of o_proj in the order (key–value head, dimension, query head), in which a unit is a
-    run of inputs.
+def order_inputs(shape: Shape) -> Tensor:
+    """List the inputs of o_proj in the order (key–value head, dimension, query head), in which
+    those that leave at once are neighbours, (k · g · hd,).
     """
     return (
         torch.arange(shape.kv * shape.group * shape.dim)
@@ -108,20 +110,21 @@ def rearranged(shape: Shape) -> Tensor:
     )
 
 
-def unchanged(shape: Shape, like: Tensor) -> Tensor:
-    """The basis that heads have, (k, hd, hd)."""
+def identity_basis(shape: Shape, like: Tensor) -> Tensor:
+    """Return the basis that heads have, (k, hd, hd)."""
     return torch.eye(shape.dim, dtype=torch.float64, device=like.device).expand(shape.kv, -1, -1)
 
 
 @dataclass(frozen=True)
 class _Values(Method[Mixed]):
-    """What value dimensions and whole heads have in common."""
+    """Abstract removal of inputs of o_proj with the values that write them: a score, an order, a
+    refit.
+    """
 
     score: Literal["obs", "transact"] = "obs"
     metric: Literal["gram", "two_sided"] = "gram"  # of the output of o_proj
-    ridge: Annotated[float, Field(gt=0)] = (
-        1e-3  # on the change of o_proj, relative to the mean square of its inputs
-    )
+    # on the change of o_proj, relative to the mean square of its inputs
+    ridge: Annotated[float, Field(gt=0)] = 1e-3
     shrink_grad_gram: Annotated[float, Field(ge=0, le=1)] = 0.1  # `two_sided` only
 
     roles: ClassVar[tuple[str, ...]]  # of its members
@@ -131,17 +134,20 @@ class _Values(Method[Mixed]):
         return frozenset({"gram"} | ({"grad_gram"} if self.metric == "two_sided" else set()))
 
     @abstractmethod
-    def size_of_unit(self, shape: Shape) -> int:
-        """Inputs of o_proj that leave at once."""
+    def inputs_at_once(self, shape: Shape) -> int:
+        """Count the inputs of o_proj that leave at once."""
 
     @abstractmethod
     def basis(self, shape: Shape, output: Tensor, moment: Tensor) -> Tensor:
-        """(k, hd, hd) change of basis of each head's values. output: o_proj (d, inputs), outputs
-        weighed; moment: of its inputs.
+        """Choose the basis of each head's values, (k, hd, hd).
+
+        Args:
+            output: Lᵀ O (d, k · g · hd), o_proj with weighed outputs.
+            moment: M (k · g · hd, k · g · hd), second moment of its inputs.
         """
 
     def units(self, shape: Shape) -> int:
-        return shape.kv * shape.group * shape.dim // self.size_of_unit(shape)
+        return shape.kv * shape.group * shape.dim // self.inputs_at_once(shape)
 
     def sizes_of_unit(self, members: Mapping[str, Member]) -> list[Candidate]:
         parts = by_role(members)
@@ -152,7 +158,7 @@ class _Values(Method[Mixed]):
 
     def size(self, parts: Mapping[str, Member], shape: Shape, kept: int) -> Candidate:
         bits = parameters = multiply_adds = 0
-        share = kept * self.size_of_unit(shape) / (shape.kv * shape.group * shape.dim)
+        share = kept * self.inputs_at_once(shape) / (shape.kv * shape.group * shape.dim)
         for role, part in parts.items():
             dense = part.dense
             height, width = dense.weight.shape
@@ -163,12 +169,21 @@ class _Values(Method[Mixed]):
         return Candidate(self.name, {self.name: kept}, bits, parameters, math.nan, multiply_adds)
 
     def prepare_unit(self, unit: str, members: Mapping[str, Member]) -> Mixed:
+        """Order the units by what their removal costs.
+
+        With z the inputs of o_proj (d, k · g · hd), M their second moment and F = L Lᵀ that of the
+        output gradients, or I: change the basis of every head to z' = B z (see `basis`), which
+        leaves O z = (O B⁻¹) z' as it is, and eliminate inputs of O B⁻¹ under
+        B M Bᵀ + ridge · mean(diag) · I. The error of keeping K is the sum of the prices
+        tr(Lᵀ O_P V_PP⁻¹ O_Pᵀ L) of what has left (see `elimination`). One elimination,
+        O((k g hd)³), serves every size.
+        """
         parts = by_role(members)
         shape = shape_of(unit, parts, self.roles)
         for part in parts.values():
             part.stats.require(part.linear, self.needs)
         output, stats, root = parts["o"].dense.weight.double(), parts["o"].stats, None
-        moment = stats.gram.double() / stats.tokens
+        moment = stats.total(parts["o"].linear, "gram").double() / stats.tokens
         what = f"{unit}: the moment of the mixed values"
         linalg.require_finite(moment, what)
         weighed = output
@@ -177,16 +192,18 @@ class _Values(Method[Mixed]):
             weighed = root.T @ output
         energy = Metric(moment).energy(weighed)
         basis = (
-            self.basis(shape, weighed, moment) if self.score == "obs" else unchanged(shape, output)
+            self.basis(shape, weighed, moment)
+            if self.score == "obs"
+            else identity_basis(shape, output)
         )
         whole = torch.block_diag(*basis.repeat_interleave(shape.group, 0))  # z' = whole · z
         inverse = torch.linalg.inv(whole)
         output, moment = output @ inverse, whole @ moment @ whole.T
-        places, order = rearranged(shape).to(output.device), None
+        places, order = order_inputs(shape).to(output.device), None
         if self.score == "transact":
             order = (
                 moment.diagonal()[places]
-                .view(-1, self.size_of_unit(shape))
+                .view(-1, self.inputs_at_once(shape))
                 .sum(1)
                 .argsort(stable=True)
             )
@@ -194,7 +211,7 @@ class _Values(Method[Mixed]):
         moment = moment + level * torch.eye(len(moment)).to(moment)
         weighed = (output if root is None else root.T @ output)[:, places]
         order, errors = eliminate(
-            weighed, moment[places][:, places], self.size_of_unit(shape), order, what
+            weighed, moment[places][:, places], self.inputs_at_once(shape), order, what
         )
         return Mixed(unit, parts, shape, basis, output, moment, root, order, errors, energy)
 
@@ -212,12 +229,12 @@ class _Values(Method[Mixed]):
         return Curve(state.module, self.name, tuple(found), bits, parameters, state.energy)
 
     def kept(self, state: Mixed, setting: dict[str, Any]) -> Tensor:
-        """Mask of the inputs of o_proj that stay, (k · g · hd,)."""
+        """Mask the inputs of o_proj that stay, (k · g · hd,)."""
         units = torch.ones(self.units(state.shape), dtype=torch.bool, device=state.order.device)
         units[state.order[: len(units) - setting[self.name]]] = False
         kept = torch.zeros(len(state.moment), dtype=torch.bool, device=units.device)
-        kept[rearranged(state.shape).to(units.device)] = units.repeat_interleave(
-            self.size_of_unit(state.shape)
+        kept[order_inputs(state.shape).to(units.device)] = units.repeat_interleave(
+            self.inputs_at_once(state.shape)
         )
         return kept
 
@@ -269,10 +286,14 @@ class ValueDims(_Values):
     unit: ClassVar[str] = "vo"
     roles: ClassVar[tuple[str, ...]] = ("v", "o")
 
-    def size_of_unit(self, shape: Shape) -> int:
+    def inputs_at_once(self, shape: Shape) -> int:
         return shape.group
 
     def basis(self, shape: Shape, output: Tensor, moment: Tensor) -> Tensor:
+        """Diagonalise values and outputs of each head together: with K = Σ_j O_jᵀ F O_j = L Lᵀ over
+        its query heads and M the mean of their moments, B = Eᵀ Lᵀ, E the eigenvectors of Lᵀ M L.
+        Costs k eigenproblems of size hd.
+        """
         found = []
         size = shape.group * shape.dim
         for start in range(0, shape.kv * size, size):
@@ -280,7 +301,9 @@ class ValueDims(_Values):
                 slice(start + j * shape.dim, start + (j + 1) * shape.dim)
                 for j in range(shape.group)
             ]
-            seen = sum(output[:, head].T @ output[:, head] for head in heads)
+            seen = sum(
+                (output[:, head].T @ output[:, head] for head in heads), moment.new_zeros(())
+            )
             seen = linalg.shrink(seen, 1e-9) + torch.finfo(torch.float64).tiny * torch.eye(
                 shape.dim
             ).to(seen)
@@ -304,8 +327,8 @@ class Heads(_Values):
     unit: ClassVar[str] = "attention"
     roles: ClassVar[tuple[str, ...]] = ("q", "k", "v", "o")
 
-    def size_of_unit(self, shape: Shape) -> int:
+    def inputs_at_once(self, shape: Shape) -> int:
         return shape.group * shape.dim
 
     def basis(self, shape: Shape, output: Tensor, moment: Tensor) -> Tensor:
-        return unchanged(shape, output)
+        return identity_basis(shape, output)

@@ -1,6 +1,6 @@
 """Rotary pairs of queries and keys: those that add least to attention logits are removed.
 
-Reference: MoDeGPT (arXiv 2408.09632), its CR step with rotary embeddings. Card "pruning", 0, 4.5.
+Reference: MoDeGPT (arXiv 2408.09632), its CR step with rotary embeddings.
 
 Glossary (k key–value heads, each serving query heads j; hd = head_dim)
     pair    dimensions i and i' = i + hd / 2, which rotary embeddings turn into each other: they
@@ -75,6 +75,9 @@ class RotaryPairs(Method[Scored]):
         return Candidate(self.name, {"pairs": kept}, bits, parameters, math.nan, multiply_adds)
 
     def prepare_unit(self, unit: str, members: Mapping[str, Member]) -> Scored:
+        """Score every pair: Σ_j (E q_i² + E q_i'²) (E k_i² + E k_i'²), E q² = diag(W M Wᵀ) with
+        W (outputs, in) and M the second moment of the inputs. Costs one product W M each.
+        """
         parts = by_role(members)
         shape = shape_of(unit, parts, ("q", "k"))
         energies = []
@@ -118,7 +121,10 @@ class RotaryPairs(Method[Scored]):
         return modules
 
     def measure_unit(self, state: Scored, modules: Mapping[str, Approximation]) -> float:
-        rows = modules[state.parts["k"].linear].places("rows")
+        keys = modules[state.parts["k"].linear]
+        if not isinstance(keys, Pruned):
+            raise TypeError(f"{self.name} measures the modules that it builds")
+        rows = keys.places("rows")
         kept = torch.zeros(state.shape.kv * state.shape.dim, dtype=torch.bool, device=rows.device)
         kept[rows] = True
         kept = kept.view(state.shape.kv, 2, state.shape.dim // 2)[:, 0]

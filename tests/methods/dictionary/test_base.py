@@ -24,7 +24,7 @@ from compressor.methods.dictionary.base import (
     start_errors,
     store,
     stored_size,
-    unwhitened,
+    unwhiten,
 )
 from compressor.methods.dictionary.sparse_coding import project_columns
 from compressor.plan import Candidate
@@ -105,7 +105,7 @@ def test_coordinates_are_the_codes_of_an_orthonormal_dictionary(kind):
     )
     original = torch.linalg.solve(whitener(case), orthonormal)
     torch.testing.assert_close(
-        unwhitened(basis, torch.eye(len(basis.values))).T, original, rtol=1e-6, atol=1e-6
+        unwhiten(basis, torch.eye(len(basis.values))).T, original, rtol=1e-6, atol=1e-6
     )
 
 
@@ -212,7 +212,7 @@ def test_14_all_codes_kept_is_the_truncated_svd(kind):
         assert error == pytest.approx(ranks[rank], rel=1e-7)
     full = len(basis.values)
     torch.testing.assert_close(
-        coded(basis, full, full).T @ unwhitened(basis, torch.eye(full)),
+        coded(basis, full, full).T @ unwhiten(basis, torch.eye(full)),
         basis.weight,
         rtol=1e-6,
         atol=1e-6,

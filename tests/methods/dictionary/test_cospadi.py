@@ -14,7 +14,7 @@ from compressor.files.model_folder import resolve
 from compressor.linears import Dense
 from compressor.methods import build
 from compressor.methods.dictionary.base import basis_of, fitted_error, start_errors
-from compressor.methods.dictionary.cospadi import alternate, leading_codes, revived
+from compressor.methods.dictionary.cospadi import alternate, leading_codes, revive_atoms
 from compressor.methods.dictionary.sparse_coding import project_columns
 from compressor.models.load import load
 from compressor.statistics import LinearStats
@@ -64,9 +64,9 @@ def test_planted_dictionaries_are_recovered():
 def test_atoms_that_no_code_uses_point_at_the_worst_targets():
     target = torch.tensor([[1.0, 0.0, 0.0], [0.0, 5.0, 2.0]])
     codes = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
-    atoms = revived(torch.tensor([[1.0, 0.0], [0.0, 0.0]]), codes, target)
+    atoms = revive_atoms(torch.tensor([[1.0, 0.0], [0.0, 0.0]]), codes, target)
     assert atoms.tolist() == [[1.0, 0.0], [0.0, 5.0]]
-    assert revived(atoms, torch.ones(2, 3), target) is atoms
+    assert revive_atoms(atoms, torch.ones(2, 3), target) is atoms
 
 
 @pytest.mark.parametrize("kind", ["square", "tall"])

@@ -137,7 +137,7 @@ def test_the_dictionary_is_the_least_squares_one_and_rounds_never_lose_to_the_st
 def test_the_best_round_is_kept_when_coding_goes_astray(monkeypatch):
     state = build("geopair", {}).prepare_unit("pair", pair())
     wanted = build("geopair", {"rounds": 0}).fit(state, 7, 3)
-    coded = geopair.coded
+    coded = geopair.code_columns
     monkeypatch.setattr(
         geopair,
         "coded",

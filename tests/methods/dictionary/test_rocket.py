@@ -18,7 +18,7 @@ from compressor.linears import Dense
 from compressor.linears.masks import unpack_mask
 from compressor.methods import build
 from compressor.methods.dictionary.base import Basis, best_dictionary, fitted_error
-from compressor.methods.dictionary.rocket import adam_refined, reactivated
+from compressor.methods.dictionary.rocket import reactivate, refine_with_adam
 
 SETTING = {"atoms": 14, "nonzeros": 6}
 SHAPES = ["square", "tall", "wide"]
@@ -59,17 +59,17 @@ def test_reactivation_by_hand():
     both are in the first column.
     """
     scores = torch.tensor([[9.0, 3.0], [8.0, 2.0], [7.0, 1.0], [0.0, 0.0]])
-    assert reactivated(scores, 2, 0.25).int().tolist() == [[1, 1], [1, 0], [1, 0], [0, 0]]
-    assert reactivated(scores, 2, 0.0).int().tolist() == [[1, 1], [1, 1], [0, 0], [0, 0]]
-    assert reactivated(scores, 2, 1.0).int().tolist() == [[1, 1], [1, 0], [1, 0], [0, 0]]
-    assert reactivated(scores, 4, 0.1).all()
+    assert reactivate(scores, 2, 0.25).int().tolist() == [[1, 1], [1, 0], [1, 0], [0, 0]]
+    assert reactivate(scores, 2, 0.0).int().tolist() == [[1, 1], [1, 1], [0, 0], [0, 0]]
+    assert reactivate(scores, 2, 1.0).int().tolist() == [[1, 1], [1, 0], [1, 0], [0, 0]]
+    assert reactivate(scores, 4, 0.1).all()
 
 
 def test_every_column_keeps_almost_its_share_and_all_together_exactly():
     scores = torch.rand(40, 50, generator=torch.Generator().manual_seed(0)) * torch.logspace(
         0, 1, 50
     )
-    counts = reactivated(scores, 12, 0.05).sum(0)
+    counts = reactivate(scores, 12, 0.05).sum(0)
     assert counts.sum() == 12 * 50
     assert counts.min() == 10 and counts.max() > 12  # ⌈0.05 · 40⌉ = 2 given up
     method, state = prepared("tall")
@@ -103,8 +103,8 @@ def test_without_exponent_and_margin_no_mask_is_better():
 def test_constants_of_columns_change_nothing_without_a_margin():
     scores = torch.rand(9, 20, generator=torch.Generator().manual_seed(0))
     constants = torch.rand(20, generator=torch.Generator().manual_seed(1)) + 0.1
-    assert torch.equal(reactivated(scores, 4, 0.0), reactivated(scores * constants, 4, 0.0))
-    assert not torch.equal(reactivated(scores, 4, 0.2), reactivated(scores * constants, 4, 0.2))
+    assert torch.equal(reactivate(scores, 4, 0.0), reactivate(scores * constants, 4, 0.0))
+    assert not torch.equal(reactivate(scores, 4, 0.2), reactivate(scores * constants, 4, 0.2))
 
 
 @pytest.mark.parametrize("kind", SHAPES)
@@ -212,7 +212,7 @@ def test_refinement_is_adam_on_the_relative_error():
         optimiser.zero_grad()
         ((target - free.T @ (sparse * mask)).square().sum() / target.square().sum()).backward()
         optimiser.step()
-    found = adam_refined(state.coordinates, codes, mask, atoms, 7, 1e-3)
+    found = refine_with_adam(state.coordinates, codes, mask, atoms, 7, 1e-3)
     torch.testing.assert_close(found, sparse.detach() * mask, rtol=1e-6, atol=1e-9)
     assert fitted_error(found, state.coordinates.T) < fitted_error(codes, state.coordinates.T)
 

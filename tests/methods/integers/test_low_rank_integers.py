@@ -18,7 +18,7 @@ from compressor.errors import ConfigError
 from compressor.linalg import Metric
 from compressor.linears import Chained
 from compressor.methods import build
-from compressor.methods.integers.low_rank_integers import balanced, refit
+from compressor.methods.integers.low_rank_integers import balance_down, refit
 
 EXACT = 1e-9  # relative, float64 identities
 SCREENED = 0.1  # relative, of an interpolated error
@@ -31,9 +31,9 @@ def prepared(case: cases.Case, **options):
 
 def up_factor(state, rank: int) -> Tensor:
     """Up factor (out, r) that belongs to the down factor before it is rounded."""
-    return refit(state.factors.dense.weight, balanced(state.factors)[:rank], state.factors.metric)[
-        0
-    ]
+    return refit(
+        state.factors.dense.weight, balance_down(state.factors)[:rank], state.factors.metric
+    )[0]
 
 
 def second_moment(state, down: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ def test_the_refit_is_never_worse_than_the_factor_it_replaces(kind):
 def test_the_down_factor_of_a_rank_is_the_beginning_of_that_of_full_rank(solver):
     case = cases.make("wide")
     method, state = prepared(case, solver=solver)
-    exact = balanced(state.factors)
+    exact = balance_down(state.factors)
     alone = method.round(
         "linear", replace(case.dense, weight=exact[:7]), state.factors.metric, None, 11
     ).module

@@ -106,7 +106,7 @@ def test_the_two_sided_residual_is_the_best_where_outputs_count():
         metric: residual.fit("linear", case.dense, base, case.stats, metric)
         for metric in ("gram", "two_sided")
     }
-    moment = linalg.Metric(case.stats.gram, 1 / case.stats.tokens).shrunk(0.01)
+    moment = linalg.Metric(case.stats.gram, 1 / case.stats.tokens).shrink(0.01)
     root = fits["two_sided"].root
 
     def damage(made):

@@ -15,7 +15,7 @@ from compressor.errors import ConfigError
 from compressor.linears import Dense, Wrapped
 from compressor.methods import build
 from compressor.methods.sparse.admm import Problem, projection
-from compressor.methods.sparse.armor import divisor, first, identity
+from compressor.methods.sparse.armor import choose_core, divisor, identity
 from compressor.methods.sparse.block_diagonal import (
     Factors,
     bounds,
@@ -190,7 +190,7 @@ def test_the_bound_of_the_mask_step_is_one():
 
 def test_starts_from_the_better_of_wanda_and_admm():
     problem, _, wanda = posed(cases.correlated(), metric="gram")
-    core, mask, lost = first(problem)
+    core, mask, lost = choose_core(problem)
     assert (
         lost == problem.error(core) < 0.7 * error(problem, wanda)
         and (mask.view(-1, 4).sum(1) == 2).all()

@@ -11,7 +11,7 @@ from compressor.methods.structured.elimination import (
     dropped_errors,
     eliminate,
     refit,
-    removals,
+    remove_greedily,
 )
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
@@ -124,7 +124,7 @@ def test_panels_give_the_order_and_the_errors_of_one_at_a_time(size, condition):
 def test_the_first_groups_are_those_of_the_whole_order(size):
     weight, moment = case(13)
     order, errors = eliminate(weight, moment, size)
-    found, costs = removals(weight, moment, size, 3)
+    found, costs = remove_greedily(weight, moment, size, 3)
     assert torch.equal(found, order[:3])
     torch.testing.assert_close(costs.cumsum(0), errors[:3])
     torch.testing.assert_close(eliminate(weight, moment, size, order)[1], errors, **EXACT)
