@@ -33,6 +33,12 @@ USERS_FILES = {"recipe.yaml": "examples/own-text.yaml"}  # what stands in for a 
 SWEEP_SECTIONS = {"base", "grid", "zip", "runs"}
 WORKFLOW = ROOT / "examples" / "quality-gate.yml"
 PROGRAM = typer.main.get_command(app)
+HOUSEKEEPING = [
+    *sorted((ROOT / ".github").rglob("*.yml")),
+    *(ROOT / name for name in (".pre-commit-config.yaml", "CITATION.cff", "mkdocs.yml")),
+]
+EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+RECIPES = [path for path in EXAMPLES if path.name != "sweep.yaml"]
 
 
 def check_command(words: list[str]) -> None:
@@ -179,15 +185,45 @@ def test_the_workflow_installs_the_package_and_its_commands_parse():
             check_command(words)
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name
-)
+@pytest.mark.parametrize("path", HOUSEKEEPING, ids=lambda path: path.name)
+def test_housekeeping_is_valid_yaml_and_names_targets_of_make(path):
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for job in content.get("jobs", {}).values():
+        for step in job["steps"]:
+            for words in Block(path, 1, "sh", step.get("run", ""), runs=False).commands:
+                check_command(words)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_examples_are_valid(path, tmp_path):
     text = path.read_text(encoding="utf-8")
     check_yaml(text, tmp_path / "example.yaml")
     for line in text.splitlines():
         if line.startswith("#   compressor"):
             check_command(line.removeprefix("#").split())
+
+
+SMALL = {
+    "calibration.windows": "8",
+    "calibration.length": "64",
+    "calibration.batch_size": "4",
+    "evaluation.windows": "2",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_example_recipes_run(path, tmp_path):
+    """On few and short windows, which changes no method and no allocation."""
+    sets = [word for key, value in SMALL.items() for word in ("--set", f"{key}={value}")]
+    program = [sys.executable, "-m", "compressor", "compress", "reference", tmp_path / "out"]
+    ended = subprocess.run(
+        [*program, "-c", path, *sets, "--quiet"], capture_output=True, text=True, timeout=1200
+    )
+    assert ended.returncode == 0, ended.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert 0 < report["kl"] < 5
+    assert report["kept"]["targets"] < 0.85
 
 
 def runnable() -> list[Path]:
