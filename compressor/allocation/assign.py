@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from compressor.errors import ConfigError
 from compressor.methods import build
@@ -67,7 +69,7 @@ class Group:
     tied: bool  # whether apart from these only equal methods and settings are allowed
 
 
-def assign(recipe: Recipe, model: torch.nn.Module) -> dict[str, Assignment]:
+def assign(recipe: Recipe, model: PreTrainedModel) -> dict[str, Assignment]:
     """Give each targeted linear to the first entry of the recipe that selects it.
 
     Raises ConfigError if an entry selects nothing or has no method for a linear, or if the
@@ -80,10 +82,9 @@ def assign(recipe: Recipe, model: torch.nn.Module) -> dict[str, Assignment]:
     assignments = {}
     for name, info in linears(model, [entry.targets for entry, _ in entries]).items():
         entry, methods = next(pair for pair in entries if selects(pair[0].targets, info))
+        weight: Tensor = info.module.weight  # type: ignore[assignment]  # of a linear or a Conv1D
         dtype = (
-            info.module.weight.dtype
-            if recipe.output.dtype == "auto"
-            else getattr(torch, recipe.output.dtype)
+            weight.dtype if recipe.output.dtype == "auto" else getattr(torch, recipe.output.dtype)
         )
         alone, shared = [], []
         for engine, method in zip(entry.candidates, methods, strict=True):
@@ -151,7 +152,7 @@ def groups(recipe: Recipe, assignments: dict[str, Assignment]) -> dict[str, Grou
             "allocation.tie and allocation.limits need allocation.kind 'knapsack', not "
             f"'{recipe.allocation.kind}'"
         )
-    wanted = {
+    wanted: set[str] = {
         kind for entry in recipe.method for engine in entry.candidates for kind in engine.share
     }
     wanted |= {

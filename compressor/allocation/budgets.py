@@ -62,14 +62,13 @@ def divide(recipe: Recipe, assignments: Mapping[str, Assignment], other_bytes: i
             )
         whole = sum(assignment.bits for assignment in assignments.values())
         return [(names, Budget("bits", min(1.0, left / whole)))]
-    if section.kind == "fixed":
-        return [(names, Budget(section.count, 1.0))]
-    if not isinstance(section.keep, dict):
-        return [(names, Budget(section.count, section.keep))]
-    selected: dict[str, list[str]] = {pattern: [] for pattern in section.keep}
+    keep = section.keep
+    if not isinstance(keep, dict):
+        return [(names, Budget(section.count, 1.0 if keep is None else keep))]
+    selected: dict[str, list[str]] = {pattern: [] for pattern in keep}
     for name in names:
         info = assignments[name].info
-        pattern = next((pattern for pattern in section.keep if selects(pattern, info)), None)
+        pattern = next((pattern for pattern in keep if selects(pattern, info)), None)
         if pattern is None:
             raise ConfigError(f"allocation.keep has no entry for {name}; add a last entry '*'")
         selected[pattern].append(name)
@@ -78,8 +77,7 @@ def divide(recipe: Recipe, assignments: Mapping[str, Assignment], other_bytes: i
             f"allocation.keep: '{empty[0]}' selects no target that an earlier entry has not taken"
         )
     return [
-        (members, Budget(section.count, section.keep[pattern]))
-        for pattern, members in selected.items()
+        (members, Budget(section.count, keep[pattern])) for pattern, members in selected.items()
     ]
 
 

@@ -1,5 +1,4 @@
-"""What each linear could have been: error against size for every method that competed, thinned to a
-few points, for reports.
+"""Curves of the methods that competed for each linear, thinned to a few points, for reports.
 
 curves.json of a checkpoint: {"curves": [{linear, members, method, kept, error, ranks, spectrum},
 …]}. kept: fractions of the dense bits, growing; error: the predicted one, in the metric of the
@@ -11,28 +10,31 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from compressor.allocation.decompose import Decomposition
-from compressor.plan import Curve
+from compressor.plan import Candidate, Curve
 
 POINTS = 16  # of a curve, at most
 DIGITS = 4  # significant
 
 
-def summary(found: Mapping[str, Iterable[Decomposition]]) -> list[dict[str, Any]]:
-    """The curves of a run, JSON values."""
-    parts = [part for parts in found.values() for part in parts if part.curve.candidates]
-    return [outline(part.curve, list(part.members)) for part in parts]
+def summarise(decompositions: Mapping[str, Iterable[Decomposition]]) -> list[dict[str, Any]]:
+    """Describe the curves of a run, JSON values."""
+    parts = [part for parts in decompositions.values() for part in parts if part.curve.candidates]
+    return [thin(part.curve, list(part.members)) for part in parts]
 
 
-def outline(curve: Curve, members: Sequence[str]) -> dict[str, Any]:
-    """One curve: the candidates that no smaller one beats, thinned evenly, ends included."""
-    best = []
+def thin(curve: Curve, members: Sequence[str]) -> dict[str, Any]:
+    """Describe one curve by the candidates that no smaller one beats, thinned evenly.
+
+    Both ends are included.
+    """
+    best: list[Candidate] = []
     for candidate in sorted(
         curve.candidates, key=lambda candidate: (candidate.bits, candidate.error)
     ):
         if not best or candidate.error < best[-1].error:
             best.append(candidate)
     shown = [best[index] for index in evenly(len(best))]
-    found = {
+    outline: dict[str, Any] = {
         "linear": curve.linear,
         "members": list(members),
         "method": curve.method,
@@ -41,12 +43,15 @@ def outline(curve: Curve, members: Sequence[str]) -> dict[str, Any]:
     }
     if curve.spectrum:
         ranks = geometrically(len(curve.spectrum))
-        found |= {"ranks": ranks, "spectrum": [rounded(curve.spectrum[rank - 1]) for rank in ranks]}
-    return found
+        outline |= {
+            "ranks": ranks,
+            "spectrum": [rounded(curve.spectrum[rank - 1]) for rank in ranks],
+        }
+    return outline
 
 
 def evenly(count: int) -> list[int]:
-    """At most POINTS indices of 0 … count − 1, the first and the last among them.
+    """Return at most POINTS indices of 0 … count − 1, the first and the last among them.
 
     >>> evenly(3), evenly(31)[:3]
     ([0, 1, 2], [0, 2, 4])
@@ -56,7 +61,7 @@ def evenly(count: int) -> list[int]:
 
 
 def geometrically(count: int) -> list[int]:
-    """At most POINTS numbers of 1 … count, dense at the beginning.
+    """Return at most POINTS numbers of 1 … count, dense at the beginning.
 
     >>> geometrically(4), geometrically(1000)[:4], geometrically(1000)[-1]
     ([1, 2, 3, 4], [1, 2, 3, 4], 1000)
@@ -65,10 +70,11 @@ def geometrically(count: int) -> list[int]:
 
 
 def rounded(value: float) -> float:
+    """Round to the digits that reports show."""
     return float(f"{value:.{DIGITS}g}")
 
 
 def to_json(curves: Sequence[Mapping[str, Any]]) -> str:
-    """Text of curves.json, one line for each curve."""
+    """Render curves.json, one line for each curve."""
     lines = ",\n".join(json.dumps(curve, allow_nan=False) for curve in curves)
     return f'{{"curves": [\n{lines}\n]}}\n'

@@ -54,7 +54,7 @@ def built(
 
 
 def options_as_json(part: Decomposition) -> dict[str, Any]:
-    """All options of a method as JSON values."""
+    """Return all options of a method as JSON values."""
     return json.loads(json.dumps(asdict(part.method)))
 
 
@@ -74,10 +74,10 @@ def distinguishing_options(
     }
 
 
-def offering(
+def find_offer(
     name: str, choice: Choice, found: Sequence[Decomposition]
 ) -> tuple[Decomposition, Candidate]:
-    """The decomposition and the candidate that a choice came from.
+    """Find the decomposition and the candidate that a choice came from.
 
     Raises ConfigError if there are none in the recipe, or several and the choice does not say
     which.
@@ -113,19 +113,20 @@ def offering(
 
 
 def dense_weight(assignment: Assignment) -> Dense:
+    """Return the dense linear of a target, in the dtype of the result."""
     return dense_of(assignment.info, assignment.dtype)
 
 
 def move_beside(
     assignments: Mapping[str, Assignment], stats: dict[str, LinearStats]
 ) -> dict[str, LinearStats]:
-    """Statistics on the devices of their linears' weights, since files and calibrations in several
-    passes leave them on the CPU.
+    """Move statistics to the devices of their linears' weights.
 
-    Tensors that linears share stay shared; those of other linears stay where they are.
+    Files and calibrations in several passes leave them on the CPU. Tensors that linears share stay
+    shared; those of other linears stay where they are.
     """
     moved: dict[tuple[int, torch.device], Tensor] = {}
-    found = dict(stats)
+    beside = dict(stats)
     for name in stats.keys() & assignments.keys():
         device = dense_weight(assignments[name]).weight.device
         tensors = {
@@ -134,10 +135,9 @@ def move_beside(
         for value in tensors.values():
             if (id(value), device) not in moved:
                 moved[id(value), device] = value.to(device)
-        found[name] = replace(
-            stats[name], **{key: moved[id(value), device] for key, value in tensors.items()}
-        )
-    return found
+        fields: dict[str, Any] = {key: moved[id(t), device] for key, t in tensors.items()}
+        beside[name] = replace(stats[name], **fields)
+    return beside
 
 
 def member_of(name: str, assignment: Assignment, stats: LinearStats) -> Member:
@@ -200,7 +200,8 @@ def list_sizes(
         outputs = {name: assignments[name].info.out_features for name in names}
         return Decomposition(method, None, curve, outputs)
 
-    units = {name: ([name], assignment.methods) for name, assignment in assignments.items()}
+    units: dict[str, tuple[tuple[str, ...], tuple[Method, ...]]]
+    units = {name: ((name,), assignment.methods) for name, assignment in assignments.items()}
     units |= {name: (group.members, group.methods) for name, group in groups.items()}
     return {
         unit: [size(unit, method, names) for method in methods]
@@ -209,15 +210,15 @@ def list_sizes(
 
 
 def gram_error(assignment: Assignment, module: nn.Module, stats: LinearStats) -> float:
-    """tr(D G Dᵀ) / tr(W G Wᵀ) of a module as it is stored: the `error` of reports, one yardstick
-    for every method.
+    """Measure tr(D G Dᵀ) / tr(W G Wᵀ) of a module as it is stored, D = W − Ŵ.
+
+    It is the `error` of reports, one yardstick for every method.
     """
-    compressed = isinstance(module, CompressedLinear)
-    stored = (
-        module.to_dense()
-        if compressed
-        else dense_of(replace(assignment.info, module=module), assignment.dtype).weight
-    )
+    if isinstance(module, CompressedLinear):
+        stored = module.to_dense()
+    else:
+        info = replace(assignment.info, module=module)
+        stored = dense_of(info, assignment.dtype).weight
     return linalg.relative_error(
         dense_weight(assignment).weight, stored, linalg.Metric(stats.gram, 1 / stats.tokens)
     )

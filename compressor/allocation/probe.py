@@ -13,6 +13,7 @@ vocabulary. Probabilities beyond KNOWN_BYTES are computed again from the hidden 
 probe, which costs one more product with the head.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -96,7 +97,7 @@ class Prober:
         self.known_bytes = 0
 
     @torch.no_grad()
-    def kl(self, modules: dict[str, nn.Module], block: int) -> float:
+    def kl(self, modules: Mapping[str, nn.Module], block: int) -> float:
         """Measure KL(original‖modified) with `modules` (name → module) installed, nats per token.
 
         In float32 with float64 sums, arranged as Σ p log p − Σ p z + log Σ exp z so that a probe

@@ -106,7 +106,8 @@ def damages_of(
     Raises:
         ConfigError: if a method's metric has no such reading.
     """
-    kind, result = recipe.allocation.damage, {}
+    kind = recipe.allocation.damage
+    result: dict[str, list[list[float]]] = {}
     for name, parts in decompositions.items():
         weight = published.depth_weight(blocks[name], depth, recipe.allocation.depth_bias)
         result[name] = []
@@ -136,10 +137,11 @@ def rows_while_undecided(
     which bundles hold only the combinations on the convex hull. Raises ConfigError for a group
     that lies in two budgets, BudgetError for a linear that is left without an option.
     """
-    rows, grouped = [], set()
+    rows: list[list[Bundle]] = []
+    grouped: set[str] = set()
     for group in groups_within(problem, names):
         apart = [options[name] for name in group.members]
-        together = [(option,) for option in options[group.name]]
+        together: list[Bundle] = [(option,) for option in options[group.name]]
         if group.tied:
             rows.append(tie(group, apart) + together)
         elif together:
@@ -160,9 +162,10 @@ def rows_with_sharing(
     The others are taken apart. Their single options make the second solve exact, where bundles of
     the first one held only combinations on the convex hull. Raises as `rows_while_undecided`.
     """
-    rows, grouped = [], set()
+    rows: list[list[Bundle]] = []
+    grouped: set[str] = set()
     for group in groups_within(problem, names):
-        together = [(option,) for option in options[group.name]]
+        together: list[Bundle] = [(option,) for option in options[group.name]]
         if group.name in sharing:
             rows.append(together)
         elif group.tied:
@@ -189,7 +192,8 @@ def complete_rows(
     rows: list[list[Bundle]], options: Options, single: Sequence[str]
 ) -> list[list[Bundle]]:
     """Add a row for each single linear, and order all rows by growing cost."""
-    rows = rows + [[(option,) for option in options[name]] for name in single]
+    apart: list[list[Bundle]] = [[(option,) for option in options[name]] for name in single]
+    rows = rows + apart
     if not all(rows):  # a method alone, in a contest, may have nothing for some linear
         raise BudgetError("some linears have no candidate and may not stay dense")
     return [sorted(row, key=lambda bundle: (cost_of(bundle), damage_of(bundle))) for row in rows]
@@ -373,10 +377,13 @@ def to_plan(
                 predicted=expected.get(option.unit, 0.0),
                 measured=measured.get(option.unit, 0.0),
                 kl=option.damage / len(members) if selection.in_nats else None,
-                options=part and distinguishing_options(part, problem.decompositions[option.unit]),
+                options=None
+                if part is None
+                else distinguishing_options(part, problem.decompositions[option.unit]),
                 members=() if is_alone else tuple(members),
             )
-    known = selection.price is not None and problem.recipe.allocation.count == "bits"
-    price = selection.price * MIB_BITS if known else None
+    price = None
+    if selection.price is not None and problem.recipe.allocation.count == "bits":
+        price = selection.price * MIB_BITS
     recipe = problem.recipe.model_dump(mode="json")
     return Plan({name: choices[name] for name in problem.assignments}, price, recipe, contest)

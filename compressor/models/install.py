@@ -1,6 +1,6 @@
 """Put modules in the place of linears, and take them out again."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 
@@ -39,7 +39,7 @@ def replace(model: PreTrainedModel, name: str, module: nn.Module) -> None:
 
 
 @contextmanager
-def installed(model: PreTrainedModel, modules: dict[str, nn.Module]) -> Iterator[None]:
+def installed(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> Iterator[None]:
     """Have `modules` (name → module) in the model inside the `with`; the former modules are back
     afterwards, whatever happens.
     """

@@ -69,7 +69,7 @@ def finish(start: Solution, train: Callable[[Solution], Solution] = train) -> So
         solution,
         plan=replace(
             stages.with_reasons(plan, reasons),
-            curves=tuple(curves.summary(solution.decompositions)),
+            curves=tuple(curves.summarise(solution.decompositions)),
         ),
     )
 

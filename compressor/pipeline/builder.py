@@ -61,7 +61,8 @@ class CandidateBuilder:
         self, selection: Selection, steps: Steps = list_silently
     ) -> tuple[Modules, dict[str, float]]:
         """Build everything that was selected; return modules, and the error of each unit."""
-        modules, errors = {}, {}
+        modules: Modules = {}
+        errors: dict[str, float] = {}
         for option in steps(selection.options.values(), "build"):
             if option.decomposition is not None:
                 own, errors[option.unit] = self.build(option)

@@ -9,8 +9,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
-from compressor.allocation.decompose import Decompositions, offering
+from compressor.allocation.decompose import Decompositions, find_offer
 from compressor.allocation.options import Option, dense_candidate, leave_out
 from compressor.allocation.solve import (
     ProbeResults,
@@ -121,7 +122,9 @@ def list_teams(methods: Mapping[str, Method]) -> dict[str, set[str]]:
 
 
 @torch.no_grad()
-def measure_divergences(job: Job, rivals: Mapping[str, Modules]) -> dict[str, float]:
+def measure_divergences(
+    job: Job, rivals: Mapping[str, Mapping[str, nn.Module]]
+) -> dict[str, float]:
     """Return KL(original‖model) with each set of modules, nats per token, on held-out windows."""
     batches = [
         batch.to(job.device)
@@ -177,7 +180,7 @@ def build_edited(job: Job, edited: Plan, decompositions: Decompositions) -> tupl
             chosen[name] = Option(name, 0, 0.0, dense_candidate(job.assignments[name]), None)
             continue
         unit = job.unit_of(name, choice)
-        part, candidate = offering(name, choice, decompositions[unit])
+        part, candidate = find_offer(name, choice, decompositions[unit])
         option = chosen.setdefault(unit, Option(unit, 0, 0.0, candidate, part))
         if option.candidate is not candidate:
             raise ConfigError(

@@ -10,13 +10,13 @@ and end. They write and show nothing.
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from compressor.errors import CompressorError, ConfigError
 from compressor.pipeline import job as jobs
 from compressor.pipeline import run
 from compressor.pipeline.build import plan_and_build
 from compressor.recipe.sections import Recipe
+from compressor.reporting.report import Report
 from compressor.resume.journal import Journal
 from compressor.resume.store import Store
 from compressor.runtime import launched
@@ -32,14 +32,14 @@ def compress(
     stats: Path | None = None,
     progress: Progress = silent,
     restart: bool = False,
-) -> dict[str, Any] | None:
-    """`pipeline.compress`; None in all processes but the main one. Raises ConfigError for a model
-    that is spread over devices.
+) -> Report | None:
+    """Compress as `run.compress` does; return None in all processes but the main one.
+
+    Raises ConfigError for a model that is spread over devices.
     """
     count, rank = launched.world_size(), launched.process_rank()
-    given = {"plan": plan, "stats": stats, "progress": progress, "restart": restart}
     if not (recipe.heal.enabled or rank):
-        return run.compress(recipe, output, **given)
+        return run.compress(recipe, output, plan, stats, progress, restart)
     if not recipe.heal.enabled:
         print(
             f"process {rank} of {count} ends: only healing is shared, and heal.enabled is false",
@@ -53,18 +53,19 @@ def compress(
         )
     team = Team(count, rank, jobs.choose_device(recipe.model.device).partition(":")[0])
     if rank == 0:
-        return run.compress(recipe, output, **given, team=team)
+        return run.compress(recipe, output, plan, stats, progress, restart, team=team)
     if team.called():
         assist(recipe, output, plan, stats, team)
     return None
 
 
 def assist(recipe: Recipe, output: Path, plan: Path | None, stats: Path | None, team: Team) -> None:
-    """Come to where the main process is, and heal with it. Raises ConfigError where what its clock
-    has decided cannot be known.
+    """Come to where the main process is, and heal with it.
+
+    Raises ConfigError where what its clock has decided cannot be known.
     """
     pieces = Store(Journal(output).folder / "store", frozen=True)
-    if recipe.budget is not None and not pieces.folder.is_dir():
+    if recipe.budget is not None and not (pieces.folder and pieces.folder.is_dir()):
         raise ConfigError(
             f"process {team.rank} does not see {pieces.folder}, where the main one keeps what its "
             "clock has decided; leave budget out, "

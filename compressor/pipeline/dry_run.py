@@ -1,6 +1,4 @@
-"""What a run would do and what a checkpoint holds, from headers alone: nothing is written, no
-weight is read.
-"""
+"""Outline what a run would do from headers alone: nothing is written, no weight is read."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -111,8 +109,10 @@ def row(
 def memory(
     recipe: Recipe, source: ModelFolder, assignments: dict[str, Assignment]
 ) -> dict[str, int]:
-    """Bytes held at once: weights, statistics (float64 sums), and decompositions (one float64 basis
-    for each linear and method).
+    """Estimate the bytes held at once.
+
+    They are weights, statistics (float64 sums), and decompositions (one float64 basis for each
+    linear and method).
     """
     grams = {a.info.feeds: a.info.in_features for a in assignments.values()}
     sums = sum(8 * width**2 for width in grams.values())
@@ -130,8 +130,9 @@ def memory(
 
 
 def streams(recipe: Recipe, assignments: dict[str, Assignment]) -> int:
-    """Bytes in memory, about, of the block outputs that sequential solves carry, in float32: one
-    stream, and with anchoring a second.
+    """Estimate the bytes of the block outputs that sequential solves hold, in float32.
+
+    They are one stream, and with anchoring a second.
     """
     section, hidden = recipe.calibration, min(a.info.in_features for a in assignments.values())
     tokens = (section.windows - heldout_count(section.windows, section.heldout)) * section.length
@@ -162,27 +163,21 @@ def seconds(
     decompose = sum(cubic * min(info.out_features, info.in_features) ** 3 for info in infos)
     windows = recipe.allocation.probe.windows or heldout
     passes = forward_passes(recipe, infos, depth) if recipe.allocation.probes else 0.0
-    found = {
+    estimates = {
         "calibrate": calibrate,
         "decompose": decompose,
         "probe": passes * windows * section.length * count / rate,
     }
-    if (
-        section.sequential
-    ):  # each stream goes through a block once as a whole and, group by group, through parts of it
+    if section.sequential:
+        # each stream goes through a block as a whole and, group by group, through parts of it
         streams = 2 if section.anchor else 1
-        found["solve_in_order"] = (
-            fitted
-            * streams
-            * (SEQUENTIAL_COST * count + sum(width**2 for width in inputs.values()))
-            / rate
-            + decompose
-        )
-    return found
+        work = SEQUENTIAL_COST * count + sum(width**2 for width in inputs.values())
+        estimates["solve_in_order"] = fitted * streams * work / rate + decompose
+    return estimates
 
 
 def forward_passes(recipe: Recipe, infos: Sequence[LinearInfo], depth: int) -> float:
-    """Forward passes over the held-out windows that the probes cost, about."""
+    """Estimate the forward passes over the held-out windows that the probes cost."""
     section = recipe.allocation
     if section.damage == "kl_probe":
         return sum((depth - info.block) / depth for info in infos)

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, from headers and its own plan and report."""
+"""Describe what a checkpoint holds, from headers and its own plan and report."""
 
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,10 @@ from compressor.linears import build_empty
 from compressor.pipeline.dry_run import TORCH_DTYPES
 
 
-def inspection(source: ModelFolder, plot: Path | None = None) -> dict[str, Any]:
-    """What a checkpoint stores for each compressed linear; with `plot`, a figure of its errors is
-    written there.
+def describe_checkpoint(source: ModelFolder, plot: Path | None = None) -> dict[str, Any]:
+    """Describe what a checkpoint stores for each compressed linear.
+
+    plot: where a figure of its errors is written, if anywhere.
     """
     specs = source.quantization.get("linears", {})
     choices = (
@@ -38,7 +39,7 @@ def inspection(source: ModelFolder, plot: Path | None = None) -> dict[str, Any]:
         rows.append(
             {"name": name, "kind": spec["kind"], "shape": shape, "rank": spec.get("rank"), **sizes}
         )
-    found = {
+    description = {
         "checkpoint": str(source.path),
         "model_type": source.config.get("model_type"),
         "weight_bytes": source.weight_bytes,
@@ -53,8 +54,8 @@ def inspection(source: ModelFolder, plot: Path | None = None) -> dict[str, Any]:
                 f"{source.path}: has no plan.json, so there are no errors to draw"
             )
         draw(choices, plot)
-        found["plot"] = str(plot)
-    return found
+        description["plot"] = str(plot)
+    return description
 
 
 def draw(choices: dict[str, dict[str, Any]], path: Path) -> None:

@@ -23,11 +23,9 @@ GROUPS = ("auto:16", "auto:32", "auto:64", "auto:128", "channel")
 
 def has_residuals(recipe: Recipe) -> bool:
     """Tell whether plans of this recipe may have residuals that a finer base could replace."""
-    listed = any(
-        max(engine.options.get("residual") or (0,))
-        for entry in recipe.method
-        for engine in entry.candidates
-    )
+    engines = [engine for entry in recipe.method for engine in entry.candidates]
+    ranks = [engine.options.get("residual") for engine in engines]
+    listed = any(isinstance(own, list) and any(own) for own in ranks)
     return listed or recipe.compensation.enabled
 
 
@@ -67,7 +65,7 @@ def compare_residuals(solution: Solution) -> Solution:
             is_given=True,
         ).noted(linears=ranked)
         modules = solve_in_order(given).modules
-        pair = {WITH_RESIDUALS: modules, FINER_BASES: modules | finer}
+        pair = {WITH_RESIDUALS: modules, FINER_BASES: {**modules, **finer}}
         contest = solution.plan.contest | measure_divergences(job.quiet, pair)
         return solution.noted(contest=contest)
 

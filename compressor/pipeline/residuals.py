@@ -23,7 +23,7 @@ def choose_ranks(solution: Solution) -> dict[str, int]:
     if not section.enabled:
         return {}
     modules = {  # what is pruned is not to come back
-        name: module for name, module in solution.modules.items() if not module.is_pruned
+        name: module for name, module in solution.compressed.items() if not module.is_pruned
     }
     limits = {
         name: residual.largest_rank(module, dense_weight(job.assignments[name]))
@@ -44,7 +44,7 @@ def choose_ranks(solution: Solution) -> dict[str, int]:
         for name, module in modules.items()
         if limits[name]
     }
-    budget = Budget(job.recipe.allocation.count, section.keep).of(job.assignments.values())
+    budget = Budget(job.recipe.allocation.count, section.keep or 0.0).of(job.assignments.values())
     return dict.fromkeys(modules, 0) | residual_ranks.spend(offers, budget)
 
 

@@ -33,7 +33,7 @@ from compressor.pipeline import job as jobs
 from compressor.pipeline import score as evaluation
 from compressor.pipeline.build import plan_and_build
 from compressor.pipeline.forecast import forecast
-from compressor.pipeline.inspect import inspection
+from compressor.pipeline.inspect import describe_checkpoint
 from compressor.pipeline.job import Job
 from compressor.pipeline.score import evaluate
 from compressor.plan import Plan
@@ -329,7 +329,7 @@ def calibrate(
 
 def inspect(path: str | Path, plot: Path | None = None) -> dict[str, Any]:
     """Say what a checkpoint stores for each linear, from headers and its own plan and report."""
-    return inspection(model_folder.read_headers(model_folder.resolve(path)), plot)
+    return describe_checkpoint(model_folder.read_headers(model_folder.resolve(path)), plot)
 
 
 def verify(path: str | Path, progress: Progress = silent) -> list[str]:

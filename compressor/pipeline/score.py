@@ -1,5 +1,5 @@
-"""Scores of a compressed model beside its original: within a run, and of any model folder for the
-verb `evaluate`.
+"""Score a compressed model beside its original: within a run, and any model folder for the verb
+`evaluate`.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def measure(job: Job, results: Report, store: Store) -> Report:
     """
     recipe, model, progress = job.recipe, job.model, job.progress
     section = recipe.evaluation
-    original, tokenizer = models.load(job.source.path, device=job.device)
+    original, tokenizer = models.load(job.source.path, device=str(job.device))
     windows = jobs.evaluation_windows(job)
     store = store.within(windows.digest)
 
@@ -45,7 +45,7 @@ def measure(job: Job, results: Report, store: Store) -> Report:
         return report.to_scores(comparison.to_json())
 
     def score_tasks(key: str, scored: PreTrainedModel) -> dict[str, Metrics] | None:
-        score = partial(tasks_of, scored, tokenizer, recipe, progress)
+        score = partial(score_on_tasks, scored, tokenizer, recipe, progress)
         return store.recall("tasks", [key, *section.tasks], score) if section.tasks else None
 
     scores = compare(windows.tokens, store)
@@ -73,13 +73,13 @@ def describe_overlap(job: Job, windows: data.Windows) -> list[str]:
     return [text] if shared else []
 
 
-def tasks_of(
+def score_on_tasks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     recipe: Recipe,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Scores of one model on the lm-eval tasks of a recipe."""
+    """Score one model on the lm-eval tasks of a recipe."""
     section = recipe.evaluation
     names, window = list(section.tasks), recipe.evaluation_window
     return lm_eval.scores(
@@ -102,8 +102,9 @@ def evaluate(
     progress: Progress = silent,
     restart: bool = False,
 ) -> dict[str, Any]:
-    """Perplexity per token, KL(original‖model) with `against`, lm-eval tasks, and speed: the keys
-    of `evaluate --json`.
+    """Measure perplexity per token, KL(original‖model) with `against`, lm-eval tasks, and speed.
+
+    The keys are those of `evaluate --json`.
 
     An evaluation that was stopped goes on where it was, or from nothing with `restart`; its journal
     is in the user's cache.
@@ -136,18 +137,18 @@ def evaluate(
     with Journal(cache() / f"evaluate-{digest(run)[:40]}", restart) as journal:
         store = journal.begin(run).within(run)
         original = None if against is None else models.load(paths["original"], device=device)[0]
-        found = _scores(original, model, loaded, batch_size, progress, store)
+        results = _scores(original, model, loaded, batch_size, progress, store)
         if tasks:
             score = partial(
                 lm_eval.scores, model, tokenizer, list(tasks), limit, batch_size, window, progress
             )
-            found["lm_eval"] = store.recall("tasks", window, score)
+            results["lm_eval"] = store.recall("tasks", window, score)
     if speed:
-        found["speed"] = {
+        results["speed"] = {
             which: measure_speed(path, device).to_json()
             for which, path in progress(paths.items(), "speed")
         }
-    return found
+    return results
 
 
 def _scores(
@@ -158,11 +159,12 @@ def _scores(
     progress: Progress,
     store: Store,
 ) -> dict[str, Any]:
+    given = windows.tokens, batch_size, progress, store
     if original is None:
-        score = perplexity.perplexity(model, windows.tokens, batch_size, progress, store)
+        scores = perplexity.perplexity(model, *given).to_json()
     else:
-        score = perplexity.compare(original, model, windows.tokens, batch_size, progress, store)
-    return score.to_json() | {
+        scores = perplexity.compare(original, model, *given).to_json()
+    return scores | {
         "text": windows.source,
         "unit": "token",
         "lm_eval": None,

@@ -174,7 +174,7 @@ class Search:
             "kept": is_better,
         }
         self.trials.append(record | ({"dropped": dropped} if dropped else {}))
-        if is_better:
+        if heldout is not None and is_better:
             self.trial, self.heldout = trial, heldout
             self.solution = next(iter(solutions), None)
 

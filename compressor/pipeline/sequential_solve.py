@@ -93,7 +93,7 @@ class SequentialSolver:
     def __init__(self, solution: Solution, ranks: dict[str, int], store: Store):
         self.base, self.ranks = solution, ranks
         self.job, self.statistics = solution.job, solution.statistics
-        self.choices, self.modules = dict(solution.plan.linears), dict(solution.modules)
+        self.choices, self.modules = dict(solution.plan.linears), solution.compressed
         self.anchor = self.job.recipe.calibration.anchor
         self.dampings = self.job.recipe.calibration.anchor_damping
         self.store = store.within(solution.plan.to_json(), ranks, [self.anchor, *self.dampings])
@@ -124,7 +124,7 @@ class SequentialSolver:
         sums: of their inputs; None: they are those of the dense model, the plan's modules serve.
         """
         shift, took = None, {}
-        if sums is not None and sums.cross_gram is not None:
+        if sums is not None and sums.gram is not None and sums.cross_gram is not None:
             shift, took["anchor_damping"] = linalg.drift(
                 sums.gram, sums.cross_gram, self.dampings, names[0]
             )
@@ -283,8 +283,12 @@ class SequentialSolver:
             for name in part.members:
                 self.choices[name] = replace(self.choices[name], measured=error)
         for name, module in modules.items():
-            sizes = {"bits": module.bits(), "parameters": module.stored_parameters()}
-            self.choices[name] = replace(self.choices[name], residual=self.ranks.get(name), **sizes)
+            self.choices[name] = replace(
+                self.choices[name],
+                residual=self.ranks.get(name),
+                bits=module.bits(),
+                parameters=module.stored_parameters(),
+            )
 
 
 def with_input_sums(stats: LinearStats, sums: LinearStats) -> LinearStats:

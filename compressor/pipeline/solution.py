@@ -2,11 +2,14 @@
 stages need to better it.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from compressor.allocation.decompose import Decomposition, Decompositions, offering
-from compressor.linears.base import Modules
+from torch import nn
+
+from compressor.allocation.decompose import Decomposition, Decompositions, find_offer
+from compressor.linears.base import CompressedLinear, Modules
 from compressor.pipeline import contest, stages
 from compressor.pipeline.job import Job
 from compressor.plan import Choice, Plan
@@ -21,7 +24,8 @@ class Solution:
     statistics: dict[str, LinearStats]  # of the dense model
     decompositions: Decompositions
     plan: Plan
-    modules: Modules  # as they will be stored, and what else training has changed
+    # as they will be stored; training adds norms and dense linears that it has changed
+    modules: Mapping[str, nn.Module]
     is_given: bool = False  # whether an edited plan has made the choices, residual ranks included
     start: "Solution | None" = None  # as it was allocated; None: nothing has been done to it since
 
@@ -29,6 +33,11 @@ class Solution:
     def allocated(self) -> "Solution":
         """The solution before its linears were solved again or trained."""
         return self.start or self
+
+    @property
+    def compressed(self) -> Modules:
+        """The modules of compressed linears."""
+        return {n: m for n, m in self.modules.items() if isinstance(m, CompressedLinear)}
 
     @property
     def heldout(self) -> float:
@@ -42,9 +51,9 @@ class Solution:
     def decomposition(self, name: str) -> Decomposition:
         """Return the decomposition behind the choice of a linear."""
         choice = self.plan.linears[name]
-        return offering(name, choice, self.decompositions[self.job.unit_of(name, choice)])[0]
+        return find_offer(name, choice, self.decompositions[self.job.unit_of(name, choice)])[0]
 
-    def improved(self, choices: dict[str, Choice], modules: Modules) -> "Solution":
+    def improved(self, choices: dict[str, Choice], modules: Mapping[str, nn.Module]) -> "Solution":
         """Return the solution with other choices and modules; it remembers its allocation."""
         plan = replace(self.plan, linears=choices)
         return replace(self, plan=plan, modules=modules, start=self.allocated)

@@ -1,5 +1,5 @@
-"""Repair and healing of the modules of a plan: each is kept only where the divergence on the
-held-out windows falls.
+"""Repair and heal the modules of a plan, each kept only where the divergence on the held-out
+windows falls.
 """
 
 import logging
@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from compressor.calibrate.windows import Windows
 from compressor.errors import NumericalError
 from compressor.evaluation.perplexity import in_float32
-from compressor.linears import CompressedLinear
-from compressor.linears.base import Modules
 from compressor.models.install import installed
 from compressor.models.linears import blocks
 from compressor.models.partial_forward import recomputing
@@ -159,17 +158,15 @@ class _Recovery:
         self.before = self.divergence("before", self.solution.modules)
 
     def batches(self, size: int) -> tuple[list[Tensor], list[Tensor]]:
-        """Calibration windows in batches of `size`, and the held-out ones in batches of a forward
-        pass.
-        """
-        sizes = (size, self.job.recipe.calibration.batch_size)
-        texts = (self.job.calibration, self.job.heldout)
-        return tuple(
-            [batch.to(self.job.device) for batch in text.tokens.split(size)]
-            for text, size in zip(texts, sizes, strict=True)
-        )
+        """Divide calibration windows into batches of `size`, held-out ones into those of a pass."""
 
-    def divergence(self, stage: str, modules: Modules) -> dict[str, float]:
+        def split(text: Windows, size: int) -> list[Tensor]:
+            return [batch.to(self.job.device) for batch in text.tokens.split(size)]
+
+        heldout = split(self.job.heldout, self.job.recipe.calibration.batch_size)
+        return split(self.job.calibration, size), heldout
+
+    def divergence(self, stage: str, modules: Mapping[str, nn.Module]) -> dict[str, float]:
         """Measure KL(original‖model) with these modules on the calibration and on the held-out
         windows, nats per token.
         """
@@ -226,7 +223,7 @@ class _Recovery:
         fit_on, heldout = self.originals
         modules = self.solution.modules
         learners = self.learners(section, modules)
-        placed = installed(self.job.model, modules | learners.copies)
+        placed = installed(self.job.model, {**modules, **learners.copies})
         with placed, self.recomputed(), taking_gradients(learners.parameters.values()):
             return time_step(Objective(fit_on, self.job.recipe.heal).loss, heldout.divergence)
 
@@ -268,7 +265,7 @@ class _Recovery:
             solver = prepare_solver(self.solution.allocated, self.store)
         modules, repaired = repair_blocks(
             job.model,
-            {} if solver else self.solution.modules,
+            {} if solver else dict(self.solution.modules),
             self.dtypes,
             self.batches(section.batch_size),
             section,
@@ -293,15 +290,15 @@ class _Recovery:
         if isinstance(learners, Supports):
             first, section = split_section(section)
             before = self.train("supports", first, learners, start)
-            start = start | learners.masters()
+            start = {**start, **learners.masters()}
             learners = self.learners(section, start)
         state = self.train("heal", section, learners, start)
         if self.job.team.rank:
             raise Dismissed
         if isinstance(learners, Loras):
-            with installed(model, start | learners.copies):
+            with installed(model, {**start, **learners.copies}):
                 learners.measure_inputs(model, self.originals[0].batches)
-        modules = start | rebuild(learners.originals, learners.values(self.dtypes))
+        modules = {**start, **rebuild(learners.originals, learners.values(self.dtypes))}
         rebind(modules)
         several = {"processes": self.job.team.processes} if self.job.team.processes > 1 else {}
         details = {
@@ -311,7 +308,9 @@ class _Recovery:
         solution = self.solution.improved(self.solution.plan.linears, modules)
         self.judge("heal", solution, details | several)
 
-    def train(self, title: str, section: Heal, learners: Trainable, start: Modules) -> State:
+    def train(
+        self, title: str, section: Heal, learners: Trainable, start: Mapping[str, nn.Module]
+    ) -> State:
         """Train all blocks from these modules on, and leave what learns at its best."""
         fit_on, heldout = self.originals
         objective = Objective(fit_on, section)
@@ -324,7 +323,7 @@ class _Recovery:
             heldout.divergence,
             windows,
         )
-        with installed(self.job.model, start | learners.copies), self.recomputed():
+        with installed(self.job.model, {**start, **learners.copies}), self.recomputed():
             return self.fit(
                 task, section, self.job.recipe.seed, self.store, self.job.progress, self.job.team
             )
@@ -333,7 +332,7 @@ class _Recovery:
         """Have blocks run again in the backward pass, where the recipe says so."""
         return recomputing(self.job.model) if self.job.recipe.heal.checkpointing else nullcontext()
 
-    def learners(self, section: Training, modules: Modules) -> Trainable:
+    def learners(self, section: Training, modules: Mapping[str, nn.Module]) -> Trainable:
         """Create what learns in a section, in all blocks."""
         model, scopes = self.job.model, blocks(self.job.model)[1]
         if section.train == "lora":
@@ -352,10 +351,9 @@ def measure_again(solution: Solution) -> Solution:
 
     Its inputs are those of the dense model.
     """
-    choices, modules = dict(solution.plan.linears), solution.modules
+    choices, modules = dict(solution.plan.linears), solution.compressed
     for name, choice in solution.plan.linears.items():
-        first = (choice.members or (name,))[0]
-        if name != first or not isinstance(modules.get(name), CompressedLinear):
+        if name not in modules or name != (choice.members or (name,))[0]:
             continue
         part = solution.decomposition(name)
         stored = {member: modules[member] for member in part.members}

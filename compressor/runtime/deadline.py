@@ -39,7 +39,7 @@ class Deadline:
         if projected_end > self.end:
             raise OutOfTime
 
-    def within(self, seconds: float) -> "Deadline":
+    def within(self, seconds: float | None) -> "Deadline":
         """Return a deadline of its own for work that may take so long, on the same clock."""
         return Deadline(seconds, self.now)
 

@@ -26,7 +26,7 @@ def test_examples():
 
 
 def test_candidates_that_a_smaller_one_beats_are_left_out():
-    found = curves.outline(
+    found = curves.thin(
         curve([(100, 0.5), (200, 0.6), (300, 0.25), (300, 0.123456), (400, 0.123456)]),
         ["layers.0.q"],
     )
@@ -37,7 +37,7 @@ def test_candidates_that_a_smaller_one_beats_are_left_out():
 @settings(derandomize=True)
 @given(st.integers(1, 5000))
 def test_few_points_with_both_ends(count):
-    found = curves.outline(
+    found = curves.thin(
         curve(
             [(n + 1, 1 / (n + 1)) for n in range(count)], tuple(1 / (n + 1) for n in range(count))
         ),
@@ -54,7 +54,7 @@ def test_few_points_with_both_ends(count):
 
 
 def test_a_line_for_each_curve_in_strict_json():
-    found = [curves.outline(curve([(100, 0.5)]), ["a"]), curves.outline(curve([(100, 0.5)]), ["b"])]
+    found = [curves.thin(curve([(100, 0.5)]), ["a"]), curves.thin(curve([(100, 0.5)]), ["b"])]
     text = curves.to_json(found)
     assert json.loads(text) == {"curves": found} and text.count("\n") == 4
     with pytest.raises(ValueError):

@@ -248,11 +248,11 @@ def test_tied_linears_and_those_of_one_module_stay_dense_together(folders, text_
         "allocation.keep=0.9",
     )
     stats = run.read_or_collect(tied, None)
-    assert stages.left_dense(tied, stats) == SILENT["zero gradient"]
+    assert stages.explain_dense(tied, stats) == SILENT["zero gradient"]
     stats[f"{FIRST}.mlp.up_proj"] = replace(
         stats[f"{FIRST}.mlp.up_proj"], grad_gram=torch.zeros(48, 48, dtype=torch.float64)
     )
-    found = stages.left_dense(tied, stats)
+    found = stages.explain_dense(tied, stats)
     assert found.keys() - SILENT["zero gradient"] == {
         f"{FIRST}.mlp.up_proj",
         f"{FIRST}.mlp.gate_proj",
