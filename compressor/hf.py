@@ -28,15 +28,13 @@ QUANT_METHOD = "compressor"
 FORMAT_VERSION = 1
 
 
-def out_in(linear: nn.Module) -> tuple[int, int]:
-    """(out, in) of an nn.Linear, a storage kind or a Conv1D, which keeps its weight as (in,
+def out_in(linear: nn.Linear | Conv1D) -> tuple[int, int]:
+    """Return (out, in) of an nn.Linear, a storage kind or a Conv1D, which keeps its weight as (in,
     out).
     """
-    return (
-        (linear.nf, linear.nx)
-        if isinstance(linear, Conv1D)
-        else (linear.out_features, linear.in_features)
-    )
+    if isinstance(linear, Conv1D):
+        return linear.nf, linear.nx
+    return linear.out_features, linear.in_features
 
 
 class CompressorConfig(QuantizationConfigMixin):
@@ -49,8 +47,10 @@ class CompressorConfig(QuantizationConfigMixin):
         quant_method: str = QUANT_METHOD,
         **unknown: Any,
     ):
-        """Check and keep the fields. Raises CheckpointError for a newer format, a missing or an
-        unknown field.
+        """Check and keep the fields.
+
+        Raises:
+            CheckpointError: the format is newer, or a field is missing or unknown.
         """
         if isinstance(format_version, int) and format_version > FORMAT_VERSION:
             raise CheckpointError(
@@ -70,17 +70,18 @@ class CompressorConfig(QuantizationConfigMixin):
             raise CheckpointError(
                 f"quantization_config has unknown fields: {', '.join(sorted(unknown))}"
             )
-        self.quant_method = quant_method
+        self.quant_method = quant_method  # type: ignore[assignment]  # an enum of known methods
         self.format_version = format_version
         self.linears = linears
 
 
 class CompressorQuantizer(HfQuantizer):
-    """Puts the storage kinds in place before weights are read; there is no compression at load
-    time.
+    """Hook that puts the storage kinds in place before weights are read; there is no compression at
+    load time.
     """
 
     requires_calibration = True
+    quantization_config: CompressorConfig
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
@@ -100,8 +101,10 @@ class CompressorQuantizer(HfQuantizer):
 
 
 def _empty_like(model: PreTrainedModel, name: str, spec: dict[str, Any]) -> CompressedLinear:
-    """Build the module of `spec` with dtype and device of the dense linear `name`. Raises
-    CheckpointError unless they agree.
+    """Build the module of `spec` with dtype and device of the dense linear `name`.
+
+    Raises:
+        CheckpointError: the spec does not agree with that linear.
     """
     try:
         dense = model.get_submodule(name)
@@ -130,16 +133,17 @@ def _empty_like(model: PreTrainedModel, name: str, spec: dict[str, Any]) -> Comp
             f"{name}: (out, in) of the spec {spec} is not that of the model, whose (out, in) is "
             f"{out_in(dense)}"
         )
-    if (
-        module.bias is None and dense.bias is not None
-    ):  # the reverse is AFM, which gives biases to linears without one
+    # The reverse is AFM, which gives biases to linears without one.
+    if module.bias is None and dense.bias is not None:
         raise CheckpointError(f"{name}: the spec {spec} lacks the bias that the model has")
     return module
 
 
 def _bind(model: PreTrainedModel, name: str) -> None:
     try:
-        model.get_submodule(name).bind(model)
+        module = model.get_submodule(name)
+        assert isinstance(module, CompressedLinear), "every listed linear has been replaced"
+        module.bind(model)
     except AttributeError as error:
         raise CheckpointError(
             f"{name}: its spec borrows from a module that the model does not have: {error}"

@@ -13,14 +13,16 @@ from compressor.errors import CheckpointError, CompressorError, ConfigError
 from compressor.runtime.progress import Progress, silent
 
 LEFT_OUT = ("timings.json",)  # names the host
-STALE = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-)  # of an older version, which a reader would mix up with the new one
+# of an older version, which a reader would mix up with the new one
+STALE = ("*.safetensors", "*.safetensors.index.json")
 
 
 def check(repository: str | None, public: bool) -> None:
-    """Refuse a push that cannot succeed. Opens no connection. Raises ConfigError."""
+    """Refuse a push that cannot succeed, without a connection.
+
+    Raises:
+        ConfigError: it cannot.
+    """
     if repository is None:
         if public:
             raise ConfigError(
@@ -53,9 +55,11 @@ def push(
 ) -> dict[str, Any]:
     """Upload a checkpoint folder, its model card included: {repository, url, private}.
 
-    A repository that is there already keeps its visibility. Raises CheckpointError, with the
-    command that tries again, if the hub refuses or cannot be reached, and if the repository is
-    public without `public`.
+    A repository that is there already keeps its visibility.
+
+    Raises:
+        CheckpointError: the hub refuses or cannot be reached, or the repository is public without
+            `public`; the message has the command that tries again.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError
@@ -95,8 +99,10 @@ def deliver(
     failure: str | None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """What pushing adds to the result of a run: `pushed`, and `failure` where there is one. A
-    failed run is not pushed.
+    """Push a checkpoint if a repository is given, unless the run failed.
+
+    Returns:
+        What pushing adds to the result of the run: `pushed`, and `failure` where there is one.
     """
     if repository is None:
         return {}
@@ -112,7 +118,7 @@ def deliver(
 
 
 def retry(folder: Path, repository: str, public: bool) -> str:
-    """The command line that pushes a folder."""
+    """Write the command line that pushes a folder."""
     left_out = " ".join(f"--exclude {name}" for name in LEFT_OUT)
     return (
         f"`hf upload {shlex.quote(repository)} {shlex.quote(str(folder))} . "

@@ -18,19 +18,19 @@ def verify(path: Path, progress: Progress = silent) -> list[str]:
     An empty list means that the folder is what was written. Nothing is changed, and no weights are
     loaded.
     """
-    found = manifest_problems(path, progress)
+    problems = find_manifest_problems(path, progress)
     try:
         folder = read_headers(path)
-        found += tensor_problems(folder)
+        problems += find_tensor_problems(folder)
     except CheckpointError as error:
-        return [*found, str(error)]
-    return found + [
+        return [*problems, str(error)]
+    return problems + [
         f"{path}: {name} holds NaN or infinity" for name in non_finite(folder, progress)
     ]
 
 
-def manifest_problems(path: Path, progress: Progress = silent) -> list[str]:
-    """Files that are missing, changed or not listed."""
+def find_manifest_problems(path: Path, progress: Progress = silent) -> list[str]:
+    """List the files that are missing, changed or not listed."""
     try:
         entries = manifest.read(path)
     except CheckpointError as error:
@@ -46,11 +46,12 @@ def manifest_problems(path: Path, progress: Progress = silent) -> list[str]:
     ]
 
 
-def tensor_problems(folder: ModelFolder) -> list[str]:
-    """Tensors of a compressed checkpoint that are missing, extra, or not of the dtype and shape
-    that architecture and specs give them.
+def find_tensor_problems(folder: ModelFolder) -> list[str]:
+    """List the tensors of a compressed checkpoint that are missing, extra, or not of the dtype and
+    shape that architecture and specs give them.
 
-    Raises CheckpointError if config.json describes no model.
+    Raises:
+        CheckpointError: config.json describes no model.
     """
     if folder.quantization.get("quant_method") != QUANT_METHOD:
         return []  # dense folders may use older names, which only transformers' loader knows
@@ -61,20 +62,20 @@ def tensor_problems(folder: ModelFolder) -> list[str]:
         for name, tensor in stored_tensors(model).items()
     }
     stored = {name: (info.dtype, info.shape) for name, info in folder.tensors.items()}
-    found = [
+    problems = [
         f"{folder.path}: {name} is missing" for name in sorted(expected.keys() - stored.keys())
     ]
-    found += [
+    problems += [
         f"{folder.path}: {name} belongs to nothing in the model"
         for name in sorted(stored.keys() - expected.keys())
     ]
     for name in sorted(expected.keys() & stored.keys()):
         if stored[name] != expected[name]:
-            found.append(
+            problems.append(
                 f"{folder.path}: {name} is {_typed(*stored[name])}, expected "
                 f"{_typed(*expected[name])}"
             )
-    return found
+    return problems
 
 
 def _typed(dtype: str, shape: tuple[int, ...]) -> str:

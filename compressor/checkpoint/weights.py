@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,9 +39,8 @@ DTYPES = {
     torch.bool: "BOOL",
 }
 METADATA = {"format": "pt"}
-FRAME = (
-    64  # bytes of a file beside tensors and their header entries: length field, metadata, padding
-)
+# bytes of a file beside tensors and their header entries: length field, metadata, padding
+FRAME = 64
 
 
 def tied_names(model: PreTrainedModel) -> dict[str, str]:
@@ -79,8 +79,8 @@ def warn_of_untying(model: PreTrainedModel, linears: Iterable[str]) -> None:
 
 
 def stored_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """State dict entries that a checkpoint holds, in model order: tied parameters once. Offloaded
-    ones are on meta; see `fetch`.
+    """List the state dict entries that a checkpoint holds, in model order: tied parameters once.
+    Offloaded ones are on meta; see `fetch`.
     """
     dropped = tied_names(model).keys() | set(model._keys_to_ignore_on_save or ())
     return {name: tensor for name, tensor in model.state_dict().items() if name not in dropped}
@@ -90,13 +90,16 @@ def fetch(model: PreTrainedModel | None, name: str, tensor: Tensor) -> Tensor:
     """Return an entry of `stored_tensors` on the CPU, from the offload folder if that is where it
     is.
     """
-    value = load_offloaded_parameter(model, name) if tensor.is_meta else tensor
-    return value.detach().cpu()
+    if tensor.is_meta and model is not None:
+        tensor = load_offloaded_parameter(model, name)
+    return tensor.detach().cpu()
 
 
-def header_entry(tensor: Tensor, start: int) -> dict:
-    """Describe a tensor that starts `start` bytes into the data of its file. Raises CheckpointError
-    for a dtype without a name.
+def header_entry(tensor: Tensor, start: int) -> dict[str, Any]:
+    """Describe a tensor that starts `start` bytes into the data of its file.
+
+    Raises:
+        CheckpointError: its dtype has no name in the format.
     """
     if tensor.dtype not in DTYPES:
         raise CheckpointError(f"tensors of {tensor.dtype} cannot be stored")
@@ -107,18 +110,19 @@ def header_entry(tensor: Tensor, start: int) -> dict:
     }
 
 
-def to_json(data: dict) -> bytes:
+def encode_json(data: dict[str, Any]) -> bytes:
+    """Encode a header, without spaces."""
     return json.dumps(data, separators=(",", ":")).encode()
 
 
-def split(tensors: dict[str, Tensor], shard_size: int) -> list[dict[str, Tensor]]:
+def split_into_shards(tensors: dict[str, Tensor], shard_size: int) -> list[dict[str, Tensor]]:
     """Group tensors, in order, into files of at most `shard_size` bytes, header included; a larger
     tensor gets a file of its own.
     """
     groups: list[dict[str, Tensor]] = [{}]
     size = FRAME
     for name, tensor in tensors.items():
-        cost = tensor.nbytes + len(to_json({name: header_entry(tensor, 10**15)}))
+        cost = tensor.nbytes + len(encode_json({name: header_entry(tensor, 10**15)}))
         if groups[-1] and size + cost > shard_size:
             groups.append({})
             size = FRAME
@@ -133,18 +137,19 @@ def write_shard(
     model: PreTrainedModel | None = None,
     progress: Progress = silent,
 ) -> None:
-    """Write one safetensors file; `model` is where offloaded tensors come from. Raises
-    CheckpointError naming it if the disk is full.
+    """Write one safetensors file; `model` is where offloaded tensors come from.
+
+    Raises:
+        CheckpointError: the disk is full; the message names the file.
     """
-    names = sorted(
-        tensors, key=lambda name: (-tensors[name].element_size(), name)
-    )  # wide types first keeps every tensor aligned
-    header: dict[str, dict] = {"__metadata__": METADATA}
+    # Wide types first keeps every tensor aligned.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, dict[str, Any]] = {"__metadata__": METADATA}
     start = 0
     for name in names:
         header[name] = header_entry(tensors[name], start)
         start += tensors[name].nbytes
-    text = to_json(header)
+    text = encode_json(header)
     text += b" " * (-len(text) % 8)
     with naming(path), path.open("xb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
@@ -168,11 +173,11 @@ def write_weights(
     more than one file or if wanted.
     """
     tensors = stored_tensors(model) if tensors is None else tensors
-    groups = split(tensors, shard_size)
+    groups = split_into_shards(tensors, shard_size)
     if len(groups) == 1 and not index:
         write_shard(folder / SINGLE, tensors, model, progress)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, group in enumerate(groups, 1):
         file = (
             SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
@@ -188,7 +193,7 @@ def write_weights(
 
 
 def stored_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
-    """The floating type that most of the bytes have."""
+    """Return the floating type that most of the bytes have."""
     sizes: dict[torch.dtype, int] = {}
     for tensor in tensors:
         if tensor.is_floating_point():

@@ -53,13 +53,18 @@ def write_model(
 ) -> None:
     """Write weights, config.json, generation settings and tokenizer into an existing empty folder.
 
-    Shards have at most `shard_size` bytes. Tokenizer, generation settings and licence come from
-    `source_folder` as they are; what it lacks is written from the objects. Raises CheckpointError
-    naming the file that could not be written.
+    Tokenizer, generation settings and licence come from `source_folder` as they are; what it lacks
+    is written from the objects.
+
+    Args:
+        shard_size: bytes of a file at most.
+
+    Raises:
+        CheckpointError: a file could not be written; the message names it.
     """
     write_config(folder, model)
     write_weights(folder, model, shard_size, progress=progress)
-    write_companions(folder, model, tokenizer, source_folder)
+    write_other_files(folder, model, tokenizer, source_folder)
 
 
 def write_config(
@@ -94,14 +99,14 @@ def write_config(
         config.save_pretrained(folder)
 
 
-def write_companions(
+def write_other_files(
     folder: Path,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     source_folder: Path | None,
 ) -> None:
-    """Copy what goes with the weights, or save it from the objects where there is no source for
-    it.
+    """Copy generation settings, tokenizer and licence, or save them from the objects where there is
+    no source for them.
     """
     if not copy_files(source_folder, folder, GENERATION) and model.can_generate():
         with naming(folder / GENERATION[0]):
@@ -114,18 +119,14 @@ def write_companions(
 
 
 def copy_files(source: Path | None, folder: Path, patterns: tuple[str, ...]) -> bool:
-    """Copy the files that match, byte for byte with default permissions; say whether there were
+    """Copy the files that match, byte for byte with default permissions, and say whether there were
     any.
     """
-    names = (
-        {
-            path.relative_to(source).as_posix()
-            for pattern in patterns
-            for path in source.glob(pattern)
-        }
-        if source
-        else set()
-    )
+    if source is None:
+        return False
+    names = {
+        path.relative_to(source).as_posix() for pattern in patterns for path in source.glob(pattern)
+    }
     for name in sorted(names):
         target = folder / name
         with naming(target):
@@ -135,20 +136,22 @@ def copy_files(source: Path | None, folder: Path, patterns: tuple[str, ...]) -> 
 
 
 def compare_reload(folder: Path, model: PreTrainedModel, progress: Progress = silent) -> None:
-    """Load the folder as any user would and compare every tensor bit for bit. Raises
-    CheckpointError naming those that differ.
+    """Load the folder as any user would and compare every tensor bit for bit.
+
+    Raises:
+        CheckpointError: some differ; the message names them.
     """
     reloaded, _ = load(folder)
-    expected, found = stored_tensors(model), stored_tensors(reloaded)
-    if expected.keys() != found.keys():
+    expected, read = stored_tensors(model), stored_tensors(reloaded)
+    if expected.keys() != read.keys():
         raise CheckpointError(
             f"{folder}: reload gives other tensors than were written: "
-            f"{some(expected.keys() ^ found.keys())}"
+            f"{some(expected.keys() ^ read.keys())}"
         )
     different = [
         name
         for name in progress(expected, "compare with what was written")
-        if not same_bits(fetch(model, name, expected[name]), fetch(reloaded, name, found[name]))
+        if not has_same_bits(fetch(model, name, expected[name]), fetch(reloaded, name, read[name]))
     ]
     if different:
         raise CheckpointError(
@@ -156,8 +159,8 @@ def compare_reload(folder: Path, model: PreTrainedModel, progress: Progress = si
         )
 
 
-def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether dtype, shape and every bit agree; unlike `torch.equal`, NaN equals itself and 0
+def has_same_bits(one: Tensor, other: Tensor) -> bool:
+    """Say whether dtype, shape and every bit agree; unlike `torch.equal`, NaN equals itself and 0
     differs from −0.
     """
     if one.dtype != other.dtype or one.shape != other.shape:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from compressor.allocation import adapter_ranks
 from compressor.calibrate import statistics_folder
 from compressor.checkpoint.weights import write_shard
-from compressor.checkpoint.write import LICENCE, TOKENIZER, copy_files, same_bits
+from compressor.checkpoint.write import LICENCE, TOKENIZER, copy_files, has_same_bits
 from compressor.errors import CheckpointError, ConfigError, DataError
 from compressor.files import model_folder
 from compressor.files.documents import naming, read_json, some
@@ -295,7 +295,7 @@ def same_factors(one: Product, other: Product) -> bool:
     """Whether the factors agree bit for bit, in the type of the second where that is the wider
     one.
     """
-    return same_bits(one.up.to(other.up.dtype), other.up) and same_bits(
+    return has_same_bits(one.up.to(other.up.dtype), other.up) and has_same_bits(
         one.down.to(other.down.dtype), other.down
     )
 

@@ -33,6 +33,7 @@ moments; inside a mask, s B A and its gradient as matrices for each linear of th
 """
 
 from collections.abc import Iterable, Mapping
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ from compressor.training.learners import Trainable, Values, collect_leaves, copy
 from compressor.training.loop import ZERO
 
 
-def takes_lora(module: nn.Module) -> bool:
+def takes_lora(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
     """Say whether a product can be merged into what a linear stores."""
     if isinstance(module, CompressedLinear):
         return module.can_absorb
@@ -119,7 +120,9 @@ def select_mergeable(
         ConfigError: there are none.
     """
     leaves = collect_leaves(model, modules, scopes)
-    linears = {name: module for name, module in leaves.items() if takes_lora(module)}
+    linears: dict[str, nn.Module] = {
+        name: module for name, module in leaves.items() if takes_lora(module)
+    }
     if not linears:
         kinds = {module.kind for module in leaves.values() if isinstance(module, CompressedLinear)}
         raise ConfigError(
@@ -153,6 +156,7 @@ class Loras(Trainable):
         self.loras = {
             name: Lora(copy, rank, generator)
             for name, copy in copy_masters(model, self.originals).items()
+            if takes_lora(copy)
         }
         self.copies: dict[str, nn.Module] = dict(self.loras)
         self.parameters = {

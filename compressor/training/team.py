@@ -20,12 +20,10 @@ from torch import Tensor, nn
 from compressor.errors import CompressorError
 from compressor.resume.codec import decode, encode
 
-WAIT = timedelta(
-    days=14
-)  # for the main process to need the others; a process that ends is noticed at once
-BUCKET = (
-    2**22
-)  # numbers that are averaged in one message: many small messages are slow, large ones need memory
+# for the main process to need the others; a process that ends is noticed at once
+WAIT = timedelta(days=14)
+# numbers that are averaged in one message: many small messages are slow, large ones need memory
+BUCKET = 2**22
 
 
 class Dismissed(Exception):
@@ -33,16 +31,22 @@ class Dismissed(Exception):
 
 
 class Team:
-    """The processes of one run. One alone is a team too, for which nothing here does anything."""
+    """Processes of one run. One alone is a team too, for which nothing here does anything."""
 
     def __init__(self, processes: int = 1, rank: int = 0, device: str = "cpu"):
         """device: type of the devices that hold the parameters. Nothing is connected yet."""
         self.processes, self.rank, self.device = processes, rank, device
         self.state: PartialState | None = None
 
+    @property
+    def connection(self) -> PartialState:
+        """Connection to the other processes, once they have met."""
+        assert self.state is not None, "the processes have not met"
+        return self.state
+
     def tell(self, value: Any) -> None:
-        """Main process: hand the others a value, anything that `codec` encodes, calling them first
-        if they have not been.
+        """Hand the others a value, anything that `codec` encodes, calling them first if they have
+        not been. For the main process.
         """
         if self.processes == 1:
             return
@@ -51,40 +55,38 @@ class Team:
         data, tensors = encode(value)
         with _reporting():
             broadcast_object_list(
-                [(data, [(name, one.shape, one.dtype) for name, one in tensors.items()])]
+                [(data, [(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()])]
             )
             for tensor in tensors.values():
-                broadcast(tensor.to(self.state.device))
-            self.state.wait_for_everyone()
+                broadcast(tensor.to(self.connection.device))
+            self.connection.wait_for_everyone()
 
     def dismiss(self) -> None:
-        """Main process: part from the others, and let them go if they were never called."""
+        """Part from the others, and let them go if they were never called. For the main process."""
         if self.processes == 1:
             return
         if self.state is None:
             self._call(False)
-        self.state.destroy_process_group()
+        self.connection.destroy_process_group()
 
     def called(self) -> bool:
-        """Another process: wait until the main one knows whether it needs this one, and say
-        which.
-        """
+        """Wait until the main process knows whether it needs this one, and say which."""
         return self._call(False)
 
     def hear(self) -> Any:
-        """Another process: what the main one tells."""
+        """Receive what the main process tells. For the other processes."""
         with _reporting():
             ((data, outline),) = broadcast_object_list([None])
-            device = self.state.device
+            device = self.connection.device
             tensors = {
                 name: broadcast(torch.empty(shape, dtype=dtype, device=device))
                 for name, shape, dtype in outline
             }
-            self.state.wait_for_everyone()
+            self.connection.wait_for_everyone()
         return decode(data, tensors, foreign=True)
 
     def mean(self, value: Tensor) -> float:
-        """Mean of a number over the processes."""
+        """Average a number over the processes."""
         if self.processes == 1:
             return value.item()
         with _reporting():
@@ -100,28 +102,29 @@ class Team:
         with _reporting():
             present = reduce(
                 torch.tensor(
-                    [float(one.grad is not None) for one in own], device=self.state.device
+                    [float(parameter.grad is not None) for parameter in own],
+                    device=self.connection.device,
                 ),
                 "sum",
             )
             for bucket in _buckets(
-                one for one, count in zip(own, present.tolist(), strict=True) if count
+                parameter for parameter, count in zip(own, present.tolist(), strict=True) if count
             ):
                 gradients = [
-                    torch.zeros_like(one) if one.grad is None else one.grad for one in bucket
+                    torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                    for parameter in bucket
                 ]
                 mean = reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
-                for parameter, part in zip(
-                    bucket, mean.split([one.numel() for one in bucket]), strict=True
-                ):
-                    parameter.grad = part.view_as(parameter)
+                sizes = [parameter.numel() for parameter in bucket]
+                for parameter, gradient in zip(bucket, mean.split(sizes), strict=True):
+                    parameter.grad = gradient.view_as(parameter)
 
     def _call(self, needed: bool) -> bool:
-        """Meet; then every process knows what the main one has passed as `needed`."""
+        """Meet the other processes; then each knows what the main one has passed as `needed`."""
         with _reporting():
             self.state = PartialState(cpu=self.device == "cpu", timeout=WAIT)
             (answer,) = broadcast_object_list([needed])
-            self.state.wait_for_everyone()
+            self.connection.wait_for_everyone()
         return answer
 
 
@@ -129,10 +132,10 @@ ALONE = Team()
 
 
 def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Parameters in lists of at most BUCKET numbers, or of one parameter."""
+    """Collect parameters in lists of at most BUCKET numbers, or of one parameter."""
     bucket: list[nn.Parameter] = []
     for parameter in parameters:
-        if bucket and sum(one.numel() for one in bucket) + parameter.numel() > BUCKET:
+        if bucket and sum(other.numel() for other in bucket) + parameter.numel() > BUCKET:
             yield bucket
             bucket = []
         bucket.append(parameter)

@@ -30,7 +30,7 @@ def test_f02_killed_before_the_output_is_in_place(tiny_llama, text_file, tmp_pat
     """
     points = {
         "compressor.checkpoint.weights.write_shard": 3,  # a shard is missing
-        "compressor.checkpoint.write.write_companions": 1,  # the index is the last thing written
+        "compressor.checkpoint.write.write_other_files": 1,  # the index is the last thing written
         "compressor.files.manifest.build": 1,
         "os.rename": 1,
     }

@@ -64,6 +64,7 @@ def test_two_of_every_four_are_stored_with_two_bits_each(shape):
         and places.shape == (shape[0], shape[1] // 4, 2)
     )
     assert ((module.core().view(-1, 4) != 0).sum(1) == 2).all() and torch.equal(module.core(), core)
+    assert torch.equal(module.support(), core != 0)
     height, width, b, c = shape
     assert module.bits() == 16 * (height * width // 2 + height * b + width * c + height) + 8 * -(
         -height * width // 8

@@ -2,6 +2,7 @@
 format, loads without this package.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 from compressor.checkpoint.weights import stored_dtype, stored_tensors, write_weights
-from compressor.checkpoint.write import compare_reload, write_companions, write_config
+from compressor.checkpoint.write import compare_reload, write_config, write_other_files
 from compressor.errors import CheckpointError
 from compressor.files.documents import naming
 from compressor.files.model_folder import read
@@ -23,11 +24,8 @@ from compressor.models.load import load, skeleton
 from compressor.runtime.progress import Progress, silent
 
 SHARD_SIZE = 5_000_000_000
-WIDTHS = (
-    "intermediate_size",
-    "ffn_dim",
-    "n_inner",
-)  # what configs call the width of feed-forward blocks
+# what configs call the width of feed-forward blocks
+WIDTHS = ("intermediate_size", "ffn_dim", "n_inner")
 README = """# Dense export
 
 The dense form of a checkpoint compressed with `compressor`: quality-equal to it, {size}.
@@ -48,21 +46,26 @@ def export_dense(
 
     Feed-forward blocks that all keep equally many channels stay as narrow as they are: the config
     says so, and the files are smaller. The weights are rounded to the dtype of the checkpoint.
-    Raises CheckpointError if `path` holds nothing compressed by this package, or the export does
-    not reload bit for bit.
+
+    Raises:
+        CheckpointError: `path` holds nothing compressed by this package, or the export does not
+            reload bit for bit.
     """
-    stock = compressed_skeleton(path)
+    stock = read_skeleton(path)
     size = sum(tensor.nbytes for tensor in stored_tensors(stock).values())
     preflight(output, path, overwrite, size)
     model, tokenizer = load(path)
     dtype = stored_dtype(stored_tensors(model).values())
     compressed = sum(tensor.nbytes for tensor in stored_tensors(model).values())
-    width = narrow(model, stock)
-    names = [name for name, module in model.named_modules() if isinstance(module, CompressedLinear)]
-    for name in progress(names, "multiply out"):
-        model.set_submodule(
-            name, dense_module(model.get_submodule(name), stock.get_submodule(name), dtype)
-        )
+    width = narrow_feed_forward(model, stock)
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, CompressedLinear)
+    }
+    for name in progress(list(linears), "multiply out"):
+        dense = build_dense(linears.pop(name), stock.get_submodule(name), dtype)
+        model.set_submodule(name, dense)
     written = sum(tensor.nbytes for tensor in stored_tensors(model).values())
     kind = (
         "**not smaller** than the original model"
@@ -80,7 +83,7 @@ def export_dense(
             revert_weight_conversion(stock, stored_tensors(model)),
             progress=progress,
         )
-        write_companions(staging.folder, model, tokenizer, path)
+        write_other_files(staging.folder, model, tokenizer, path)
         with naming(staging.folder / "README.md"):
             (staging.folder / "README.md").write_text(README.format(size=kind), encoding="utf-8")
         compare_reload(staging.folder, model, progress)
@@ -92,67 +95,79 @@ def export_dense(
     )
 
 
-def narrow(model: PreTrainedModel, stock: PreTrainedModel) -> int | None:
+@dataclass(frozen=True)
+class FeedForward:
+    """Pruned linears of a decoder block that share their channels."""
+
+    linears: dict[str, Pruned]  # by name within the block
+    width: int  # channels of the dense block
+    kept: int
+
+
+def narrow_feed_forward(model: PreTrainedModel, stock: PreTrainedModel) -> int | None:
     """Make feed-forward blocks that all keep equally many channels narrow linears of the
     architecture; return the width, else None.
     """
     config, members = model.config.get_text_config(), blocks(model)[1]
-    found = [feed_forward(member) for member in members]
-    shapes = {(part[1], part[2]) for part in found if part}
-    if not all(found) or len(shapes) != 1:
+    pruned = [part for member in members if (part := find_feed_forward(member))]
+    shapes = {(part.width, part.kept) for part in pruned}
+    if len(pruned) != len(members) or len(shapes) != 1:
         return None
-    hidden, width = shapes.pop()
-    named = [field for field in WIDTHS if hasattr(config, field)]
-    field = next(
-        (field for field in named if (getattr(config, field) or 4 * config.hidden_size) == hidden),
-        None,
-    )  # GPT-2's None is 4
-    if field is None:
+    width, kept = shapes.pop()
+    # GPT-2's None stands for four times the hidden size.
+    widths = {
+        field: getattr(config, field) or 4 * config.hidden_size
+        for field in WIDTHS
+        if hasattr(config, field)
+    }
+    named = [field for field in widths if widths[field] == width]
+    if not named:
         return None
-    for member, dense, (names, *_) in zip(members, blocks(stock)[1], found, strict=True):
-        for name in names:
-            module = member.get_submodule(name)
-            member.set_submodule(
-                name, linear_like(dense.get_submodule(name), module.matrix().detach(), module.bias)
-            )
-    setattr(config, field, width)
-    return width
+    for member, dense, part in zip(members, blocks(stock)[1], pruned, strict=True):
+        for name, module in part.linears.items():
+            like = dense.get_submodule(name)
+            narrow = build_linear(like, module.matrix().detach(), module.bias)
+            member.set_submodule(name, narrow)
+    setattr(config, named[0], kept)
+    return kept
 
 
-def feed_forward(member: nn.Module) -> tuple[list[str], int, int] | None:
-    """Pruned linears of a decoder block that share their channels, the reader of these last; how
-    many there were and are. None without.
-    """
+def find_feed_forward(member: nn.Module) -> FeedForward | None:
+    """Find the pruned linears of a decoder block that share their channels, if there are any."""
     pruned = {name: module for name, module in member.named_modules() if isinstance(module, Pruned)}
     for name, reader in pruned.items():
         if reader.columns is None or reader.rows is not None:
             continue
         kept, parent = reader.places("columns").tolist(), name.rpartition(".")[0]
-        siblings = [
-            other for other in pruned if other != name and other.rpartition(".")[0] == parent
-        ]
-        if siblings and all(
-            channels_of(pruned[other], reader.in_features) == kept for other in siblings
+        writers = {
+            other: module
+            for other, module in pruned.items()
+            if other != name and other.rpartition(".")[0] == parent
+        }
+        if writers and all(
+            written_channels(module, reader.in_features) == kept for module in writers.values()
         ):
-            return [*siblings, name], reader.in_features, len(kept)
+            return FeedForward(writers | {name: reader}, reader.in_features, len(kept))
     return None
 
 
-def channels_of(module: Pruned, width: int) -> list[int] | None:
-    """Channels that a linear writes, where it is one of a feed-forward block (once, or twice for
-    gate and up in one).
+def written_channels(module: Pruned, width: int) -> list[int] | None:
+    """List the channels that a linear writes, where it is one of a feed-forward block (once, or
+    twice for gate and up in one).
     """
     if module.rows is None or module.columns is not None or module.out_features % width:
         return None
     rows = torch.zeros(module.out_features, dtype=torch.bool)
     rows[module.places("rows").cpu()] = True
-    parts = rows.view(-1, width)
-    return parts[0].nonzero().flatten().tolist() if (parts == parts[0]).all() else None
+    copies = rows.view(-1, width)
+    return copies[0].nonzero().flatten().tolist() if (copies == copies[0]).all() else None
 
 
-def compressed_skeleton(path: Path) -> PreTrainedModel:
-    """The dense architecture of a compressed checkpoint, on the meta device. Raises CheckpointError
-    if it is not one of this package.
+def read_skeleton(path: Path) -> PreTrainedModel:
+    """Build the dense architecture of a compressed checkpoint, on the meta device.
+
+    Raises:
+        CheckpointError: the checkpoint is none of this package.
     """
     if read(path).quantization.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(
@@ -161,20 +176,22 @@ def compressed_skeleton(path: Path) -> PreTrainedModel:
     return skeleton(path)
 
 
-def dense_module(compressed: CompressedLinear, stock: nn.Module, dtype: torch.dtype) -> nn.Module:
+def build_dense(compressed: CompressedLinear, stock: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Build what the architecture has in this place, nn.Linear or Conv1D (weight (in, out)), with Ŵ
     rounded to `dtype`.
     """
-    return linear_like(stock, compressed.to_dense().to(dtype), compressed.dense_bias())
+    return build_linear(stock, compressed.to_dense().to(dtype), compressed.dense_bias())
 
 
-def linear_like(stock: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """nn.Linear or Conv1D, as `stock` is, of a weight (out, in)."""
+def build_linear(stock: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """Build an nn.Linear or a Conv1D, as `stock` is, of a weight (out, in)."""
+    module: nn.Linear | Conv1D
     with torch.device("meta"):
         if isinstance(stock, Conv1D):
             module, weight = Conv1D(*weight.shape), weight.T  # (in, out)
         else:
             module = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
     module.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
-    module.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+    parameter = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+    module.register_parameter("bias", parameter)
     return module

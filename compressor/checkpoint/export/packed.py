@@ -33,9 +33,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
-from compressor.checkpoint.export.dense import SHARD_SIZE, compressed_skeleton, dense_module
+from compressor.checkpoint.export.dense import SHARD_SIZE, build_dense, read_skeleton
 from compressor.checkpoint.weights import stored_dtype, stored_tensors, write_shard, write_weights
-from compressor.checkpoint.write import same_bits, write_companions, write_config
+from compressor.checkpoint.write import has_same_bits, write_config, write_other_files
 from compressor.errors import CheckpointError, ConfigError
 from compressor.files.documents import naming, some
 from compressor.files.staging import Staging, preflight
@@ -43,15 +43,10 @@ from compressor.linears import Adapted, CompressedLinear, Packed
 from compressor.linears.packed import library
 from compressor.models.load import from_pretrained, load
 
-FORMATS = {
-    "compressed-tensors": False,
-    "peft": True,
-}  # whether residuals are written, as an adapter
-TOLERANCE = {
-    torch.float32: 1e-4,
-    torch.bfloat16: 0.05,
-    torch.float16: 0.01,
-}  # of logits over the largest, where adapters are added
+# format → whether residuals are written, as an adapter
+FORMATS = {"compressed-tensors": False, "peft": True}
+# of logits over the largest, where adapters are added
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 README = """# {name}
 
 Written from a checkpoint of `compressor`; it loads without that package:
@@ -70,7 +65,7 @@ folder of their own (vLLM: `--lora-modules`) want a copy of the two `adapter_*` 
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedCheckpoint:
     """A compressed checkpoint, taken apart."""
 
     path: Path
@@ -87,18 +82,18 @@ class Opened:
     @property
     def schemes(self) -> dict[tuple[int, int, bool], list[str]]:
         """Linears of each (bits, group, symmetric); group 0 is a scale for a whole row."""
-        found: dict[tuple[int, int, bool], list[str]] = {}
+        schemes: dict[tuple[int, int, bool], list[str]] = {}
         for name, base in self.integers.items():
             group = 0 if base.group == base.in_features else base.group
-            found.setdefault((base.code_bits, group, base.zeros is None), []).append(name)
-        return dict(sorted(found.items()))
+            schemes.setdefault((base.code_bits, group, base.zeros is None), []).append(name)
+        return dict(sorted(schemes.items()))
 
     @property
     def dequantize(self) -> bool:
         """Whether the integers have to be unpacked while loading."""
         return bool(self.pairs) or not all(symmetric for _, _, symmetric in self.schemes)
 
-    def conv1d(self, name: str) -> bool:
+    def is_conv1d(self, name: str) -> bool:
         return isinstance(self.stock.get_submodule(name), Conv1D)
 
 
@@ -108,29 +103,33 @@ def export_packed(
     """Write the layout of compressed-tensors, with residuals as an adapter if `adapted`; return one
     line that says what was written.
 
-    Raises ConfigError for what the layout cannot hold (see `check`), CheckpointError if the export,
-    loaded by transformers, is not what the checkpoint is.
+    Raises:
+        ConfigError: the layout cannot hold what the checkpoint stores (see `check_format`).
+        CheckpointError: the export, loaded by transformers, is not what the checkpoint is.
     """
-    stock = compressed_skeleton(path)
+    stock = read_skeleton(path)
     preflight(
         output, path, overwrite, sum(tensor.nbytes for tensor in stored_tensors(stock).values())
     )
     opened = take_apart(path, stock)
-    check(opened, adapted)
+    check_format(opened, adapted)
     if opened.dequantize and len(opened.schemes) > 1:
-        opened = replace(opened, bases=opened.bases | one_scheme(opened))
-    dtype, expected = stored_dtype(stored_tensors(opened.model).values()), logits(opened.model)
+        opened = replace(opened, bases=opened.bases | unify_schemes(opened))
+    dtype, expected = (
+        stored_dtype(stored_tensors(opened.model).values()),
+        compute_logits(opened.model),
+    )
     weights = {name: base.to_dense().to(dtype) for name, base in opened.bases.items()}
     for name, base in opened.bases.items():
         replacement = (
-            layout(base)
+            build_layout(base)
             if isinstance(base, Packed)
-            else dense_module(base, stock.get_submodule(name), dtype)
+            else build_dense(base, stock.get_submodule(name), dtype)
         )
         opened.model.set_submodule(name, replacement)
     with Staging(output, overwrite) as staging:
-        write(opened, staging.folder, output.name, shard_size, adapted)
-        off, scale = compare(staging.folder, opened, weights, expected)
+        write_export(opened, staging.folder, output.name, shard_size, adapted)
+        off, scale = compare_export(staging.folder, opened, weights, expected)
         if off > (TOLERANCE[dtype] * scale if adapted else 0.0):
             raise CheckpointError(
                 f"{output}: logits of the export, loaded by transformers, are off by {off:.3g} of "
@@ -155,7 +154,7 @@ def export_packed(
     )
 
 
-def take_apart(path: Path, stock: PreTrainedModel) -> Opened:
+def take_apart(path: Path, stock: PreTrainedModel) -> OpenedCheckpoint:
     model, tokenizer = load(path)
     modules = {
         name: module
@@ -164,10 +163,10 @@ def take_apart(path: Path, stock: PreTrainedModel) -> Opened:
     }
     bases = {name: module.base for name, module in modules.items()}
     pairs = {name: module.pair() for name, module in modules.items() if isinstance(module, Adapted)}
-    return Opened(path, stock, model, tokenizer, bases, pairs)
+    return OpenedCheckpoint(path, stock, model, tokenizer, bases, pairs)
 
 
-def check(opened: Opened, adapted: bool) -> None:
+def check_format(opened: OpenedCheckpoint, adapted: bool) -> None:
     """Raise ConfigError for what the format cannot hold, or for a checkpoint with nothing to put in
     it.
     """
@@ -183,14 +182,14 @@ def check(opened: Opened, adapted: bool) -> None:
         )
     if not adapted and not schemes:
         raise ConfigError(f"{path}: has no integers; use --format dense")
-    if turned := [name for name in opened.integers if opened.conv1d(name)]:
+    if turned := [name for name in opened.integers if opened.is_conv1d(name)]:
         raise ConfigError(
             f"{path}: {turned[0]} is a Conv1D, whose integers compressed-tensors does not read; "
             "use --format dense"
         )
 
 
-def one_scheme(opened: Opened) -> dict[str, Packed]:
+def unify_schemes(opened: OpenedCheckpoint) -> dict[str, Packed]:
     """The same integers in the widest codes, and in groups whose size divides that of all, scales
     repeated: Ŵ does not change.
 
@@ -201,45 +200,42 @@ def one_scheme(opened: Opened) -> dict[str, Packed]:
         max(base.code_bits for base in integers),
         math.gcd(*(base.group for base in integers)),
     )
-    symmetric, found = all(base.zeros is None for base in integers), {}
+    symmetric, packed = all(base.zeros is None for base in integers), {}
     for name, base in opened.integers.items():
-        times = base.group // group
-        zeros = (
-            torch.zeros(base.scales.shape, dtype=torch.int8)
-            if base.zeros is None
-            else base.zero_points()
-        )
-        zeros = None if symmetric else zeros.repeat_interleave(times, 1)
-        found[name] = Packed.of_codes(
-            base.codes(), base.scales.detach().repeat_interleave(times, 1), zeros, base.bias, bits
-        )
+        times, zeros = base.group // group, None
+        if not symmetric:
+            points = base.zero_points()
+            if points is None:
+                points = torch.zeros(base.scales.shape, dtype=torch.int8)
+            zeros = points.repeat_interleave(times, 1)
+        scales = base.scales.detach().repeat_interleave(times, 1)
+        packed[name] = Packed.of_codes(base.codes(), scales, zeros, base.bias, bits)
     dense = sum(
         base.in_features * base.out_features * base.scales.element_size() * 8 for base in integers
     )
-    if (size := sum(base.bits() for base in found.values())) >= dense:
+    if (size := sum(base.bits() for base in packed.values())) >= dense:
         raise ConfigError(
             f"{opened.path}: integers of several schemes would take {size:,} bits as the one of "
             f"{bits} bits in groups of {group} that "
             f"transformers unpacks here, dense {dense:,}; use --format dense"
         )
-    return found
+    return packed
 
 
-def layout(base: Packed) -> nn.Module:
+def build_layout(base: Packed) -> nn.Module:
     """The tensors of a linear as compressed-tensors stores them; the module computes nothing."""
     module, pack = nn.Module(), library().pack_to_int32
     module.register_buffer("weight_packed", pack(base.codes(), base.code_bits))
     module.register_buffer("weight_scale", base.scales.detach())
     module.register_buffer("weight_shape", torch.tensor([base.out_features, base.in_features]))
-    if base.zeros is not None:
-        module.register_buffer(
-            "weight_zero_point", pack(base.zero_points(), base.code_bits, packed_dim=0).contiguous()
-        )
+    if (points := base.zero_points()) is not None:
+        packed = pack(points, base.code_bits, packed_dim=0).contiguous()
+        module.register_buffer("weight_zero_point", packed)
     module.register_parameter("bias", base.bias)
     return module
 
 
-def quantization_config(opened: Opened) -> dict[str, Any]:
+def build_quantization_config(opened: OpenedCheckpoint) -> dict[str, Any]:
     """The section of config.json, a group of linears for each scheme."""
     from compressed_tensors.quantization import (
         QuantizationArgs,
@@ -264,12 +260,16 @@ def quantization_config(opened: Opened) -> dict[str, Any]:
     return config.model_dump(mode="json") | ({"dequantize": True} if opened.dequantize else {})
 
 
-def write(opened: Opened, folder: Path, name: str, shard_size: int, adapted: bool) -> None:
+def write_export(
+    opened: OpenedCheckpoint, folder: Path, name: str, shard_size: int, adapted: bool
+) -> None:
     """Write all files of an export that will be called `name`."""
-    write_config(folder, opened.model, quantization_config(opened) if opened.integers else None)
+    write_config(
+        folder, opened.model, build_quantization_config(opened) if opened.integers else None
+    )
     tensors = revert_weight_conversion(opened.stock, stored_tensors(opened.model))
     write_weights(folder, opened.model, shard_size, tensors, index=adapted)
-    write_companions(folder, opened.model, opened.tokenizer, opened.path)
+    write_other_files(folder, opened.model, opened.tokenizer, opened.path)
     if adapted:
         write_adapter(folder, opened, name)
     needs = " and ".join(["compressed-tensors"] * bool(opened.integers) + ["peft"] * adapted)
@@ -278,7 +278,7 @@ def write(opened: Opened, folder: Path, name: str, shard_size: int, adapted: boo
         (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def write_adapter(folder: Path, opened: Opened, name: str) -> None:
+def write_adapter(folder: Path, opened: OpenedCheckpoint, name: str) -> None:
     """Write residuals as PEFT reads them: B = up, A = down, of the rank each has, and alpha the
     same, so that the scaling is 1.
     """
@@ -293,7 +293,7 @@ def write_adapter(folder: Path, opened: Opened, name: str) -> None:
         rank_pattern=ranks,
         alpha_pattern=ranks,
         target_modules=sorted(ranks),
-        fan_in_fan_out=any(map(opened.conv1d, ranks)),
+        fan_in_fan_out=any(map(opened.is_conv1d, ranks)),
         inference_mode=True,
     ).to_dict()
     with naming(folder / "adapter_config.json"):
@@ -307,14 +307,14 @@ def write_adapter(folder: Path, opened: Opened, name: str) -> None:
 
 
 @torch.no_grad()
-def logits(model: PreTrainedModel) -> Tensor:
+def compute_logits(model: PreTrainedModel) -> Tensor:
     """Logits of one pass over some token ids."""
     count = min(64, model.config.get_text_config().vocab_size)
     return model(input_ids=torch.arange(count)[None], use_cache=False).logits
 
 
-def compare(
-    folder: Path, opened: Opened, weights: dict[str, Tensor], expected: Tensor
+def compare_export(
+    folder: Path, opened: OpenedCheckpoint, weights: dict[str, Tensor], expected: Tensor
 ) -> tuple[float, float]:
     """Load a folder as any user would: largest difference from the expected logits, and the largest
     of those.
@@ -323,11 +323,13 @@ def compare(
     what it should be.
     """
     model = from_pretrained(folder)
-    found, wrong = logits(model), []  # the first pass unpacks what is packed
+    loaded, wrong = compute_logits(model), []  # the first pass unpacks what is packed
     for name, weight in weights.items():
-        module = model.get_submodule(name)
+        module: Any = model.get_submodule(name)  # of the library that the export is for
         base = getattr(module, "base_layer", module)
-        same = same_bits((base.weight.T if opened.conv1d(name) else base.weight).detach(), weight)
+        same = has_same_bits(
+            (base.weight.T if opened.is_conv1d(name) else base.weight).detach(), weight
+        )
         if name in opened.pairs and same:
             same = hasattr(module, "lora_A") and is_residual(module, *opened.pairs[name])
         if not same:
@@ -336,15 +338,15 @@ def compare(
         raise CheckpointError(
             f"{folder}: transformers loads another weight than was written in {some(wrong)}"
         )
-    return (found - expected).abs().max().item(), expected.abs().max().item()
+    return (loaded - expected).abs().max().item(), expected.abs().max().item()
 
 
-def is_residual(module: nn.Module, up: Tensor, down: Tensor) -> bool:
+def is_residual(module: Any, up: Tensor, down: Tensor) -> bool:
     """Whether a LoRA linear of PEFT adds up · down and nothing else."""
     adapter = module.active_adapters[0]
     stored = module.lora_B[adapter].weight, module.lora_A[adapter].weight
     equal = all(
-        torch.equal(one.to(other.dtype), other)
-        for one, other in zip(stored, (up, down), strict=True)
+        torch.equal(factor.to(expected.dtype), expected)
+        for factor, expected in zip(stored, (up, down), strict=True)
     )
     return equal and module.scaling[adapter] == 1.0 and len(module.active_adapters) == 1

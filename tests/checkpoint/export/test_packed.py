@@ -216,7 +216,7 @@ def test_one_scheme_that_is_no_smaller_than_dense_is_refused(tmp_path, compresse
     weight.
     """
     path, _ = compressed("llama", "float32", "group=[channel]", "residual=[1]", "bits=[8]")
-    opened = exchange.take_apart(path, exchange.compressed_skeleton(path))
+    opened = exchange.take_apart(path, exchange.read_skeleton(path))
     base = Packed.of_codes(torch.zeros(4, 7), torch.ones(4, 1), None, None, 8)
     odd = opened.__class__(
         path, opened.stock, opened.model, None, opened.bases | {"odd": base}, opened.pairs
@@ -225,7 +225,7 @@ def test_one_scheme_that_is_no_smaller_than_dense_is_refused(tmp_path, compresse
         ConfigError,
         match=r"would take [0-9,]+ bits as the one of 8 bits in groups of 1 that transformers unpacks here",
     ):
-        exchange.one_scheme(odd)
+        exchange.unify_schemes(odd)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -294,7 +294,7 @@ def test_an_export_that_loads_as_something_else_is_not_put_in_place(
         run.export(path, tmp_path / "out", "peft")
     assert sorted(tmp_path.iterdir()) == [path]
     monkeypatch.undo()
-    monkeypatch.setattr(exchange, "logits", lambda model: torch.rand(1))
+    monkeypatch.setattr(exchange, "compute_logits", lambda model: torch.rand(1))
     with pytest.raises(
         CheckpointError, match=r"logits of the export, loaded by transformers, are off by"
     ):
