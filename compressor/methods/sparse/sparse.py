@@ -33,18 +33,8 @@ from compressor.errors import NumericalError
 from compressor.linears import Dense, Sparse
 from compressor.methods import register
 from compressor.methods.base import Approximation
+from compressor.methods.sparse import base
 from compressor.methods.sparse.admm import admm, n_of_m, projection, refit
-from compressor.methods.sparse.base import (
-    Pattern,
-    Patterned,
-    Weighed,
-    keep_smaller,
-    pattern_count,
-    payloads,
-    require_divisible,
-    screen_curve,
-    store,
-)
 from compressor.plan import Candidate, Curve
 from compressor.statistics import LinearStats
 
@@ -73,7 +63,7 @@ def obs_factor(gram: Tensor, dampings: Sequence[float], linear: str) -> tuple[Te
 
 
 def surgeon(
-    weight: Tensor, factor: Tensor, pattern: Pattern, counts: Sequence[int], block: int
+    weight: Tensor, factor: Tensor, pattern: base.Pattern, counts: Sequence[int], block: int
 ) -> tuple[Tensor, Tensor]:
     """SparseGPT of all sizes at once: values and masks (K, out, in).
 
@@ -116,14 +106,14 @@ class Prepared:
     damping it took.
     """
 
-    weighed: Weighed
+    weighed: base.Weighed
     factor: Tensor | None
     damping: float | None
 
 
 @register
 @dataclass(frozen=True)
-class SparseMethod(Patterned[Prepared]):
+class SparseMethod(base.Patterned[Prepared]):
     """A weight with most entries at zero, stored as the others and a bit mask."""
 
     name: ClassVar[str] = "sparse"
@@ -145,13 +135,15 @@ class SparseMethod(Patterned[Prepared]):
             raise ValueError(f"solver '{self.solver}' knows inputs only; set metric to 'gram'")
 
     def sizes(self, dense: Dense) -> list[Candidate]:
-        require_divisible(self.pattern, dense.weight.shape[1], "a target")
+        base.require_divisible(self.pattern, dense.weight.shape[1], "a target")
         fixed, row = (
-            pattern_count(dense, self.pattern),
+            base.pattern_count(dense, self.pattern),
             len(dense.weight) if self.pattern == "rows" else 1,
         )
-        counts = [fixed] if fixed else [count - count % row for count in payloads(dense, self.step)]
-        return keep_smaller(
+        counts = (
+            [fixed] if fixed else [count - count % row for count in base.payloads(dense, self.step)]
+        )
+        return base.keep_smaller(
             self.name, dense, [({"nonzeros": count}, count) for count in counts if count]
         )
 
@@ -159,7 +151,7 @@ class SparseMethod(Patterned[Prepared]):
         """Scale the problem min tr(H D M Dᵀ), D = W − Ŵ (out, in), to unit diagonals and find its
         eigenbases, O(in³ + out³); for SparseGPT, factorise the damped inverse of M besides.
         """
-        require_divisible(self.pattern, dense.weight.shape[1], linear)
+        base.require_divisible(self.pattern, dense.weight.shape[1], linear)
         weighed = self.weigh(linear, dense, stats)
         factor, damping = None, None
         if self.solver == "sparsegpt":
@@ -175,7 +167,7 @@ class SparseMethod(Patterned[Prepared]):
                 replace(size, setting=size.setting | {"damping": state.damping}) for size in sizes
             ]
         counts = [size.setting["nonzeros"] for size in sizes]
-        return screen_curve(
+        return base.screen_curve(
             state.weighed,
             self.name,
             sizes,
@@ -210,7 +202,7 @@ class SparseMethod(Patterned[Prepared]):
 
     def compress(self, state: Prepared, setting: dict[str, Any]) -> Sparse:
         values, mask = self.solve(state, [setting["nonzeros"]])
-        return store(state.weighed, values[0], mask[0])
+        return base.store(state.weighed, values[0], mask[0])
 
     def measure(self, state: Prepared, module: Approximation) -> float:
         return state.weighed.error(module.to_dense())

@@ -36,17 +36,8 @@ from compressor.linalg import Metric
 from compressor.linears import Adapted, Dense
 from compressor.methods import register
 from compressor.methods.base import Approximation
+from compressor.methods.sparse import base
 from compressor.methods.sparse.admm import admm, projection, refit
-from compressor.methods.sparse.base import (
-    Patterned,
-    Weighed,
-    keep_smaller,
-    pattern_count,
-    payloads,
-    require_divisible,
-    screen_curve,
-    store,
-)
 from compressor.plan import Candidate, Curve
 from compressor.statistics import LinearStats
 
@@ -107,7 +98,7 @@ class LowRankPart:
 
 @register
 @dataclass(frozen=True)
-class SparseLowRankMethod(Patterned[Weighed]):
+class SparseLowRankMethod(base.Patterned[base.Weighed]):
     """A sparse weight, stored as values and a bit mask, plus a low-rank pair."""
 
     name: ClassVar[str] = "sparse_low_rank"
@@ -131,7 +122,7 @@ class SparseLowRankMethod(Patterned[Weighed]):
         """Rank, not rounded, at which `numbers` numbers have the wanted share of low rank; or that
         is left beside an N:M pattern.
         """
-        sides, fixed = sum(dense.weight.shape), pattern_count(dense, self.pattern)
+        sides, fixed = sum(dense.weight.shape), base.pattern_count(dense, self.pattern)
         return (
             max(1.0, self.rank_share * numbers / sides)
             if fixed is None
@@ -142,7 +133,7 @@ class SparseLowRankMethod(Patterned[Weighed]):
         """Rank and nonzeros that at most `numbers` numbers hold; None where they do not hold both
         parts.
         """
-        (height, width), fixed = dense.weight.shape, pattern_count(dense, self.pattern)
+        (height, width), fixed = dense.weight.shape, base.pattern_count(dense, self.pattern)
         rank = round(self.rank(dense, numbers)) if fixed is None else int(self.rank(dense, numbers))
         nonzeros = numbers - rank * (height + width) if fixed is None else fixed
         if self.pattern == "rows":
@@ -154,34 +145,36 @@ class SparseLowRankMethod(Patterned[Weighed]):
         )
 
     def sizes(self, dense: Dense) -> list[Candidate]:
-        require_divisible(self.pattern, dense.weight.shape[1], "a target")
+        base.require_divisible(self.pattern, dense.weight.shape[1], "a target")
         settings = [
             setting
-            for setting in (self.split(dense, numbers) for numbers in payloads(dense, self.step))
+            for setting in (
+                self.split(dense, numbers) for numbers in base.payloads(dense, self.step)
+            )
             if setting
         ]
         sides = sum(dense.weight.shape)
-        return keep_smaller(
+        return base.keep_smaller(
             self.name,
             dense,
             [(setting, setting["nonzeros"] + setting["rank"] * sides) for setting in settings],
         )
 
-    def prepare(self, linear: str, dense: Dense, stats: LinearStats) -> Weighed:
+    def prepare(self, linear: str, dense: Dense, stats: LinearStats) -> base.Weighed:
         """Scale the problem min tr(H D M Dᵀ), D = W − S − A B (out, in), to unit diagonals and find
         its eigenbases, O(in³ + out³).
         """
-        require_divisible(self.pattern, dense.weight.shape[1], linear)
+        base.require_divisible(self.pattern, dense.weight.shape[1], linear)
         return self.weigh(linear, dense, stats)
 
-    def candidates(self, state: Weighed) -> Curve:
+    def candidates(self, state: base.Weighed) -> Curve:
         """Screen the sizes (see `base`); the diagonal error is that of the nonzeros at unrounded
         rank, which is smooth in size.
         """
         sizes, sides = self.sizes(state.dense), sum(state.dense.weight.shape)
         numbers = [size.setting["nonzeros"] + size.setting["rank"] * sides for size in sizes]
         entries = [int(number - self.rank(state.dense, number) * sides) for number in numbers]
-        return screen_curve(
+        return base.screen_curve(
             state,
             self.name,
             sizes,
@@ -191,13 +184,13 @@ class SparseLowRankMethod(Patterned[Weighed]):
             lambda chosen: self.errors(state, chosen),
         )
 
-    def errors(self, state: Weighed, sizes: list[Candidate]) -> list[float]:
+    def errors(self, state: base.Weighed, sizes: list[Candidate]) -> list[float]:
         """Relative error of what the solver makes of each size."""
         values, _, up, down = self.solve(state, [size.setting for size in sizes])
         return [state.error(one) for one in values + up @ down]
 
     def solve(
-        self, state: Weighed, settings: list[dict[str, Any]]
+        self, state: base.Weighed, settings: list[dict[str, Any]]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """S and its masks (K, out, in), A (K, out, r), B (K, r, in) of all sizes; r is the largest
         rank, smaller ones end in zeros.
@@ -233,13 +226,13 @@ class SparseLowRankMethod(Patterned[Weighed]):
         up, down = part.factors(residual)
         return problem.original(sparse), mask, up / problem.outputs, down / problem.inputs
 
-    def compress(self, state: Weighed, setting: dict[str, Any]) -> Adapted:
+    def compress(self, state: base.Weighed, setting: dict[str, Any]) -> Adapted:
         values, mask, up, down = self.solve(state, [setting])
         pair = (
             factor[0].to(state.dense.dtype, memory_format=torch.contiguous_format, copy=True)
             for factor in (up, down)
         )
-        return Adapted(store(state, values[0], mask[0]), *pair)
+        return Adapted(base.store(state, values[0], mask[0]), *pair)
 
-    def measure(self, state: Weighed, module: Approximation) -> float:
+    def measure(self, state: base.Weighed, module: Approximation) -> float:
         return state.error(module.to_dense())

@@ -140,7 +140,7 @@ def test_the_best_round_is_kept_when_coding_goes_astray(monkeypatch):
     coded = geopair.code_columns
     monkeypatch.setattr(
         geopair,
-        "coded",
+        "code_columns",
         lambda gram, right, codes, *rest: (
             codes * 0 if codes.any() else coded(gram, right, codes, *rest)
         ),
