@@ -7,11 +7,17 @@ derivatives of the loss. So with the scores s of every window
 where g_t is the gradient of the window's summed loss at an output t, and δ_t what the candidate
 changes that output by: D x_t for a linear, D = W − Ŵ, and b − b̂ if its bias changes.
 
+One square is a poor estimate of its mean: its relative variance is 2. Products of what distant
+positions add to s have mean zero but where one position's loss sees both, so s² is taken for
+consecutive `span` positions and summed, the batch means of time series. On the bundled model and a
+smaller one that changes the mean of 8 drawn labels by less than 2 % for spans of 32 and more, while
+with spans of 64 the standard deviation between draws falls from 35 % to 13 %.
+
 Glossary
     candidate  modules that are installed together, by name of the linear
     site       smallest submodule of one block in which all changes of a candidate lie: the linear
                itself, or the attention or feed-forward module around several linears
-    score      s of one candidate, window and drawn label
+    score      s of one candidate, window, span and drawn label
 
 Several linears: a site is run a second time on the inputs of the original with the candidate in it,
 and δ is the change of what the site returns. To first order that is the sum over its linears of
@@ -156,7 +162,7 @@ class FisherProber:
             NumericalError: naming the linears whose estimate is not finite.
         """
         section = self.section
-        scores = _Scores(self.model, candidates, section.samples)
+        scores = _Scores(self.model, candidates, section, self.tokens.shape[1])
         total = dict.fromkeys(candidates, 0.0)
         with freeze_weights(self.model), torch.enable_grad(), scores.watching():
             for index in steps(range(len(self.tokens)), "probe"):
@@ -179,6 +185,7 @@ class FisherProber:
         gradients = self._at_head(output.detach(), tokens, numbers, scores)
         if not output.requires_grad:  # everything is behind the trunk
             return
+        scores.positions = range(tokens.shape[1])
         for sample, gradient in enumerate(gradients):
             scores.sample = sample
             output.backward(gradient, retain_graph=sample + 1 < len(gradients))
@@ -196,6 +203,7 @@ class FisherProber:
             piece = states[0, place].clone().requires_grad_()
             logits = wide(self.head.logits(piece, tokens[0, place])) / section.temperature
             labels = draw_labels(logits.detach(), numbers[:, place].T)
+            scores.positions = range(place.start, place.stop)
             for sample, drawn in enumerate(labels.T):
                 scores.sample = sample
                 loss = functional.cross_entropy(logits, drawn, reduction="sum")
@@ -209,20 +217,26 @@ class FisherProber:
 class _Scores:
     """Scores of the window that is running, filled by hooks on the sites of all candidates."""
 
-    def __init__(self, model: PreTrainedModel, candidates: Mapping[Key, Modules], samples: int):
-        self.model, self.samples = model, samples
+    def __init__(
+        self, model: PreTrainedModel, candidates: Mapping[Key, Modules], section: Probe, length: int
+    ):
+        self.model = model
+        self.span = section.span or length
         self.sample = 0  # whose labels the backward pass is of
+        self.positions = range(length)  # that it is about
         self.paused = False  # while a site runs again, which holds other sites
         self.values: dict[Any, Tensor] = {}
         self.sites: dict[str, list[tuple[Any, Modules]]] = {}
         for key, modules in candidates.items():
-            self.values[key] = torch.zeros(samples, dtype=torch.float64)
+            self.values[key] = torch.zeros(
+                section.samples, -(-length // self.span), dtype=torch.float64
+            )
             for site, inside in sites_of(model, modules).items():
                 ready = {name: fitted(model, name, module) for name, module in inside.items()}
                 self.sites.setdefault(site, []).append((key, ready))
 
     def take(self) -> dict[Any, Tensor]:
-        """Hand over the scores (samples,) of each candidate, and begin the next window."""
+        """Hand over the scores (samples, spans) of each candidate, and begin the next window."""
         taken = self.values
         self.values = {key: torch.zeros_like(value) for key, value in taken.items()}
         return taken
@@ -268,9 +282,13 @@ class _Scores:
         original.register_hook(partial(self._contract, changes))
 
     def _contract(self, changes: dict[Any, Tensor], gradient: Tensor) -> None:
+        """Add up scores by span; routed tokens, whose positions are not known, are all of one."""
+        spans = torch.zeros(gradient.shape[:-1].numel(), dtype=torch.long)
+        if len(spans) == len(self.positions):
+            spans = torch.tensor(self.positions) // self.span
         for key, change in changes.items():
-            score = (wide(gradient) * wide(change)).sum(dtype=torch.float64)
-            self.values[key][self.sample] += score.item()
+            scores = torch.linalg.vecdot(wide(gradient), wide(change)).flatten().double()
+            self.values[key][self.sample].index_add_(0, spans, scores.cpu())
 
 
 def sites_of(model: PreTrainedModel, modules: Modules) -> dict[str, dict[str, nn.Module]]:

@@ -180,6 +180,10 @@ class Probe(Section):
     samples: Count = 4
     """Labels drawn at each position, each a backward pass; more lower the variance (fisher_probe).
     """
+    span: Count | None = 64
+    """Consecutive positions whose effects may depend on each other; fewer lower the variance, null
+    for the whole window (fisher_probe).
+    """
     exact_above: Annotated[float, Field(ge=0)] | None = 0.1
     """Estimate, in nats per token, above which the divergence is measured, since second order does
     not reach so far; null for never (fisher_probe).

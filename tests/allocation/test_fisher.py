@@ -39,7 +39,9 @@ def windows(count: int = 3, length: int = 12) -> torch.Tensor:
 
 
 def prober_of(model, seed: int = 0, **section) -> FisherProber:
+    """A prober whose spans are whole windows, so that nothing is left out of the scores."""
     generator = torch.Generator().manual_seed(seed)
+    section = {"samples": 4, "span": None} | section
     return FisherProber(model, windows(), Probe(**section), generator)
 
 
@@ -59,8 +61,8 @@ def shifted(model, name: str, size: float, seed: int = 1, bias: float = 0.0) -> 
 
 
 def brute_force(model, modules, numbers, temperature: float = 1.0, skip: int = 0) -> float:
-    """½ mean s² / tokens with s = Σ ⟨gradient of the weight, D⟩ from one backward pass for every
-    window and drawn label.
+    """½ mean s² / tokens of whole windows, with s = Σ ⟨gradient of the weight, D⟩ from a backward
+    pass for every window and drawn label.
     """
     squares = []
     for window, drawn in zip(windows(), numbers.transpose(0, 1), strict=True):
@@ -191,6 +193,56 @@ def test_sites_are_the_smallest_modules_around_the_linears_of_a_block():
         "lm_head",
     }
     assert common_parent(["a.b.c", "a.b.cd"]) == "a.b"
+
+
+def position_scores(model, name, module, numbers) -> torch.Tensor:
+    """gᵀ D x of every position, (windows, samples, length), of windows one by one."""
+    scores = []
+    old = model.get_submodule(name)
+    for window, drawn in zip(windows(), numbers.transpose(0, 1), strict=True):
+        seen = {}
+
+        def watch(_, args, output, seen=seen):
+            seen["change"] = output - module(args[0])
+            output.register_hook(lambda gradient: seen.update(gradient=gradient))
+
+        for number in drawn:
+            handle = old.register_forward_hook(watch)
+            logits = model(input_ids=window[None]).logits[0]
+            handle.remove()
+            labels = draw_labels(logits.detach(), number[:, None])[:, 0]
+            functional.cross_entropy(logits, labels, reduction="sum").backward()
+            scores.append((seen["gradient"] * seen["change"]).sum(-1)[0].detach())
+    model.zero_grad()
+    return torch.stack(scores).view(len(windows()), len(numbers), -1)
+
+
+@pytest.mark.parametrize("name", [LLAMA + "up_proj", "lm_head"])
+@pytest.mark.parametrize("span", [1, 5, 12, 100])
+def test_scores_are_squared_by_spans_of_positions(name, span, monkeypatch):
+    model = float64_model("llama")
+    module = shifted(model, name, 0.1)
+    prober = prober_of(model, span=span)
+    scores = position_scores(model, name, module, prober.numbers)
+    squares = torch.stack([part.sum(-1) ** 2 for part in scores.split(span, dim=-1)], -1)
+    expected = squares.sum(-1).mean().item() / 2 / scores.shape[-1]
+    with few_at_a_time(monkeypatch, VOCABULARY, rows=7):  # pieces of the head end within spans
+        found = prober.damages({0: {name: module}})[0]
+    assert found == pytest.approx(expected, rel=ROUNDING)
+
+
+def test_spans_lower_the_deviation_between_draws():
+    model, name = float64_model("llama"), "model.layers.1.mlp.up_proj"
+    modules = {name: shifted(model, name, 0.1)}
+
+    def deviation(span: int | None) -> float:
+        draws = [
+            prober_of(model, seed, samples=1, span=span).damages({0: modules})[0]
+            for seed in range(20)
+        ]
+        return (torch.tensor(draws).std() / torch.tensor(draws).mean()).item()
+
+    assert deviation(2) < 0.7 * deviation(None)
 
 
 def test_candidates_beside_each_other_do_not_change_each_other():
