@@ -1,8 +1,8 @@
 """The stages of a run, each a function of what the stages before it made."""
 
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from compressor.allocation.decompose import (
     decompose_one,
     gram_error,
 )
-from compressor.allocation.probe import Prober, probe
+from compressor.allocation.probe import Prober, ProbeResult, probe
 from compressor.allocation.solve import ProbeResults
 from compressor.calibrate.collect import collect
 from compressor.errors import ConfigError
@@ -25,6 +25,7 @@ from compressor.pipeline.job import Job, log
 from compressor.plan import Plan
 from compressor.recipe.quantities import size_in_bytes
 from compressor.recipe.sections import Recipe
+from compressor.resume.store import Store
 from compressor.statistics import LinearStats, blind_spots, dense_lines
 
 HEADER_BYTES = 160  # of a stored tensor in a safetensors header, its name apart; for target sizes
@@ -92,7 +93,7 @@ def decompose_all(job: Job, stats: dict[str, LinearStats]) -> Decompositions:
 def probe_all(job: Job, decompositions: Decompositions) -> ProbeResults:
     """Probe one candidate of every curve; nothing where the allocation does not ask for it.
 
-    `fisher_probe` estimates all, and measures those that do not look small.
+    `fisher_probe` estimates all, and measures the largest.
     """
     allocation = job.recipe.allocation
     if not allocation.probes:
@@ -110,32 +111,46 @@ def probe_all(job: Job, decompositions: Decompositions) -> ProbeResults:
         for index, part in enumerate(parts)
         if part.curve.candidates
     }
-    calibration, store = job.recipe.calibration, job.store.within(section.model_dump(mode="json"))
+    store = job.store.within(section.model_dump(mode="json"))
     with job.computing(), torch.no_grad():
-        results = {}
-        if allocation.damage == "fisher_probe":
-            generator = torch.Generator().manual_seed(job.recipe.seed)
-            results = fisher.probe_all(
-                fisher.FisherProber(job.model, tokens, section, generator),
-                candidates,
-                section.rank,
-                size_in_bytes(calibration.memory),
-                store,
-                job.steps,
-            )
-        limit = float("inf") if section.exact_above is None else section.exact_above
-        exact = [key for key in candidates if key not in results or results[key].kl > limit]
-        if not exact:
-            return results
-        prober = Prober(
-            job.model, tokens, calibration.batch_size, section.temperature, section.skip
+        measure = _prober(job, tokens, candidates, store)
+        if allocation.damage == "kl_probe":
+            return {key: measure(key) for key in job.steps(candidates, "probe")}
+        generator = torch.Generator().manual_seed(job.recipe.seed)
+        estimates = fisher.probe_all(
+            fisher.FisherProber(job.model, tokens, section, generator),
+            candidates,
+            section.rank,
+            size_in_bytes(job.recipe.calibration.memory),
+            store,
+            job.steps,
         )
-        for key in job.steps(exact, "probe"):
-            part, block = candidates[key], job.block_of[key[0]]
-            results[key] = store.recall(
-                "probe", part.key, partial(probe, prober, part, block, section.rank)
-            )
-        return results
+        return fisher.check(estimates, measure, section.checks, job.steps)
+
+
+def _prober(
+    job: Job,
+    tokens: Tensor,
+    candidates: Mapping[tuple[str, int], Decomposition],
+    store: Store,
+) -> Callable[[tuple[str, int]], ProbeResult]:
+    """Return what measures one candidate; the original runs when the first is asked for."""
+    section = job.recipe.allocation.probe
+
+    @cache
+    def prober() -> Prober:
+        batch_size = job.recipe.calibration.batch_size
+        return Prober(job.model, tokens, batch_size, section.temperature, section.skip)
+
+    def measure(key: tuple[str, int]) -> ProbeResult:
+        part, block = candidates[key], job.block_of[key[0]]
+
+        def make() -> ProbeResult:
+            return probe(prober(), part, block, section.rank)
+
+        return store.recall("probe", part.key, make)
+
+    return measure
 
 
 def other_bytes(

@@ -184,9 +184,9 @@ class Probe(Section):
     """Consecutive positions whose effects may depend on each other; fewer lower the variance, null
     for the whole window (fisher_probe).
     """
-    exact_above: Annotated[float, Field(ge=0)] | None = 0.1
-    """Estimate, in nats per token, above which the divergence is measured, since second order does
-    not reach so far; null for never (fisher_probe).
+    checks: Annotated[int, Field(ge=0)] = 3
+    """Estimates that must agree with what is measured: the largest are measured one by one until so
+    many in a row do, since second order does not reach far; 0 to measure none (fisher_probe).
     """
 
 

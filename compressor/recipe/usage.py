@@ -73,7 +73,7 @@ CONDITIONS = (
         "needs allocation.kind=knapsack and allocation.damage=fisher_probe or kl_probe",
     ),
     Condition(
-        ("allocation.probe.samples", "allocation.probe.span", "allocation.probe.exact_above"),
+        ("allocation.probe.samples", "allocation.probe.span", "allocation.probe.checks"),
         _is_estimated,
         "needs allocation.damage=fisher_probe",
     ),

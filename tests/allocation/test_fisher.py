@@ -1,5 +1,7 @@
 """Fisher probes: half the mean squared score of a window, and the divergence for small changes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support.jobs import exactly, job_of
@@ -9,8 +11,15 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from compressor.allocation import fisher
-from compressor.allocation.fisher import FisherProber, common_parent, probe_all, sites_of, waves
-from compressor.allocation.probe import Prober
+from compressor.allocation.fisher import (
+    FisherProber,
+    check,
+    common_parent,
+    probe_all,
+    sites_of,
+    waves,
+)
+from compressor.allocation.probe import Prober, ProbeResult
 from compressor.calibrate.collect import draw_labels
 from compressor.errors import ConfigError, NumericalError
 from compressor.linears import Pruned
@@ -174,6 +183,29 @@ def test_heads_in_another_basis_cost_nothing():
     found = prober.damages({"both": both, "v alone": {prefix + "v_proj": new_v}})
     assert found["v alone"] > 1e-4
     assert found["both"] < ROUNDING * found["v alone"]
+
+
+def test_estimates_are_checked_until_enough_in_a_row_agree():
+    estimates = {
+        key: ProbeResult({}, 0.1, 0.1, kl)
+        for key, kl in {"tiny": 0.01, "a": 0.5, "b": 0.4, "c": 0.3, "d": 0.2, "e": 0.1}.items()
+    }
+    truth = {"a": 0.5, "b": 0.6, "c": 0.3, "d": 0.17, "e": 0.2, "tiny": 0.02}
+    asked = []
+
+    def measure(key: str) -> ProbeResult:
+        asked.append(key)
+        return replace(estimates[key], kl=truth[key])
+
+    results = check(estimates, measure, enough=2)
+    assert asked == ["a", "b", "c", "d"]  # b is 1.5 times its estimate, c and d agree
+    assert {key: result.kl for key, result in results.items()} == {
+        key: (truth[key] if key in asked else estimates[key].kl) for key in estimates
+    }
+    assert check(estimates, measure, enough=0) == estimates
+    assert [*results] == [*estimates]
+    silent = {"a": replace(estimates["a"], kl=0.0)}
+    assert check(silent, measure, enough=1) == silent
 
 
 def test_sites_are_the_smallest_modules_around_the_linears_of_a_block():
