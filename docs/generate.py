@@ -91,10 +91,7 @@ def cli_page() -> str:
             "",
         ]
         if arguments:
-            rows = [
-                (f"`{option.metavar or option.name.upper()}`", option.help or "")
-                for option in arguments
-            ]
+            rows = [(f"`{metavar(option)}`", option.help or "") for option in arguments]
             lines += [table(("Argument", "Meaning"), rows), ""]
         if options := [option for option in own if option not in arguments]:
             lines += [option_table(options), ""]
@@ -116,18 +113,22 @@ def shared_options(commands: list[Any]) -> list[Any]:
 
 
 def option_table(options: Iterable[Any]) -> str:
+    """Return a table of options; a column of defaults only where there are any."""
     rows = []
     for option in options:
         flag = getattr(option, "is_flag", False)
-        value = "" if flag else f" {option.metavar or option.name.upper()}"
-        default = (
-            ""
-            if flag or option.default in (None, [], ()) or callable(option.default)
-            else f"`{option.default}`"
-        )
-        required = "required" if option.required else default
-        rows.append(("`" + ", ".join(option.opts) + value + "`", option.help or "", required))
-    return table(("Option", "Meaning", "Default"), rows)
+        value = "" if flag else f" {metavar(option)}"
+        unset = flag or option.default in (None, [], ()) or callable(option.default)
+        default = "required" if option.required else "" if unset else f"`{option.default}`"
+        rows.append(("`" + ", ".join(option.opts) + value + "`", option.help or "", default))
+    if any(default for _, _, default in rows):
+        return table(("Option", "Meaning", "Default"), rows)
+    return table(("Option", "Meaning"), (row[:2] for row in rows))
+
+
+def metavar(parameter: Any) -> str:
+    """Return what stands for a value; a bar would end the cell of a table."""
+    return (parameter.metavar or parameter.name.upper()).replace("|", " or ")
 
 
 # Recipe
