@@ -10,12 +10,22 @@ from compressor.linalg.products import Components
 def allocate(
     parts: Sequence[Components], prices: Sequence[int], whole: int, keep: float
 ) -> list[int]:
-    """Ranks that lose least in total with at most keep · `whole` parameters: the largest σ² for
-    each parameter first, over all modules.
+    """Choose ranks that lose least in total with at most keep · `whole` parameters.
 
-    The knapsack finishes that order exactly: what is left of the budget goes where it is worth
-    most. A module may get rank 0. prices: parameters of one rank of each module. Raises BudgetError
-    if no single rank fits, or if nothing is worth keeping.
+    The largest σ² for each parameter comes first, over all modules. The knapsack finishes that
+    order exactly: what is left of the budget goes where it is worth most.
+
+    Args:
+        parts: singular values of each module.
+        prices: parameters of one rank of each module.
+        whole: parameters of all of them.
+        keep: fraction of `whole`.
+
+    Returns:
+        The rank of each module, which may be 0.
+
+    Raises:
+        BudgetError: if no single rank fits, or if nothing is worth keeping.
     """
     budget = int(keep * whole + 1e-9)
     if budget < min(prices):

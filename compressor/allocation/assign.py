@@ -1,4 +1,4 @@
-"""Which methods compete for which linear, and which linears have a decision in common."""
+"""Assign methods to linears, and group linears that have a decision in common."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -142,7 +142,7 @@ def assign(recipe: Recipe, model: PreTrainedModel) -> dict[str, Assignment]:
 
 
 def groups(recipe: Recipe, assignments: dict[str, Assignment]) -> dict[str, Group]:
-    """Groups of targets that share a decomposition or are tied, by name.
+    """Group targets that share a decomposition or are tied, by name.
 
     Raises ConfigError for linears that cannot share: other inputs, another entry of the recipe, a
     method that knows one linear only.
@@ -183,7 +183,7 @@ def groups(recipe: Recipe, assignments: dict[str, Assignment]) -> dict[str, Grou
 
 
 def sites(kind: str, assignments: dict[str, Assignment]) -> dict[str, list[str]]:
-    """Targets with the roles of a kind of group that one module holds, by the name of their group.
+    """Find targets with the roles of a kind of group in one module, by the name of their group.
     Raises ConfigError if there are none.
     """
     if kind == PAIR:
@@ -204,8 +204,7 @@ def sites(kind: str, assignments: dict[str, Assignment]) -> dict[str, list[str]]
 
 
 def pairs(assignments: dict[str, Assignment]) -> dict[str, list[str]]:
-    """Targets that are decomposed in pairs, by the name of their group: those of the same path in
-    their blocks, two blocks at a time.
+    """Pair targets of the same path in their blocks, two blocks at a time, by name of the group.
 
     A last one that is left over is a group of its own.
     """

@@ -1,7 +1,7 @@
 """Spend one budget over many linears: the multiple-choice knapsack. Plain numbers.
 
-References: the λ-bisection with an exact finish is the allocation card's procedure 9.7 (Sinha and
-Zoltners 1979 for the relaxation).
+References: the relaxation is Sinha and Zoltners' (Operations Research 27, 1979). A bisection on λ
+solves it, and HiGHS finishes exactly what reduced costs leave open; docs/methods/allocation.md.
 
 Glossary
     row      the options of one linear (or tied group), in order of growing cost; the dense weight
@@ -24,9 +24,8 @@ from scipy.sparse import csr_array
 
 from compressor.errors import BudgetError
 
-GAP = (
-    1e-5  # relative gap between the answer and its bound below which the exact finish is not needed
-)
+# relative gap between the answer and its bound below which the exact finish is not needed
+GAP = 1e-5
 BISECTIONS = 100
 
 
@@ -215,10 +214,10 @@ Limit = tuple[
 
 
 def constrained(rows: Sequence[Row], budget: int, limits: Sequence[Limit]) -> Allocation:
-    """Minimise Σ damage subject to Σ cost ≤ budget and to every further limit, by HiGHS; the price
-    is that of the budget's relaxation.
+    """Minimise Σ damage subject to Σ cost ≤ budget and to every further limit, by HiGHS.
 
-    Raises BudgetError if no choice meets all limits, or if HiGHS finds none in time.
+    The price is that of the relaxation with the budget alone, without the further limits. Raises
+    BudgetError if no choice meets all limits, or if HiGHS finds none in time.
     """
     check_budget(rows, budget)
     owner = np.repeat(np.arange(len(rows)), [len(row.costs) for row in rows])

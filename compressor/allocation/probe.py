@@ -52,7 +52,7 @@ class ProbeResult:
 
 
 def probe_candidate(curve: Curve, fraction: float) -> Candidate:
-    """The candidate whose size is nearest to a fraction of the dense size.
+    """Return the candidate whose size is nearest to a fraction of the dense size.
 
     For a factor pair that is the rank at `fraction` of the break-even rank, where the pair is as
     large as the weight.
@@ -175,7 +175,7 @@ def probe(prober: Prober, decomposition: Decomposition, block: int, fraction: fl
 
 
 def predict_damages(curve: Curve, result: ProbeResult, weight: float = 1.0) -> list[float]:
-    """Predicted divergence of every candidate of a curve, nats per token, times a depth weight.
+    """Predict the divergence of every candidate of a curve, nats per token, times a depth weight.
 
     The curve gives ratios of errors only, so one whose screening errors are all too large by a
     factor predicts as well as an exact one.

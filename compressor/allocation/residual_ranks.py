@@ -14,11 +14,13 @@ class Offer:
 
 
 def spend(offers: Mapping[str, Offer], budget: int) -> dict[str, int]:
-    """Rank of every residual: the next one always where it gains most for its cost, as long as it
-    fits.
+    """Spend a budget on ranks, the next one always where it gains most for its cost and still fits.
 
-    With constant costs this is the optimum of the additive damage up to the last rank that does not
-    fit (card 9).
+    With constant costs this is the optimum of the additive damage, up to the last rank that does
+    not fit, since no gain is larger than the one before it.
+
+    Returns:
+        The rank of every residual.
     """
     ranks = dict.fromkeys(offers, 0)
     queue = [

@@ -16,7 +16,7 @@ from compressor.pipeline import job as jobs
 from compressor.pipeline import run
 from compressor.pipeline.build import plan_and_build
 from compressor.recipe.sections import Recipe
-from compressor.reporting.report import Report
+from compressor.reporting.records import Report
 from compressor.resume.journal import Journal
 from compressor.resume.store import Store
 from compressor.runtime import launched
