@@ -297,7 +297,7 @@ def clean(
 
     removed = [
         str(path)
-        for output in [*(outputs or ()), *journal.stopped(journal.cache())]
+        for output in [*(outputs or ()), *journal.stopped_outputs(journal.user_cache())]
         for path in journal.clean(output)
     ]
     return Outcome({"removed": removed}, "\n".join(removed) or "nothing was left")

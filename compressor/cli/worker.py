@@ -11,7 +11,7 @@ from compressor.errors import CompressorError
 from compressor.pipeline import run
 from compressor.recipe.load import parse_yaml
 from compressor.recipe.sections import Recipe
-from compressor.resume.store import Store
+from compressor.resume.store import SharedStore
 
 
 def main() -> None:
@@ -19,7 +19,7 @@ def main() -> None:
     task = json.load(sys.stdin)
     recipe = Recipe.model_validate(parse_yaml(task["recipe"], "recipe"))
     with errors_in_one_line(verbose=False):
-        shared = Store(Path(task["store"]), shared=True)
+        shared = SharedStore(Path(task["store"]))
         found = run.compress(recipe, Path(task["output"]), stats=Path(task["stats"]), shared=shared)
         if failure := found.get("failure"):
             raise CompressorError(failure)

@@ -18,7 +18,7 @@ from compressor.pipeline.build import plan_and_build
 from compressor.recipe.sections import Recipe
 from compressor.reporting.records import Report
 from compressor.resume.journal import Journal
-from compressor.resume.store import Store
+from compressor.resume.store import ReadOnlyStore
 from compressor.runtime import launched
 from compressor.runtime.deadline import Deadline
 from compressor.runtime.progress import Progress, silent
@@ -64,8 +64,8 @@ def assist(recipe: Recipe, output: Path, plan: Path | None, stats: Path | None, 
 
     Raises ConfigError where what its clock has decided cannot be known.
     """
-    pieces = Store(Journal(output).folder / "store", frozen=True)
-    if recipe.budget is not None and not (pieces.folder and pieces.folder.is_dir()):
+    pieces = ReadOnlyStore(Journal(output).store_folder)
+    if recipe.budget is not None and not pieces.folder.is_dir():
         raise ConfigError(
             f"process {team.rank} does not see {pieces.folder}, where the main one keeps what its "
             "clock has decided; leave budget out, "

@@ -43,8 +43,8 @@ from compressor.recipe.sections import Recipe
 from compressor.recipe.training import Heal, Repair
 from compressor.reporting import card, report
 from compressor.reporting.records import Report
-from compressor.resume.journal import Journal
-from compressor.resume.store import Store, digest
+from compressor.resume.journal import Journal, journaled
+from compressor.resume.store import NOWHERE, FolderStore, Store, digest
 from compressor.runtime.deadline import Deadline
 from compressor.runtime.progress import Progress, expect, silent
 from compressor.runtime.stopwatch import Stopwatch
@@ -88,7 +88,7 @@ def compress(
     output, watch, budget = Path(output), Stopwatch(), Deadline(recipe.budget_seconds)
     train.require_optimizers(recipe)
     source_path = model_folder.resolve(recipe.model.name, recipe.model.revision)
-    with Journal(output, restart) as journal:
+    with journaled(output, restart) as journal:
         overwrite = recipe.output.overwrite or journal.committed
         preflight(output, source_path, overwrite, 0)
         if shared is None and not journal.folder.exists():  # else much of the work is done
@@ -281,7 +281,8 @@ def plan(recipe: Recipe, stats: Path | None = None, progress: Progress = silent)
     job = replace(job, recipe=sizing, budget=budget)
     collected = read_or_collect(job, stats)
     with TemporaryDirectory(prefix="plan-") as pieces:  # which the trials of a search share
-        store = Store(None if recipe.allocation.search is None else Path(pieces))
+        searched = recipe.allocation.search is not None
+        store = FolderStore(Path(pieces)) if searched else NOWHERE
         planned = plan_and_build(jobs.with_store(job, store), collected).plan
     chosen = {
         name: {"method": c.method, "setting": c.setting, "bits": c.bits, "error": c.error}
@@ -307,7 +308,7 @@ def calibrate(
     others: recipes with the same model and calibration, whose needs are met too.
     """
     output = Path(output)
-    with Journal(output, restart) as journal:
+    with journaled(output, restart) as journal:
         source = jobs.open_source(recipe.model.name, recipe.model.revision, progress)
         preflight(output, source.path, overwrite, 0)
         job = jobs.start(recipe, source, progress)

@@ -12,8 +12,9 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from filelock import FileLock, Timeout
@@ -22,7 +23,7 @@ from compressor.errors import CheckpointError, ConfigError
 from compressor.files import manifest
 from compressor.files.documents import differences, read_json, replace_text
 from compressor.files.staging import leftovers, located, recover, remove
-from compressor.resume.store import VERSIONS, Store
+from compressor.resume.store import VERSIONS, FolderStore, Store
 
 SUFFIX, RUN, OWNER, WRITTEN = ".journal", "run.json", "owner", "written"
 
@@ -30,51 +31,59 @@ log = logging.getLogger(__name__)
 
 
 class Journal:
-    """Context manager around one run: `begin` gives its store; leaving it well removes the folder,
-    leaving it badly keeps it.
+    """Pieces and description of one run, beside its output, held by one process at a time.
+
+    Inside the `with` the process holds the journal, if there is one; `begin` makes one where there
+    is none. `discard` when the run is finished; else `keep`, which leaving without a word does too.
     """
 
-    def __init__(self, output: Path, restart: bool = False):
-        """Raises nothing; the folder is looked at when the context is entered."""
-        self.output, self.restart = located(output), restart
+    def __init__(self, output: Path):
+        self.output = located(output)
         self.folder = self.output.with_name(self.output.name + SUFFIX)
         self.lock = FileLock(self.folder / "lock")
-        self.store: Store | None = None
-        self.new = False
+        self.is_new = False  # whether this process has made the folder
+        self.is_begun = False  # whether the run of this process may work with the pieces
 
     def __enter__(self) -> Self:
-        """Raises ConfigError if another process is at it."""
+        """Hold the journal that a stopped run has left. Raises ConfigError if another process is at
+        it.
+        """
         if self.folder.exists():
             self._acquire()
             recover(self.output)
-            self._tidy()
-            if self.restart:
-                self._remove()
+            self._remove_scratch()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
+        self.keep()
+
+    def keep(self, run: bool = True) -> None:
+        """Leave the journal to the next command, unless this process has made it and nothing is in
+        it.
+
+        run: whether only the same run may go on from it; else its pieces, if this run has begun,
+        serve whatever run needs them.
+        """
         if not self.lock.is_locked:
             return
-        self._tidy()
-        if kind is None or (
-            self.new and (self.store is None or not any(self.store.folder.glob("*")))
-        ):
-            self._remove()
+        if self.is_new and not any(self.store_folder.glob("*")):
+            self.discard()
             return
-        if self.store is not None and isinstance(error, ConfigError):
+        self._remove_scratch()
+        if self.is_begun and not run:
             (self.folder / RUN).unlink(missing_ok=True)
-        if isinstance(error, (KeyboardInterrupt, SystemExit)):
-            print(
-                f"stopped; the same command goes on from {self.folder.name}, `compressor clean` "
-                "removes it",
-                file=sys.stderr,
-            )
         self.lock.release()
+
+    def discard(self) -> None:
+        """Remove the journal, if there is one."""
+        if self.lock.is_locked:
+            remove(self.folder)
+            self.lock.release()
+
+    @property
+    def store_folder(self) -> Path:
+        """Folder of the pieces."""
+        return self.folder / "store"
 
     @property
     def scratch(self) -> Path:
@@ -98,30 +107,30 @@ class Journal:
         replace_text(self.folder / WRITTEN, _weights(folder))
 
     def begin(self, run: dict[str, Any], shared: Store | None = None) -> Store:
-        """The store of the run that `run` (JSON values) describes: its own, or one that it shares
-        with others.
+        """Return the store of the run that `run` (JSON values) describes: its own, or one that it
+        shares with others.
 
         Raises ConfigError with every difference to the run that was stopped.
         """
         if not self.lock.is_locked:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._acquire()
-            self.new = True
+            self.is_new = True
         run = json.loads(json.dumps(VERSIONS | run))
         before = self._stopped()
         if before is None:
             (self.folder / WRITTEN).unlink(missing_ok=True)
             replace_text(self.folder / RUN, json.dumps(run, indent=2))
-        elif found := differences(before, run):
+        elif changes := differences(before, run):
             raise ConfigError(
-                f"{self.folder}: was left by another run: {'; '.join(found)}; pass --restart to "
+                f"{self.folder}: was left by another run: {'; '.join(changes)}; pass --restart to "
                 "discard it, or choose another output"
             )
-        self.store = shared or Store(self.folder / "store")
-        return self.store
+        self.is_begun = True
+        return shared or FolderStore(self.store_folder)
 
     def _stopped(self) -> dict[str, Any] | None:
-        """The run that left this journal; None if there is none, or none that can be read."""
+        """Read which run left this journal; None if none did, or none that can be read."""
         path = self.folder / RUN
         try:
             return read_json(path) if path.exists() else None
@@ -143,13 +152,43 @@ class Journal:
             ) from None
         replace_text(self.folder / OWNER, f"process {os.getpid()} on {socket.gethostname()}")
 
-    def _tidy(self) -> None:
+    def _remove_scratch(self) -> None:
         if self.scratch.exists():
             remove(self.scratch)
 
-    def _remove(self) -> None:
-        remove(self.folder)
-        self.lock.release()
+
+@contextmanager
+def journaled(output: Path, restart: bool = False) -> Iterator[Journal]:
+    """Hold the journal of a run inside the `with`: discard it when the run is finished, and keep it
+    when it is stopped; after a mistake in its recipe only the pieces.
+
+    restart: whether to discard what a stopped run has left. Raises ConfigError if another process
+    is at it.
+    """
+    if restart:
+        discard_journal(output)
+    with Journal(output) as journal:
+        try:
+            yield journal
+        except ConfigError:
+            journal.keep(run=False)
+            raise
+        except (KeyboardInterrupt, SystemExit):
+            journal.keep()
+            if journal.folder.exists():
+                print(
+                    f"stopped; the same command goes on from {journal.folder.name}, `compressor "
+                    "clean` removes it",
+                    file=sys.stderr,
+                )
+            raise
+        journal.discard()
+
+
+def discard_journal(output: Path) -> None:
+    """Remove what a stopped run has left. Raises ConfigError while a run is on."""
+    with Journal(output) as journal:
+        journal.discard()
 
 
 def clean(output: Path) -> list[Path]:
@@ -158,13 +197,13 @@ def clean(output: Path) -> list[Path]:
     """
     output = located(output)
     before = {*leftovers(output), *output.parent.glob(f"{output.name}{SUFFIX}")}
-    with Journal(output, restart=True):
-        recover(output)
+    discard_journal(output)
+    recover(output)
     return sorted(path for path in before if not path.exists())
 
 
-def stopped(folder: Path) -> list[Path]:
-    """Outputs in a folder whose runs have left a journal there."""
+def stopped_outputs(folder: Path) -> list[Path]:
+    """List the outputs in a folder whose runs have left a journal there."""
     return sorted(path.with_suffix("") for path in folder.glob(f"*{SUFFIX}"))
 
 
@@ -177,8 +216,8 @@ def _weights(folder: Path) -> str:
     )
 
 
-def cache() -> Path:
-    """Where runs without an output have their journals: $XDG_CACHE_HOME/compressor, by default
-    below ~/.cache.
+def user_cache() -> Path:
+    """Return where runs without an output have their journals: $XDG_CACHE_HOME/compressor, by
+    default below ~/.cache.
     """
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "compressor"

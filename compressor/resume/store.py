@@ -1,8 +1,8 @@
-"""Finished pieces of work in a folder, each found again by what it depends on: a run that was
-stopped does nothing twice.
+"""Finished pieces of work in a folder, found again by what they depend on: a run that was stopped
+does nothing twice.
 
 A piece is one file: its value (see `codec`) as safetensors, and a sha256 behind it. It appears
-whole or not at all; one that is damaged is made again, with a warning. Names are digests of
+complete or not at all; one that is damaged is made again, with a warning. Names are digests of
 everything that the value depends on, so no piece is ever taken for another: several runs may work
 in one folder, also at the same time.
 """
@@ -12,9 +12,10 @@ import json
 import logging
 import os
 import secrets
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, final
 
 import torch
 from filelock import FileLock
@@ -36,68 +37,129 @@ def digest(data: Any) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
-class Store:
-    """Pieces in `folder`; without one nothing is kept. `scope`: what all pieces made through this
-    object depend on, JSON.
+class Store(ABC):
+    """Pieces of work that were finished before. `scope`: what all pieces made through this object
+    depend on, JSON.
     """
 
-    def __init__(
-        self,
-        folder: Path | None = None,
-        scope: Any = VERSIONS,
-        shared: bool = False,
-        frozen: bool = False,
-    ):
-        """shared: whether other processes may work in the folder now; then the first to need a
-        piece makes it and the others wait. frozen: nothing in the folder, which belongs to another
-        process, is changed; a piece that is missing is made and not kept, and one that is read is
-        on this process's devices."""
-        self.folder, self.scope, self.shared, self.frozen = folder, scope, shared, frozen
+    def __init__(self, scope: Any = VERSIONS):
+        self.scope = scope
 
+    @abstractmethod
     def within(self, *scope: Any) -> Self:
-        """The same pieces, narrowed to what depends on `scope` too."""
-        return type(self)(self.folder, digest([self.scope, *scope]), self.shared, self.frozen)
+        """Narrow the store to the pieces that depend on `scope` too."""
 
+    @abstractmethod
     def recall(self, kind: str, key: Any, make: Callable[[], T], known: Any = None) -> T:
-        """The value of a piece: read if it is there, else made and kept.
+        """Return the value of a piece: read if it is there, else made, and kept where this store
+        keeps anything.
 
-        kind: a word for file names; key: what tells the piece apart within the scope, JSON; known:
-        a value whose tensors are at hand whenever this piece is asked for, and need not be stored
-        with it.
+        Args:
+            kind: a word for file names.
+            key: what tells the piece apart within the scope, JSON.
+            make: makes the value.
+            known: a value whose tensors are at hand whenever this piece is asked for, and need not
+                be stored with it.
         """
-        if self.folder is None:
-            return make()
-        path = self._path(kind, key)
-        if self.frozen or not self.shared:
-            return _recall(path, make, known, keep=not self.frozen)
-        with FileLock(path.with_suffix(".lock")):
-            return _recall(path, make, known)
 
+    @abstractmethod
     def holds(self, kind: str, key: Any) -> bool:
         """Whether there is such a piece, damaged or not."""
-        return self.folder is not None and self._path(kind, key).exists()
 
+    @abstractmethod
     def forget(self, kind: str, key: Any) -> None:
         """Remove a piece that a later one stands in for, if it is there."""
-        if self.folder is not None and not self.frozen:
-            self._path(kind, key).unlink(missing_ok=True)
 
-    def _path(self, kind: str, key: Any) -> Path:
+
+@final
+class NoStore(Store):
+    """Keeps nothing."""
+
+    def within(self, *scope: Any) -> Self:
+        return self
+
+    def recall(self, kind: str, key: Any, make: Callable[[], T], known: Any = None) -> T:
+        return make()
+
+    def holds(self, kind: str, key: Any) -> bool:
+        return False
+
+    def forget(self, kind: str, key: Any) -> None:
+        """Nothing is kept."""
+
+
+class _Folder(Store):
+    """Pieces in a folder."""
+
+    def __init__(self, folder: Path, scope: Any = VERSIONS):
+        super().__init__(scope)
+        self.folder = folder
+
+    def within(self, *scope: Any) -> Self:
+        return type(self)(self.folder, digest([self.scope, *scope]))
+
+    def holds(self, kind: str, key: Any) -> bool:
+        return self.path(kind, key).exists()
+
+    def path(self, kind: str, key: Any) -> Path:
+        """Return the file of a piece."""
         return self.folder / f"{kind}-{digest([self.scope, kind, key])[:40]}"
 
 
-def _recall(path: Path, make: Callable[[], T], known: Any, keep: bool = True) -> T:
-    if path.exists() and (found := _read(path)) is not None:
-        return decode(*found, known, foreign=not keep)
-    data, tensors = encode(make(), known)
-    if keep:
-        _write(path, data, tensors)
-    return decode(
-        data, tensors, known
-    )  # not what was made: the next run must see the same layout in memory
+@final
+class FolderStore(_Folder):
+    """Pieces in a folder that no other process needs at the same time."""
+
+    def recall(self, kind: str, key: Any, make: Callable[[], T], known: Any = None) -> T:
+        return _read_or_make(self.path(kind, key), make, known)
+
+    def forget(self, kind: str, key: Any) -> None:
+        self.path(kind, key).unlink(missing_ok=True)
+
+
+@final
+class SharedStore(_Folder):
+    """Pieces in a folder where other processes work now: the first to need a piece makes it, and
+    the others wait.
+    """
+
+    def recall(self, kind: str, key: Any, make: Callable[[], T], known: Any = None) -> T:
+        path = self.path(kind, key)
+        with FileLock(path.with_suffix(".lock")):
+            return _read_or_make(path, make, known)
+
+    def forget(self, kind: str, key: Any) -> None:
+        self.path(kind, key).unlink(missing_ok=True)
+
+
+@final
+class ReadOnlyStore(_Folder):
+    """Pieces in the folder of another process, which is never changed: a missing piece is made and
+    not kept; one that is read is put on this process's devices.
+    """
+
+    def recall(self, kind: str, key: Any, make: Callable[[], T], known: Any = None) -> T:
+        if piece := _read(self.path(kind, key)):
+            return decode(*piece, known, foreign=True)
+        return decode(*encode(make(), known), known)
+
+    def forget(self, kind: str, key: Any) -> None:
+        """The folder belongs to another process."""
+
+
+def _read_or_make(path: Path, make: Callable[[], T], known: Any) -> T:
+    piece = _read(path)
+    if piece is None:
+        piece = encode(make(), known)
+        _write(path, *piece)
+    # not what was made: the next run must see the same layout in memory
+    return decode(*piece, known)
 
 
 def _read(path: Path) -> tuple[Any, dict[str, torch.Tensor]] | None:
+    """Read JSON and tensors of a piece; None if it is missing, or damaged."""
+    if not path.exists():
+        return None
     content = path.read_bytes()
     content, end = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
     if hashlib.sha256(content).digest() != end:
@@ -122,4 +184,4 @@ def _write(path: Path, data: Any, tensors: dict[str, torch.Tensor]) -> None:
             part.unlink(missing_ok=True)
 
 
-NOWHERE = Store()
+NOWHERE = NoStore()

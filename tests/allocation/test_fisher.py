@@ -25,7 +25,7 @@ from compressor.errors import ConfigError, NumericalError
 from compressor.linears import Pruned
 from compressor.pipeline import stages
 from compressor.recipe.sections import Probe
-from compressor.resume.store import Store
+from compressor.resume.store import FolderStore
 
 ROUNDING = 1e-8  # of float64 sums in another order, relative
 DRAWN = 0.06  # of SAMPLES drawn labels on these windows, relative
@@ -384,10 +384,10 @@ def test_passes_that_are_split_by_memory_give_the_same_damages(job):
 
 
 def test_finished_damages_are_not_estimated_again(job, tmp_path, monkeypatch):
-    parts, store = parts_of(job), Store(tmp_path)
+    parts, store = parts_of(job), FolderStore(tmp_path)
     first = probe_all(job_prober(job), parts, 0.3, 2**30, store)
     name = next(iter(parts))
-    missing = store._path("fisher", parts[name].key)
+    missing = store.path("fisher", parts[name].key)
     missing.write_bytes(b"damaged")
     asked = []
     original = FisherProber.damages

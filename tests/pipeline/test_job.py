@@ -9,7 +9,7 @@ from compressor.allocation.decompose import move_beside
 from compressor.calibrate.windows import split_heldout
 from compressor.pipeline import job as jobs
 from compressor.pipeline import run
-from compressor.resume.store import Store
+from compressor.resume.store import FolderStore
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def job(tiny_llama, text_file):
 
 def test_pieces_depend_on_the_heldout_windows_and_statistics_do_not(job, tmp_path):
     def scope(one):
-        return jobs.with_store(one, Store(tmp_path)).store.scope
+        return jobs.with_store(one, FolderStore(tmp_path)).store.scope
 
     other = replace(job, heldout=replace(job.heldout, tokens=job.heldout.tokens.flip(0)))
     none = replace(job, heldout=split_heldout(job.calibration, 0)[1])

@@ -303,11 +303,47 @@ def test_a_journal_that_cannot_be_begun_says_why_and_leaves_nothing(tmp_path, mo
     def full(path, text):
         raise OSError(28, "No space left on device", str(path))
 
-    with pytest.raises(OSError, match="No space left"), journal.Journal(tmp_path / "out") as begun:
+    with (
+        pytest.raises(OSError, match="No space left"),
+        journal.journaled(tmp_path / "out") as begun,
+    ):
         monkeypatch.setattr(
             journal,
             "replace_text",
             lambda path, text: full(path, text) if path.name == journal.RUN else None,
         )
         begun.begin({"recipe": 1})
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [None, ConfigError("x"), ValueError("x"), KeyboardInterrupt()])
+def test_how_a_run_ends_decides_what_becomes_of_its_journal(tmp_path, capsys, error):
+    folder = tmp_path / "out.journal"
+    try:
+        with journal.journaled(tmp_path / "out") as begun:
+            begun.begin({"recipe": 1}).recall("piece", 1, lambda: 1)
+            if error is not None:
+                raise error
+    except (ConfigError, ValueError, KeyboardInterrupt):
+        pass
+    assert folder.exists() == (error is not None)
+    if error is not None:  # after a mistake in the recipe, the pieces serve any run
+        assert len(os.listdir(folder / "store")) == 1
+        assert (folder / journal.RUN).exists() != isinstance(error, ConfigError)
+    stopped = isinstance(error, KeyboardInterrupt)
+    assert ("goes on from out.journal" in capsys.readouterr().err) == stopped
+
+
+def test_another_run_is_refused_again_and_again(tmp_path):
+    with pytest.raises(ValueError, match="stop"), journal.journaled(tmp_path / "out") as begun:
+        begun.begin({"recipe": 1}).recall("piece", 1, lambda: 1)
+        raise ValueError("stop")
+    for _ in range(2):
+        with (
+            pytest.raises(ConfigError, match="left by another run: recipe is 1 there and 2 here"),
+            journal.journaled(tmp_path / "out") as other,
+        ):
+            other.begin({"recipe": 2})
+    with journal.journaled(tmp_path / "out", restart=True) as other:
+        other.begin({"recipe": 2})
     assert os.listdir(tmp_path) == []

@@ -28,7 +28,7 @@ from compressor.pipeline import stages
 from compressor.pipeline import train as recovery
 from compressor.pipeline.train import training
 from compressor.recipe.training import Heal
-from compressor.resume.store import Store
+from compressor.resume.store import FolderStore
 from compressor.training import loop as trainer
 from compressor.training.learners import Learners, learning_parameters, rebuild
 from compressor.training.loop import Task, fit
@@ -162,14 +162,14 @@ def test_it_goes_on_to_the_same_bits(tmp_path):
                 fit(Task("heal", task.parameters, 1, loss, task.score), SECTION, 0, store)
         return [parameter.clone() for parameter in learners.parameters.values()], len(calls)
 
-    expected, steps = run(Store(tmp_path / "unbroken"))
+    expected, steps = run(FolderStore(tmp_path / "unbroken"))
     with pytest.raises(KeyboardInterrupt):
-        run(Store(tmp_path / "store"), stop_at=25)
+        run(FolderStore(tmp_path / "store"), stop_at=25)
     for damaged, made in ((False, 10), (False, 0), (True, 30)):
         (piece,) = (tmp_path / "store").iterdir()  # of the last look alone
         if damaged:
             piece.write_bytes(piece.read_bytes()[:-1])
-        again, left = run(Store(tmp_path / "store"))
+        again, left = run(FolderStore(tmp_path / "store"))
         assert (steps, left) == (30, made)
         assert all(torch.equal(one, other) for one, other in zip(expected, again, strict=True))
 

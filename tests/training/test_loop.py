@@ -14,7 +14,7 @@ from compressor.pipeline import job as jobs
 from compressor.pipeline import run as pipeline
 from compressor.pipeline import train
 from compressor.recipe.training import Heal
-from compressor.resume.store import Store
+from compressor.resume.store import FolderStore
 from compressor.training import step_budget
 from compressor.training.loop import State, Task, find_overshoots, fit, is_stale
 from compressor.training.optimizers import INSTALL
@@ -131,7 +131,7 @@ def test_a_stopped_fit_goes_on_to_the_same_bits(kind, tmp_path):
             Task(task.title, task.parameters, task.batches, loss, task.score),
             section,
             0,
-            Store(tmp_path / folder),
+            FolderStore(tmp_path / folder),
         )
         return state, task.parameters, len(calls)
 

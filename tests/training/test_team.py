@@ -25,7 +25,7 @@ from compressor.errors import CompressorError, ConfigError
 from compressor.pipeline import distributed
 from compressor.recipe.load import load_recipe
 from compressor.recipe.training import Heal
-from compressor.resume.store import Store
+from compressor.resume.store import FolderStore, ReadOnlyStore
 from compressor.runtime import launched as processes
 from compressor.training import loop as training
 from compressor.training import team as parallel
@@ -107,7 +107,7 @@ def meet(rank: int, port: int, folder: Path, section: Heal) -> None:
     training._steps = steps  # this process is a fork, in which an earlier test may have met nobody
     PartialState._reset_state()
     assert rank == 0 or team.called()
-    fit(task, section, 0, Store(folder, frozen=rank > 0), team=team)
+    fit(task, section, 0, (ReadOnlyStore if rank > 0 else FolderStore)(folder), team=team)
     if rank == 0:
         team.dismiss()
     torch.save(
@@ -150,7 +150,7 @@ def test_every_batch_has_its_weight_in_the_round_it_belongs_to():
 
 
 def test_what_belongs_to_another_process_is_read_and_not_changed(tmp_path):
-    kept, frozen = Store(tmp_path).within("x"), Store(tmp_path, frozen=True).within("x")
+    kept, frozen = FolderStore(tmp_path).within("x"), ReadOnlyStore(tmp_path).within("x")
     kept.recall("piece", 1, lambda: {"value": torch.ones(2)})
     before = contents(tmp_path)
     assert torch.equal(frozen.recall("piece", 1, lambda: None)["value"], torch.ones(2))

@@ -36,8 +36,8 @@ from compressor.pipeline import run as pipeline
 from compressor.pipeline.sweep.points import Point
 from compressor.recipe.load import dump_yaml, parse_yaml
 from compressor.reporting import page
-from compressor.resume.journal import SUFFIX, Journal
-from compressor.resume.store import Store, digest
+from compressor.resume.journal import SUFFIX, discard_journal
+from compressor.resume.store import FolderStore, digest
 from compressor.runtime.progress import Progress, silent
 
 POINTS, WORK, RESULTS, REPORT = "points", "work", "results.jsonl", "report.html"
@@ -294,8 +294,7 @@ def _result(
 ) -> dict[str, Any]:
     stats, place = ready[family(point)], sweep.place(point)
     if restart:
-        with Journal(place, restart=True):
-            pass
+        discard_journal(place)
     try:
         if isinstance(stats, CompressorError):
             raise stats
@@ -324,7 +323,7 @@ def _here(sweep: Sweep, point: Point, stats: Path, progress: Progress) -> None:
         sweep.place(point),
         stats=stats,
         progress=progress,
-        shared=Store(sweep.work / "store"),
+        shared=FolderStore(sweep.work / "store"),
     )
     if failure := found.get("failure"):
         raise CompressorError(failure)
