@@ -38,7 +38,7 @@ def out_in(linear: nn.Linear | Conv1D) -> tuple[int, int]:
 
 
 class CompressorConfig(QuantizationConfigMixin):
-    """The `quantization_config` of config.json, as transformers hands it around."""
+    """Section `quantization_config` of config.json, as transformers hands it around."""
 
     def __init__(
         self,

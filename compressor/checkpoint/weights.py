@@ -1,4 +1,4 @@
-"""The tensors of a model as safetensors shards, written one tensor at a time: no second copy of the
+"""Tensors of a model as safetensors shards, written one tensor at a time: no second copy of the
 model, same model, same bytes.
 
 safetensors' own writer is not used because it holds a whole shard, replaces links and leaves files

@@ -1,4 +1,4 @@
-"""The dense weight of a linear, and the abstract storage kind that stands in for it.
+"""Dense weight of a linear, and the abstract storage kind that stands in for it.
 
 A storage kind is one file of this package. Other packages ask a kind what they need through the
 hooks of `CompressedLinear`; the defaults are neutral or refuse.
@@ -20,7 +20,7 @@ from compressor.linalg.products import Product
 
 @dataclass(frozen=True)
 class Dense:
-    """The dense linear to be compressed: y = W x + b, with the dtype in which the result will be
+    """Dense linear to be compressed: y = W x + b, with the dtype in which the result will be
     stored.
 
     A bias of None means that the linear has none. Conv1D weights (in, out) are transposed before

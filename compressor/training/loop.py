@@ -1,4 +1,4 @@
-"""The loop that repair and healing share: AdamW from look to look at the held-out windows, the best
+"""Training loop of repair and healing: AdamW from look to look at the held-out windows, the best
 state kept.
 
 The learning rate of a tensor is relative to the median of its absolute values, since factors,

@@ -1,4 +1,4 @@
-"""The optimizers of training, from libraries: AdamW of torch, and AdamW of bitsandbytes, which
+"""Optimizers of training, from libraries: AdamW of torch, and AdamW of bitsandbytes, which
 keeps its moments in 8 bits.
 
 References: 8-bit moments by block-wise dynamic codes, arXiv 2110.02861, as bitsandbytes has them on

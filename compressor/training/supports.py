@@ -54,8 +54,8 @@ LATE = 0.2
 
 @dataclass(frozen=True)
 class Pattern:
-    """How many entries every group of a mask holds. A group: `size` consecutive entries of the
-    rows, or of the columns.
+    """Number of entries in every group of a mask. A group: `size` consecutive entries of the rows,
+    or of the columns.
     """
 
     size: int

@@ -86,7 +86,7 @@ def test_offloaded_model_gives_the_same_bytes(tiny_llama, tmp_path):
     assert contents(store(tmp_path / "out", offloaded, tiny_llama)) == contents(plain)
 
 
-def test_f28_head_untied_by_hand_is_stored(tmp_path):
+def test_head_untied_by_hand_is_stored(tmp_path):
     model, _ = load(save_tiny(tmp_path / "tied", "llama", tie_word_embeddings=True))
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach() + 1)
     output = store(tmp_path / "out", model, None)

@@ -168,7 +168,7 @@ UP = "model.layers.0.self_attn.q_proj.up"
         ),
     ],
 )
-def test_f14_tensors_that_do_not_fit_the_specs(damaged, edit, message):
+def test_tensors_that_do_not_fit_the_specs_are_named(damaged, edit, message):
     edit_tensors(damaged, UP, edit)
     (problem,) = verify(damaged)
     assert re.search(message, problem)
@@ -185,7 +185,7 @@ def test_f14_tensors_that_do_not_fit_the_specs(damaged, edit, message):
         ),
     ],
 )
-def test_f14_tensors_that_do_not_fit_a_dense_model(tiny_llama, tmp_path, edit, message):
+def test_tensors_that_do_not_fit_a_dense_model_are_named(tiny_llama, tmp_path, edit, message):
     folder = Path(shutil.copytree(tiny_llama, tmp_path / "llama"))
     tensors = load_file(folder / "model.safetensors")
     edit(tensors)
@@ -194,12 +194,12 @@ def test_f14_tensors_that_do_not_fit_a_dense_model(tiny_llama, tmp_path, edit, m
         load(read(folder).path)
 
 
-def test_f20_non_finite_tensor_is_named(damaged):
+def test_non_finite_tensor_is_named(damaged):
     edit_tensors(damaged, UP, lambda tensors: tensors[UP].__setitem__((0, 0), float("nan")))
     assert verify(damaged) == [f"{damaged}: {UP} holds NaN or infinity"]
 
 
-def test_f28_tied_embeddings_are_stored_once_and_stay_tied(tmp_path):
+def test_tied_embeddings_are_stored_once_and_stay_tied(tmp_path):
     source = save_tiny(tmp_path / "tied", "llama", tie_word_embeddings=True)
     model = compress(load(source)[0])
     output = store(tmp_path / "out", model, source)
@@ -211,7 +211,7 @@ def test_f28_tied_embeddings_are_stored_once_and_stay_tied(tmp_path):
     assert verify(output) == []
 
 
-def test_f28_compressed_head_of_tied_embeddings_is_untied(tmp_path):
+def test_compressed_head_of_tied_embeddings_is_untied(tmp_path):
     source = save_tiny(tmp_path / "tied", "llama", tie_word_embeddings=True)
     model = compress(load(source)[0], names=("lm_head",))
     output = store(tmp_path / "out", model, source)
@@ -249,7 +249,7 @@ def test_other_ties_are_stored_twice_once_a_tied_linear_is_compressed(tmp_path):
         ("gpt2", {"n_layer": 1}),
     ],
 )
-def test_f28_biases_one_layer_odd_widths(tmp_path, kind, changes):
+def test_biases_one_layer_and_odd_widths_survive(tmp_path, kind, changes):
     source = save_tiny(tmp_path / kind, kind, **changes)
     model = compress(load(source)[0])
     output = store(tmp_path / "out", model, source)
@@ -257,7 +257,7 @@ def test_f28_biases_one_layer_odd_widths(tmp_path, kind, changes):
     assert verify(output) == []
 
 
-def test_f35_plain_transformers_stops_loudly(written, without_plugin):
+def test_plain_transformers_stops_loudly(written, without_plugin):
     with pytest.raises(RuntimeError, match=r"mismatch|size"):
         AutoModelForCausalLM.from_pretrained(written)
 

@@ -90,7 +90,7 @@ class OpenedCheckpoint:
 
     @property
     def dequantize(self) -> bool:
-        """Whether the integers have to be unpacked while loading."""
+        """Say whether the integers have to be unpacked while loading."""
         return bool(self.pairs) or not all(symmetric for _, _, symmetric in self.schemes)
 
     def is_conv1d(self, name: str) -> bool:
@@ -190,8 +190,8 @@ def check_format(opened: OpenedCheckpoint, adapted: bool) -> None:
 
 
 def unify_schemes(opened: OpenedCheckpoint) -> dict[str, Packed]:
-    """The same integers in the widest codes, and in groups whose size divides that of all, scales
-    repeated: Ŵ does not change.
+    """Pack the same integers in the widest codes, and in groups whose size divides that of all,
+    scales repeated: Ŵ does not change.
 
     Raises ConfigError if that would be no smaller than dense.
     """
@@ -223,7 +223,7 @@ def unify_schemes(opened: OpenedCheckpoint) -> dict[str, Packed]:
 
 
 def build_layout(base: Packed) -> nn.Module:
-    """The tensors of a linear as compressed-tensors stores them; the module computes nothing."""
+    """Build the tensors of a linear as compressed-tensors stores them; they compute nothing."""
     module, pack = nn.Module(), library().pack_to_int32
     module.register_buffer("weight_packed", pack(base.codes(), base.code_bits))
     module.register_buffer("weight_scale", base.scales.detach())
@@ -236,7 +236,7 @@ def build_layout(base: Packed) -> nn.Module:
 
 
 def build_quantization_config(opened: OpenedCheckpoint) -> dict[str, Any]:
-    """The section of config.json, a group of linears for each scheme."""
+    """Build the section of config.json, a group of linears for each scheme."""
     from compressed_tensors.quantization import (
         QuantizationArgs,
         QuantizationConfig,
@@ -342,7 +342,7 @@ def compare_export(
 
 
 def is_residual(module: Any, up: Tensor, down: Tensor) -> bool:
-    """Whether a LoRA linear of PEFT adds up · down and nothing else."""
+    """Say whether a LoRA linear of PEFT adds up · down and nothing else."""
     adapter = module.active_adapters[0]
     stored = module.lora_B[adapter].weight, module.lora_A[adapter].weight
     equal = all(
