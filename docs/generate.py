@@ -286,6 +286,20 @@ def split_header(text: str) -> tuple[list[str], str]:
     return header, "\n".join(lines[count:]).strip()
 
 
+SHARED_OPTIONS = {  # meanings of options whose values speak for themselves in the source
+    "metric": "what counts as an error of the weight",
+    "solver": "how the problem is solved",
+    "score": "which units leave first",
+    "storage": "form in which factors are stored",
+    "pattern": "where kept entries may lie",
+    "refit": "how the linear that reads removed channels makes up for them",
+    "start": "first dictionary",
+    "rounds": "alternations, at most",
+    "iterations": "steps, at most",
+    "refine_rate": "learning rate of the refinement",
+}
+
+
 def methods_page() -> str:
     """Return a table of options for each method."""
     from compressor.methods import METHODS
@@ -303,7 +317,7 @@ def methods_page() -> str:
                 f"`{field.name}`",
                 annotation(field.type),
                 f"`{shown(field.default)}`",
-                notes.get(field.name, ""),
+                notes.get(field.name) or SHARED_OPTIONS[field.name],
             )
             for field in fields(method)
         ]
@@ -318,28 +332,36 @@ def methods_page() -> str:
 
 
 def comments_on_fields(method: type) -> dict[str, str]:
-    """Return the comments on each field in the source, or the docstring below it."""
+    """Return what the source says of each field: comments above or behind it, or a docstring."""
     notes: dict[str, str] = {}
-    for owner in reversed(
-        [one for one in method.__mro__ if one.__module__.startswith("compressor.")]
-    ):
+    for owner in reversed(method.__mro__):
+        if not owner.__module__.startswith("compressor."):
+            continue
         source = textwrap.dedent(inspect.getsource(owner))
+        comments = comments_by_line(source)
         body = ast.parse(source).body[0].body
-        comments = [
-            (token.start[0], token.string.removeprefix("#").strip())
-            for token in tokenize.generate_tokens(io.StringIO(source).readline)
-            if token.type == tokenize.COMMENT
-        ]
         for node, below in zip(body, [*body[1:], None], strict=True):
             if not isinstance(node, ast.AnnAssign):
                 continue
-            lines = range(node.lineno, node.end_lineno + 1)
-            note = " ".join(text for line, text in comments if line in lines)
+            first = node.lineno
+            while first - 1 in comments and source.splitlines()[first - 2].lstrip().startswith("#"):
+                first -= 1
+            lines = range(first, node.end_lineno + 1)
+            note = " ".join(comments[line] for line in lines if line in comments)
             if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
                 note = " ".join(str(below.value.value).split())
             if note:
                 notes[node.target.id] = note
     return notes
+
+
+def comments_by_line(source: str) -> dict[int, str]:
+    """Return line number → comment on that line."""
+    return {
+        token.start[0]: token.string.removeprefix("#").strip()
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
 
 
 def annotation(hint: Any) -> str:

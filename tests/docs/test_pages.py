@@ -122,6 +122,7 @@ def test_the_options_page_has_values_defaults_and_meanings(generated):
     row = next(row for row in page.splitlines() if row.startswith("| `max_rank` "))
     assert row.startswith("| `max_rank` | number > 0, ≤ 1 | `1` | largest rank offered")
     assert [name for name in METHODS if f"\n## {name}\n" not in page] == []
+    assert [row for row in page.splitlines() if row.endswith("|  |")] == []
 
 
 def test_the_architecture_page_has_the_layers():
