@@ -3,14 +3,17 @@ of tokens that need no text. No torch for text, and no socket for anything local
 
 A source is one function, registered with `@source`: it gives documents, or windows of tokens.
 
-A text file is one document; a row of a jsonl or parquet file or of a hub data set is one document,
-either text or a list of chat messages ({role, content}). Whatever is skipped, cut or repaired on
-the way is counted in a warning.
+A text file is one document; a row of a jsonl, json, csv or parquet file or of a hub data set is one
+document, either text or a list of chat messages ({role, content}). Whatever is skipped, cut or
+repaired on the way is counted in a warning.
 """
 
+import csv
+import io
 import json
 import logging
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +32,10 @@ HUB = re.compile(
     r"(?P<name>[\w.-]+(/[\w.-]+)?):(?P<config>[^:]*):(?P<split>[^:\[]+(\[[^\]]*\])?)(:(?P<column>[^:]+))?"
 )
 FOLDER_SUFFIXES = (".txt", ".text", ".md", ".jsonl", ".parquet")
+SURROGATE = re.compile("[\ud800-\udfff]")
+SAID = {"content", "tool_calls", "function_call"}  # keys of a message, at least one of them
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+MARKUP_SUFFIXES = (".html", ".htm", ".xml", ".yaml", ".yml")
 LONG_LINE = 1 << 20  # characters; prose has no such lines
 
 
@@ -214,8 +221,11 @@ def _take(documents: Iterator[Document], source: str, limit: int | None) -> list
     what was left out.
     """
     taken: list[Document] = []
-    blank = characters = 0
+    blank = characters = broken = 0
     for document in documents:
+        repaired = _repair(document)
+        broken += repaired != document
+        document = repaired
         if not (document.strip() if isinstance(document, str) else document):
             blank += 1
             continue
@@ -231,7 +241,13 @@ def _take(documents: Iterator[Document], source: str, limit: int | None) -> list
         characters += (
             len(document)
             if isinstance(document, str)
-            else sum(len(str(message["content"])) for message in document)
+            else sum(len(str(message.get("content", ""))) for message in document)
+        )
+    if broken:
+        logger.warning(
+            "%s: %d documents hold halves of characters (lone surrogates), read as U+FFFD",
+            source,
+            broken,
         )
     if not taken:
         raise DataError(f"{source}: no text ({blank} blank documents)")
@@ -240,6 +256,17 @@ def _take(documents: Iterator[Document], source: str, limit: int | None) -> list
             "%s: %d of %d documents are blank and skipped", source, blank, blank + len(taken)
         )
     return taken
+
+
+def _repair(value: Any) -> Any:
+    """Put the replacement character in the place of lone surrogates, which no encoding has."""
+    if isinstance(value, str):
+        return SURROGATE.sub("\N{REPLACEMENT CHARACTER}", value)
+    if isinstance(value, list):
+        return [_repair(item) for item in value]
+    if isinstance(value, dict):
+        return {_repair(key): _repair(item) for key, item in value.items()}
+    return value
 
 
 def _files(path: Path) -> list[Path]:
@@ -264,8 +291,12 @@ def _files(path: Path) -> list[Path]:
 
 def _read_file(path: Path, column: str | None, chat: bool, limit: int | None) -> Iterator[Document]:
     suffix = path.suffix.lower()
-    if suffix == ".jsonl":
+    if suffix in (".jsonl", ".ndjson"):
         return _pick(_json_rows(path), column, chat)
+    if suffix in (".json", ".csv", ".tsv"):
+        logger.warning("%s: read as rows, a document each, not as prose", path)
+        rows = _json_list_rows(path) if suffix == ".json" else _csv_rows(path, DELIMITERS[suffix])
+        return _pick(rows, column, chat)
     if suffix == ".parquet":
         return _pick(_parquet_rows(path), column, chat)
     if column is not None:
@@ -273,6 +304,8 @@ def _read_file(path: Path, column: str | None, chat: bool, limit: int | None) ->
             f"{path}: column '{column}' was asked for, but plain text has no columns; use a jsonl "
             "or parquet file"
         )
+    if suffix in MARKUP_SUFFIXES:
+        logger.warning("%s: read as plain text, with its markup; is that prose?", path)
     return iter([_read_text(path, limit)])
 
 
@@ -352,6 +385,44 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield where, row
 
 
+def _json_list_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (place, row) of a json file: a list of objects, or an object on each line. Raises
+    DataError naming the row.
+    """
+    text = _decode(path.read_bytes(), str(path)).strip()
+    if not text.startswith("["):
+        yield from _json_rows(path)
+        return
+    try:
+        rows = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON ({error})") from None
+    for number, row in enumerate(rows, start=1):
+        where = f"{path}, row {number}"
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: a {type(row).__name__}, where a list of objects is read")
+        yield where, row
+
+
+def _csv_rows(path: Path, delimiter: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (place, row) of a table whose first line names the columns. Raises DataError naming the
+    row.
+    """
+    lines = io.StringIO(_decode(path.read_bytes(), str(path)), newline="")
+    usual = csv.field_size_limit(sys.maxsize)
+    try:
+        rows = list(csv.DictReader(lines, delimiter=delimiter, strict=True))
+    except csv.Error as error:
+        raise DataError(f"{path}: not a table of {delimiter!r}-separated values: {error}") from None
+    finally:
+        csv.field_size_limit(usual)
+    for number, row in enumerate(rows, start=1):
+        where = f"{path}, row {number}"
+        if None in row or None in row.values():
+            raise DataError(f"{where}: has more or fewer fields than the first line names")
+        yield where, row
+
+
 def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (place, row) of a parquet file, batch by batch."""
     import pyarrow
@@ -388,7 +459,8 @@ def _pick(
 
 def _is_chat(value: Any) -> bool:
     return isinstance(value, list) and all(
-        isinstance(message, dict) and {"role", "content"} <= message.keys() for message in value
+        isinstance(message, dict) and "role" in message and not SAID.isdisjoint(message)
+        for message in value
     )
 
 

@@ -19,7 +19,7 @@ from compressor.pipeline.job import Job
 from compressor.recipe.sections import Recipe
 from compressor.reporting import report
 from compressor.reporting.records import Metrics, Report, Scores
-from compressor.resume.journal import journaled, user_cache
+from compressor.resume.journal import journaled, writable_cache
 from compressor.resume.store import Store, digest
 from compressor.runtime.progress import Progress, silent
 
@@ -134,7 +134,10 @@ def evaluate(
         "windows": loaded.digest,
         "options": [device, batch_size, [*tasks], limit],
     }
-    with journaled(user_cache() / f"evaluate-{digest(run)[:40]}", restart) as journal:
+    with (
+        writable_cache() as folder,
+        journaled(folder / f"evaluate-{digest(run)[:40]}", restart) as journal,
+    ):
         store = journal.begin(run).within(run)
         original = None if against is None else models.load(paths["original"], device=device)[0]
         results = _scores(original, model, loaded, batch_size, progress, store)

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 from filelock import FileLock, Timeout
@@ -221,3 +222,24 @@ def user_cache() -> Path:
     default below ~/.cache.
     """
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "compressor"
+
+
+@contextmanager
+def writable_cache() -> Iterator[Path]:
+    """Provide `user_cache`, or a temporary folder, aloud, where that cannot be written."""
+    folder = user_cache()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK | os.X_OK)
+    except OSError:
+        writable = False
+    if writable:
+        yield folder
+        return
+    log.warning(
+        "%s cannot be written, so an evaluation that is stopped starts anew; set XDG_CACHE_HOME to "
+        "a folder that can be",
+        folder,
+    )
+    with TemporaryDirectory(prefix="compressor-") as temporary:
+        yield Path(temporary)

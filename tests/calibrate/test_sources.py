@@ -245,3 +245,60 @@ def test_a_source_is_one_registered_function(monkeypatch):
     assert read_documents("words:3", limit=8) == ["word"] * 2
     with pytest.raises(DataError, match="a source is a number of words words:NUMBER, a hub data"):
         read_documents("nowhere.txt")
+
+
+ROWS = [{"id": 1, "text": "one, two"}, {"id": 2, "text": "three\nfour"}]
+TABLES = {
+    "list.json": json.dumps(ROWS),
+    "lines.json": "".join(json.dumps(row) + "\n" for row in ROWS),
+    "lines.ndjson": "".join(json.dumps(row) + "\n" for row in ROWS),
+    "table.csv": 'id,text\n1,"one, two"\n2,"three\nfour"\n',
+    "table.tsv": 'id\ttext\n1\tone, two\n2\t"three\nfour"\n',
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_rows_of_json_and_tables_are_documents_as_those_of_jsonl_are(tmp_path, name, caplog):
+    path = write(tmp_path / name, TABLES[name].encode())
+    assert read_documents(path) == ["one, two", "three\nfour"]
+    assert ("read as rows, a document each" in caplog.text) == (not name.endswith(".ndjson"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.json", "[1]", r"a\.json, row 1: a int, where a list of objects is read"),
+        ("a.json", "[{", r"a\.json: not JSON"),
+        ("a.csv", "id,text\n1\n", r"a\.csv, row 1: has more or fewer fields"),
+        ("a.csv", 'id,text\n1,"open\n', r"a\.csv: not a table of ','-separated values"),
+    ],
+)
+def test_damaged_json_and_tables_name_the_row(tmp_path, name, text, message):
+    with pytest.raises(DataError, match=message):
+        read_documents(write(tmp_path / name, text.encode()))
+
+
+def test_a_long_field_of_a_table_is_read(tmp_path):
+    text = "x" * 200_000
+    assert read_documents(write(tmp_path / "a.csv", f"text\n{text}\n".encode())) == [text]
+
+
+def test_markup_read_as_prose_is_a_warning(tmp_path, caplog):
+    read_documents(write(tmp_path / "page.html", b"<p>text</p>"))
+    assert "page.html: read as plain text, with its markup" in caplog.text
+
+
+def test_lone_surrogates_are_replaced_and_counted(tmp_path, caplog):
+    path = write(tmp_path / "a.jsonl", b'{"text": "a \\ud83d b"}\n{"text": "\\ud83d\\ude00"}\n')
+    assert read_documents(path) == ["a \ufffd b", "\U0001f600"]
+    assert "1 documents hold halves of characters" in caplog.text
+
+
+def test_a_chat_may_hold_messages_that_only_call_tools(tmp_path):
+    call = {"role": "assistant", "tool_calls": [{"id": "1", "type": "function"}]}
+    chat = [{"role": "user", "content": "x"}, call, {"role": "tool", "content": "y"}]
+    path = write(tmp_path / "a.jsonl", json.dumps({"messages": chat}).encode())
+    assert read_documents(path, chat=True) == [chat]
+    path = write(tmp_path / "b.jsonl", json.dumps({"messages": [{"role": "user"}]}).encode())
+    with pytest.raises(DataError, match="neither text nor a list of"):
+        read_documents(path, chat=True)

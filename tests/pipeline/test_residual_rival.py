@@ -34,7 +34,7 @@ def test_a_run_says_whether_its_residuals_beat_finer_bases(
     contest = read_json(tmp_path / "out" / "plan.json")["contest"]
     assert contest == found["contest"] and contest.keys() == {WITH_RESIDUALS, FINER_BASES}
     assert sequential or found["heldout"]["kl"] == pytest.approx(contest[WITH_RESIDUALS], rel=1e-3)
-    line = report.residuals(found)
+    line = report.describe_residuals(found)
     assert ("a finer base is the better use" in line) == (
         contest[FINER_BASES] <= contest[WITH_RESIDUALS]
     )
@@ -83,7 +83,7 @@ def test_nothing_is_said_where_nothing_can_be_compared(
         recipe(tiny_llama, text_file, *overrides, "evaluation.enabled=false", config=config),
         tmp_path / "out",
     )
-    assert found["contest"] == {} and report.residuals(found) is None
+    assert found["contest"] == {} and report.describe_residuals(found) is None
 
 
 def test_a_compensated_base_of_many_sizes_has_finer_ones(tmp_path, tiny_llama, text_file):

@@ -347,3 +347,15 @@ def test_another_run_is_refused_again_and_again(tmp_path):
     with journal.journaled(tmp_path / "out", restart=True) as other:
         other.begin({"recipe": 2})
     assert os.listdir(tmp_path) == []
+
+
+def test_a_cache_that_cannot_be_written_is_a_temporary_one_aloud(tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with journal.writable_cache() as folder:
+        assert folder.is_dir() and tmp_path not in folder.parents
+    assert not folder.exists()
+    assert "set XDG_CACHE_HOME to a folder that can be" in caplog.text
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    with journal.writable_cache() as folder:
+        assert folder == tmp_path / "home" / "compressor" and folder.is_dir()

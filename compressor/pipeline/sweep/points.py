@@ -13,8 +13,8 @@
     runs:                          single points over `base`, by name
       gptq: {config: gptq_w4}
 
-A point of grid and zip is named after its values, `svd_llm,keep=0.8,seed=0`: the last part of each
-key that tells it from the others.
+A point of grid and zip is named after its values, `svd_llm+keep=0.8+seed=0`: the last part of each
+key that tells it from the others. Names hold no comma, at which lm-eval splits `--model_args`.
 """
 
 import itertools
@@ -35,7 +35,7 @@ SECTIONS = ("base", "grid", "zip", "runs")
 CONFIG = "config"
 MOST = 10_000
 LONGEST = 120  # characters of a name, which is a folder's
-SAFE = re.compile(r"[\w.,=+-]+")
+SAFE = re.compile(r"[\w.=+-]+")
 
 
 @dataclass(frozen=True)
@@ -113,11 +113,13 @@ def _combinations(document: Document) -> Iterator[dict[str, Any]]:
 
 
 def name_of(settings: dict[str, Any]) -> str:
-    """`svd_llm,keep=0.8`: the config by itself, other values behind the last part of their key."""
+    """Name a point, as `svd_llm+keep=0.8`: the config by itself, other values behind the last part
+    of their key.
+    """
     tails = {key: _tail(key, settings) for key in settings if key != CONFIG}
     config = [Path(str(settings[CONFIG])).stem] if CONFIG in settings else []
-    name = ",".join(config + [f"{tail}={_text(settings[key])}" for key, tail in tails.items()])
-    return re.sub(r"[^\w.,=+-]+", "-", name)[:LONGEST].strip("-.") or "point"
+    name = "+".join(config + [f"{tail}={_text(settings[key])}" for key, tail in tails.items()])
+    return re.sub(r"[^\w.=+-]+", "-", name)[:LONGEST].strip("-.") or "point"
 
 
 def _tail(key: str, keys: Any) -> str:
@@ -138,7 +140,7 @@ def _checked(name: str, document: Document) -> str:
     where = document.places["runs", name]
     if not SAFE.fullmatch(name) or name.startswith(".") or len(name) > LONGEST:
         raise ConfigError(
-            f"{where}: '{name}' does not name a folder; use letters, digits and . , = + - _"
+            f"{where}: '{name}' does not name a folder; use letters, digits and . = + - _"
         )
     if not isinstance(document.value["runs"][name], dict):
         raise ConfigError(

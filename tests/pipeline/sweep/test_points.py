@@ -32,7 +32,7 @@ runs:
   as_it_is: {}
 """)
     assert len(found) == 2 * 2 * 2 + 2
-    assert found[0].name == "svd,keep=0.8,seed=1,windows=8"
+    assert found[0].name == "svd+keep=0.8+seed=1+windows=8"
     assert found[0].settings == {
         "config": "svd",
         "allocation.keep": 0.8,
@@ -59,11 +59,11 @@ runs:
 def test_names_use_the_shortest_end_that_tells_keys_apart():
     assert (
         name_of({"calibration.batch_size": 2, "evaluation.batch_size": 4})
-        == "calibration.batch_size=2,evaluation.batch_size=4"
+        == "calibration.batch_size=2+evaluation.batch_size=4"
     )
     assert (
         name_of({"config": "dir/my.yaml", "calibration.source": "a b/c.txt"})
-        == "my,source=a-b-c.txt"
+        == "my+source=a-b-c.txt"
     )
 
 
@@ -83,6 +83,7 @@ REFUSED = {
     "base:\n  allocation:\n    kep: 1\nruns:\n  a: {}": r"sweep\.yaml:3: there is no 'allocation\.kep'",
     "runs:\n  a:\n    config: svd_llmm": r"'svd_llmm' is neither a recipe file nor a preset; did you mean 'svd_llm'\?",
     "runs:\n  a/b: {}": r"sweep\.yaml:2: 'a/b' does not name a folder",
+    "runs:\n  'a,b': {}": r"sweep\.yaml:2: 'a,b' does not name a folder",
     "runs:\n  a: 3": r"sweep\.yaml:2: a should be a mapping of settings",
     "grid:\n  seed: [1, 1]": r"two points have the output name 'seed=1'",
     "grid:\n  model.name: [a b, a-b]": r"two points have the output name 'name=a-b'",
@@ -103,3 +104,14 @@ def test_a_million_points_are_counted_not_made(points):
     )
     with pytest.raises(ConfigError, match=rf"1,000,000 points, {MOST:,} are the most"):
         points(f"grid:\n{lists}")
+
+
+def test_names_of_points_pass_through_the_arguments_of_lm_eval():
+    from lm_eval.utils import simple_parse_args_string
+
+    name = name_of({"config": "svd_llm", "allocation.keep": 0.8, "allocation.tie": ["qkv", "up"]})
+    assert name == "svd_llm+keep=0.8+tie=-qkv-up"
+    assert simple_parse_args_string(f"pretrained=out/{name},dtype=float32") == {
+        "pretrained": f"out/{name}",
+        "dtype": "float32",
+    }

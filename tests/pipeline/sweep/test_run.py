@@ -233,10 +233,10 @@ def test_a_dry_run_prints_points_and_runs_nothing(points, tmp_path):
     assert result.exit_code == 0, result.stderr
     rows = json.loads(result.stdout)["points"]
     assert [row["name"] for row in rows] == [
-        "svd_llm,keep=0.8",
-        "svd_llm,keep=0.6",
-        "default,keep=0.8",
-        "default,keep=0.6",
+        "svd_llm+keep=0.8",
+        "svd_llm+keep=0.6",
+        "default+keep=0.8",
+        "default+keep=0.6",
     ]
     assert rows[0]["bytes"] > rows[1]["bytes"] > 0 and rows[0]["seconds"] > rows[1]["seconds"]
     assert not (tmp_path / "out").exists()
