@@ -253,7 +253,7 @@ class _Pass:
             received = hidden.detach().flatten(0, 1).requires_grad_(self.backward)
             self._run_head(self.head, received, tokens, uniform)
             self.windows, self.length = tokens.shape
-            if hidden.requires_grad:
+            if hidden.requires_grad and received.grad is not None:
                 hidden.backward(received.grad.view_as(hidden))
 
     def _run_head(self, head: Head, hidden: Tensor, tokens: Tensor, uniform: Tensor | None) -> None:
@@ -335,22 +335,22 @@ class _Pass:
         gradient came.
         """
         if not keep_device:
-            for sums in (*self.inputs.values(), *self.outputs.values()):
-                sums.fields = {field: value.cpu() for field, value in sums.fields.items()}
+            for stream in (*self.inputs.values(), *self.outputs.values()):
+                stream.fields = {field: value.cpu() for field, value in stream.fields.items()}
         stats = {}
         for name, info in self.wave.items():
             inputs, outputs = self.inputs[info.feeds], self.outputs[name]
             sums = inputs.fields | outputs.fields
-            fields = {
-                field: sums[field] if field in sums else nothing(field, info)
+            fields: dict[str, Any] = {
+                field: sums[field] if field in sums else zero_sum(field, info)
                 for field in self.needs[name]
             }
             stats[name] = LinearStats(tokens=inputs.tokens, grad_tokens=outputs.tokens, **fields)
         return stats
 
 
-def nothing(field: str, info: LinearInfo) -> Tensor:
-    """The sum of a field over no token, float64."""
+def zero_sum(field: str, info: LinearInfo) -> Tensor:
+    """Return the sum of a field over no token, float64."""
     size = info.out_features if field == "grad_gram" else info.in_features
     return torch.zeros(
         (size, size) if field in ("gram", "grad_gram") else (size,), dtype=torch.float64

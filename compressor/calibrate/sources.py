@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from compressor.errors import ConfigError, DataError, did_you_mean
 from compressor.runtime.progress import Progress, silent
@@ -100,17 +100,21 @@ def read_source(request: Request) -> "list[Document] | Tensor":
             f"{request.source}: no such file or folder; a source is "
             f"{', '.join(kind.form for kind in reversed(SOURCES))}"
         )
-    if kind.tokens:
-        _refuse_text_options(request)
-        return kind.read(request)
-    return _take(iter(kind.read(request)), request.source, request.limit)
+    if not kind.tokens:
+        documents = cast("Iterable[Document]", kind.read(request))
+        return _take(iter(documents), request.source, request.limit)
+    _refuse_text_options(request)
+    return cast("Tensor", kind.read(request))
 
 
 def read_documents(
     source: str, column: str | None = None, chat: bool = False, limit: int | None = None
 ) -> list[Document]:
-    """Read the documents of a source of text. Raises as `read_source`."""
-    return read_source(Request(source, column, chat, limit))
+    """Read the documents of a source of text. Raises as `read_source`, DataError for windows."""
+    documents = read_source(Request(source, column, chat, limit))
+    if not isinstance(documents, list):
+        raise DataError(f"{source}: holds windows of tokens, where text is needed")
+    return documents
 
 
 @source("self", lambda text: text == "self", tokens=True)

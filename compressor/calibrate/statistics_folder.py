@@ -90,10 +90,10 @@ def load_statistics(
     tensors = load_file(folder / TENSORS)
     stats = {}
     for name, entry in description["linears"].items():
-        counts = {count: entry[count] for count in COUNTS}
-        stats[name] = LinearStats(
-            **counts, **{field: tensors[key] for field, key in entry.items() if field not in COUNTS}
-        )
+        values: dict[str, Any] = {
+            key: value if key in COUNTS else tensors[value] for key, value in entry.items()
+        }
+        stats[name] = LinearStats(**values)
     return stats
 
 

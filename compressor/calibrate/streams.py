@@ -143,13 +143,15 @@ class Streams:
                 continue
             sums.add_inputs(x, fields, where)
             if crossed:
-                if len(x) != batch.numel():
+                dense = self.inputs(first.module, index, self.dense)
+                if dense is None or len(x) != batch.numel():
                     raise ConfigError(
                         f"{first.name} sees routed tokens, which cannot be anchored; set "
                         "calibration.anchor to 0"
                     )
-                sums.add("cross_gram", self.inputs(first.module, index, self.dense).T @ x, where)
-        return LinearStats(tokens=sums.tokens, **sums.fields)
+                sums.add("cross_gram", dense.T @ x, where)
+        values: dict[str, Any] = dict(sums.fields)
+        return LinearStats(tokens=sums.tokens, **values)
 
     def lead(self) -> None:
         """Carry the dense stream through this block; the compressed one stays before it."""

@@ -4,6 +4,7 @@ likeliest token at every step.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -72,7 +73,7 @@ def continuations(
         else ends
     )
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    found = []
+    continuations = []
     for prompt in prompts:
         ids = tokenizer(prompt, return_tensors="pt").input_ids.to(device)
         if positions is not None and ids.shape[1] + tokens > positions:
@@ -86,6 +87,8 @@ def continuations(
             "num_beams": 1,
             "pad_token_id": padding,
         }
-        made = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
-        found.append(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
-    return found
+        generate: Any = model.generate
+        output = generate(ids, attention_mask=torch.ones_like(ids), **settings)
+        text = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+        continuations.append(str(text))
+    return continuations

@@ -230,12 +230,14 @@ def fused(model: nn.Module) -> dict[str, int]:
 
 
 def dense_of(info: LinearInfo, dtype: torch.dtype) -> Dense:
-    """Weight (out, in) and bias (out,) of a linear, detached; `dtype` is the one of the output.
-    Fetches weights that are offloaded.
+    """Return weight (out, in) and bias (out,) of a linear, detached; offloaded ones are fetched.
+
+    dtype: that of the output.
     """
     with align_module_device(info.module):
-        weight = info.module.weight.detach()
-        bias = None if info.module.bias is None else info.module.bias.detach()
+        parameters = dict(info.module.named_parameters(recurse=False))
+        weight = parameters["weight"].detach()
+        bias = parameters["bias"].detach() if "bias" in parameters else None
     return Dense(
         weight.T.contiguous() if info.conv1d else weight, bias, dtype, head_dim=info.head_dim
     )

@@ -62,7 +62,7 @@ def from_pretrained(
         else {"": device}
     )
     with quiet_transformers(), _refusing(folder):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype="auto" if dtype is None else dtype,
             device_map=placement,
@@ -73,6 +73,7 @@ def from_pretrained(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
+    model, info = loaded
     wrong = [f"missing {key}" for key in sorted(info["missing_keys"])]
     wrong += [f"unexpected {key}" for key in sorted(info["unexpected_keys"])]
     wrong += [

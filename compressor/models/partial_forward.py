@@ -32,12 +32,12 @@ def stop(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     raise Stop
 
 
-def input_device(model: nn.Module) -> torch.device:
+def input_device(model: PreTrainedModel) -> torch.device:
     """Device for token ids: that of the model, or the CPU where accelerate moves them."""
     return torch.device("cpu") if model.device.type == "meta" else model.device
 
 
-def run_until_stopped(model: nn.Module, input_ids: Tensor) -> Any:
+def run_until_stopped(model: PreTrainedModel, input_ids: Tensor) -> Any:
     """Run the model until a hook raises Stop; return its output, None if it was stopped."""
     try:
         return model(input_ids=input_ids.to(input_device(model)), use_cache=False)
@@ -81,7 +81,7 @@ def watching(modules: Iterable[nn.Module]) -> Iterator[list[Any]]:
 
 
 @contextmanager
-def passing(modules: Sequence[nn.Module], outputs: list[Any]) -> Iterator[None]:
+def passing(modules: Iterable[nn.Module], outputs: list[Any]) -> Iterator[None]:
     """Let each module return its cached output."""
     with standing_in(
         modules, [lambda *args, _output=output, **kwargs: _output for output in outputs]
@@ -106,10 +106,11 @@ def recomputing(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def standing_in(modules: Sequence[nn.Module], forwards: Sequence[Callable]) -> Iterator[None]:
+def standing_in(modules: Iterable[nn.Module], forwards: Sequence[Callable]) -> Iterator[None]:
     """Let each module run another `forward`; the modules stay, since models read attributes of
     their blocks.
     """
+    modules = list(modules)
     # accelerate puts its own `forward` into the dictionary of a module
     hidden = [module.__dict__.get("forward") for module in modules]
     try:
@@ -117,11 +118,11 @@ def standing_in(modules: Sequence[nn.Module], forwards: Sequence[Callable]) -> I
             module.forward = forward
         yield
     finally:
-        for module, forward in zip(modules, hidden, strict=True):
-            if forward is None:
+        for module, former in zip(modules, hidden, strict=True):
+            if former is None:
                 module.__dict__.pop("forward", None)
             else:
-                module.forward = forward
+                module.forward = former
 
 
 def require_restartable(model: PreTrainedModel, full: Tensor, restarted: Tensor, cure: str) -> None:

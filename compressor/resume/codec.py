@@ -74,7 +74,7 @@ def _kind(value: Any) -> str:
 class _Encoder:
     def __init__(self, known: Any):
         self.tensors: dict[str, Tensor] = {}
-        self.seen = {
+        self.seen: dict[tuple, dict[str, Any]] = {
             _place(tensor): {"known": index} for index, tensor in enumerate(tensors_in(known))
         }
         self.modules: dict[int, dict[str, int]] = {}
