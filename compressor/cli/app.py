@@ -196,17 +196,22 @@ def evaluate(
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if limit is not None and not names:
         raise ConfigError("--limit counts the examples of lm-eval tasks; give --tasks too")
-    options = {
-        "text": text,
-        "column": column,
-        "window": window,
-        "windows": windows,
-        "tasks": names,
-        "limit": limit,
-    }
-    where = {"batch_size": batch_size, "speed": speed, "device": device, "restart": restart}
-    found = run.evaluate(model, against=against, **options, **where, progress=progress)
-    return Outcome(found, render_evaluation(found))
+    scores = run.evaluate(
+        model,
+        against=against,
+        text=text,
+        column=column,
+        window=window,
+        windows=windows,
+        tasks=names,
+        limit=limit,
+        batch_size=batch_size,
+        speed=speed,
+        device=device or "auto",
+        restart=restart,
+        progress=progress,
+    )
+    return Outcome(scores, render_evaluation(scores))
 
 
 @app.command()

@@ -110,7 +110,7 @@ def verb(function: Callable[..., Outcome]) -> Callable[..., None]:
         *_options(function.__name__, parameters),
         *(_option(name, hint, default) for name, (default, hint) in FLAGS.items()),
     ]
-    run.__signature__ = inspect.Signature(options)  # both are what typer reads
+    run.__dict__["__signature__"] = inspect.Signature(options)  # both are what typer reads
     run.__annotations__ = {option.name: option.annotation for option in options}
     return run
 

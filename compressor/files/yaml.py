@@ -19,7 +19,7 @@ MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
 MAX_DIGITS = 30
 
-_WORDS = {"": None, "~": None, "null": None, "Null": None, "NULL": None}
+_WORDS: dict[str, bool | None] = {"": None, "~": None, "null": None, "Null": None, "NULL": None}
 _WORDS |= {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*|0x[0-9a-fA-F]+|0o[0-7]+)")
 _LEADING_ZERO = re.compile(r"[-+]?0[0-9]+")
@@ -74,8 +74,9 @@ def parse_document(text: str, where: str) -> Document:
         node = _Composer(text, where).get_single_node()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
+        line = 1 if mark is None else mark.line + 1
         reason = " ".join(filter(None, (error.context, error.problem)))
-        raise ConfigError(f"{where}:{mark.line + 1}: not YAML: {reason}") from None
+        raise ConfigError(f"{where}:{line}: not YAML: {reason}") from None
     except yaml.reader.ReaderError as error:
         line = text[: error.position].count("\n") + 1
         raise ConfigError(
@@ -174,7 +175,7 @@ class _Dumper(yaml.SafeDumper):
     quoted.
     """
 
-    def represent_str(self, text: str) -> yaml.Node:
+    def represent_str(self, text: str) -> yaml.ScalarNode:
         try:
             plain = _plain(text, "") == text and not BREAKS & set(text)
         except ConfigError:

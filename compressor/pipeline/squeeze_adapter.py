@@ -32,6 +32,7 @@ from compressor.files.staging import Staging, preflight
 from compressor.linalg import Metric
 from compressor.linalg import products as squeeze
 from compressor.linalg.products import Components, Product
+from compressor.reporting.records import SqueezedModule
 
 CONFIG, WEIGHTS, NAME = "adapter_config.json", "adapter_model.safetensors", "default"
 TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
@@ -137,8 +138,8 @@ def squeeze_adapter(
         name: squeeze.decompose(product, metrics[name], name)
         for name, product in adapter.products.items()
     }
-    if rank is not None:
-        ranks = {name: min(rank, len(part.energies)) for name, part in parts.items()}
+    if keep is None:
+        ranks = {name: min(rank or most, len(part.energies)) for name, part in parts.items()}
     else:
         prices = [product.price for product in adapter.products.values()]
         ranks = dict(
@@ -263,13 +264,14 @@ def as_loaded(path: Path, products: dict[str, Product]) -> dict[str, Product]:
         raise CheckpointError(
             f"{path}: PEFT cannot load it: {type(error).__name__}: {line}"
         ) from error
-    found = {}
+    base: Any = model.base_model
+    loaded = {}
     for name in products:
-        module = model.base_model.model.get_submodule(name)
+        module = base.model.get_submodule(name)
         if hasattr(module, "lora_A"):
-            factors = (getattr(module, f"lora_{side}")[NAME].weight.detach() for side in "BA")
-            found[name] = Product(*factors, float(module.scaling[NAME]))
-    return found
+            up, down = (getattr(module, f"lora_{side}")[NAME].weight.detach() for side in "BA")
+            loaded[name] = Product(up, down, float(module.scaling[NAME]))
+    return loaded
 
 
 def shell(products: dict[str, Product]) -> nn.Module:
@@ -334,6 +336,7 @@ def metrics_of(adapter: Adapter, stats: Path | None) -> dict[str, Metric]:
                 "collect them on more text"
             )
         gram = collected[name].gram
+        assert gram is not None  # it was required above
         if len(gram) != product.down.shape[1]:
             raise DataError(
                 f"{stats}: {name} has {len(gram)} inputs there and {product.down.shape[1]} in "
@@ -349,18 +352,19 @@ def write(
     """Write configuration, weights and what goes with them; return the products as they are
     stored.
     """
-    written, tensors = {}, {}
+    written: dict[str, Product] = {}
+    tensors: dict[str, Tensor] = {}
     for name, rank in ranks.items():
         if rank:
-            source, made = adapter.products[name], parts[name].take(rank)
-            one = Product(
-                made.up.to(source.up.dtype).contiguous(),
-                made.down.to(source.down.dtype).contiguous(),
+            source, smaller = adapter.products[name], parts[name].take(rank)
+            stored = Product(
+                smaller.up.to(source.up.dtype).contiguous(),
+                smaller.down.to(source.down.dtype).contiguous(),
             )
-            written[name] = one
+            written[name] = stored
             tensors |= {
-                f"base_model.model.{name}.lora_A.weight": one.down,
-                f"base_model.model.{name}.lora_B.weight": one.up,
+                f"base_model.model.{name}.lora_A.weight": stored.down,
+                f"base_model.model.{name}.lora_B.weight": stored.up,
             }
     kept = {name: product.rank for name, product in written.items()}
     most = max(kept.values())
@@ -411,7 +415,9 @@ def compare(
     Raises CheckpointError naming modules whose factors or scaling are not what was written, or that
     lost more than their spectrum says.
     """
-    loaded, wrong, modules, lost, whole = as_loaded(target, adapter.products), [], [], 0.0, 0.0
+    loaded, lost, whole = as_loaded(target, adapter.products), 0.0, 0.0
+    wrong: list[str] = []
+    modules: list[SqueezedModule] = []
     for name, product in adapter.products.items():
         found, total, error = loaded.get(name), parts[name].tail(0), parts[name].tail(0)
         if found is not None:
@@ -421,15 +427,15 @@ def compare(
         ):
             wrong.append(name)
         rank = 0 if found is None else found.rank
-        lost, whole, sizes = (
-            lost + error,
-            whole + total,
-            {"rank_before": product.rank, "rank_after": rank},
-        )
+        lost, whole = lost + error, whole + total
         modules.append(
-            {"module": name}
-            | sizes
-            | {"parameters": rank * product.price, "error": error / total if total else 0.0}
+            {
+                "module": name,
+                "rank_before": product.rank,
+                "rank_after": rank,
+                "parameters": rank * product.price,
+                "error": error / total if total else 0.0,
+            }
         )
     if wrong:
         raise CheckpointError(

@@ -215,6 +215,7 @@ def _apply_layer(data: dict[str, Any], origins: dict[Keys, str], layer: list[Ent
 def _set_value(data: Any, path: Keys, value: Any, origin: str) -> None:
     """Set one value in place, filling in the default of whatever list or section leads to it."""
     default: Any = Recipe().model_dump(mode="json")
+    key: Any  # of a mapping, or the number of an item
     for depth, key in enumerate(path):
         above = ".".join(map(str, path[:depth])) or "the recipe"
         if isinstance(data, list) and not (isinstance(key, int) and key < len(data)):

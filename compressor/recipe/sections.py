@@ -141,7 +141,7 @@ class Engine(Section):
 
     name: str = "low_rank"
     """Engine, as listed by `compressor methods`."""
-    options: dict[str, JsonValue] = Field({})
+    options: dict[str, JsonValue] = Field(default={})
     """Options of the engine; those left out have its defaults."""
     share: Many[Literal["qkv", "gate_up"]] = ()
     """Linears with the same inputs that the engine decomposes together, what they have in common
@@ -219,7 +219,7 @@ class Allocation(Section):
     depth_bias: NonNegative = 0.0
     """Weight γ of the factor 1 + γh by which damage in early blocks counts more (probes)."""
     roles: dict[str, Annotated[float, Field(gt=0)]] = Field(
-        {"q": 1.0, "k": 1.0, "v": 3.0, "o": 3.0}
+        default={"q": 1.0, "k": 1.0, "v": 3.0, "o": 3.0}
     )
     """Relative fraction kept of each role (by_role); linears of other roles keep the whole fraction
     each.
@@ -227,7 +227,7 @@ class Allocation(Section):
     tie: Many[Literal["qkv", "gate_up"]] = ()
     """Linears with the same inputs that must get the same method and setting (knapsack)."""
     limits: dict[Literal["parameters", "multiply_adds"], Annotated[float, Field(gt=0, le=1)]] = (
-        Field({})
+        Field(default={})
     )
     """Further limits, each a fraction of what the dense targets have: stored numbers, multiply-adds
     for a token (knapsack).

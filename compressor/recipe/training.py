@@ -74,7 +74,8 @@ class Heal(Training):
     """
     learning_rate: Annotated[float, Field(gt=0)] = 0.005
     """Largest step of a number, relative to the median of the absolute values of its tensor."""
-    train: Literal["compressed", "norms", "low_rank", "everything", "lora"] = "everything"
+    # One choice more than repair has, which the base class cannot say.
+    train: Literal["compressed", "norms", "low_rank", "everything", "lora"] = "everything"  # type: ignore[assignment]
     """As in repair, or `lora`: products of two factors beside the linears, merged into what is
     stored, so that no size changes.
     """

@@ -111,7 +111,7 @@ def named_limits(
         return LimitsFile.model_validate({"limits": found}).limits
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        _, score, kind = first["loc"]
+        _, score, kind = map(str, first["loc"])
         option = "--max-perplexity-increase" if kind == "max_increase" else f"--{kind} {score}"
         raise ConfigError(f"{option}: {first['msg'].removeprefix('Value error, ')}") from None
 

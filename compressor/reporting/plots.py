@@ -24,7 +24,7 @@ LEGEND = {
     "loc": "lower left",
     "bbox_to_anchor": (0, 1),
 }  # above the axes
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "compressor",
     "text.parse_math": False,
@@ -144,7 +144,7 @@ def heat_map(cells: Mapping[tuple[int, str], float], label: str, colours: str) -
                 place,
                 1,
                 1,
-                facecolor=scale.to_rgba(value),
+                facecolor=scale.to_rgba(value),  # type: ignore[arg-type]  # numbers will do
                 edgecolor=INK,
                 linewidth=0.2,
                 gid=f"cell-{index}",
@@ -299,9 +299,9 @@ def inline(svg: str, titles: Mapping[str, str]) -> str:
         root.attrib.pop(name, None)
     root.set("role", "img")
     for element in root.iter():
-        if element.get("id") in titles:
+        if (name := element.get("id", "")) in titles:
             title = ElementTree.Element(f"{{{SVG}}}title")
-            title.text = titles[element.get("id")]
+            title.text = titles[name]
             element.insert(0, title)
     return ElementTree.tostring(root, encoding="unicode").replace(INK, "currentColor")
 

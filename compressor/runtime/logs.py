@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,7 +36,7 @@ class Appended:
         if path.is_dir():
             raise ConfigError(f"{path}: is a folder; give a file to append to")
         try:
-            self.descriptor = os.open(
+            self.descriptor: int | None = os.open(
                 path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666
             )
         except OSError as error:
@@ -95,7 +95,7 @@ class Record:
     def __init__(self, events: Events | None, watchers: Sequence[Watcher]):
         self.events, self.watchers = events, watchers
 
-    def result(self, data: dict[str, Any]) -> None:
+    def result(self, data: Mapping[str, Any]) -> None:
         if self.events:
             self.events.write("result", result=data)
 
