@@ -321,5 +321,5 @@ def content_digest(folder: ModelFolder) -> str:
     total = hashlib.sha256(json.dumps(folder.config, sort_keys=True).encode())
     for name, info, data in raw_bytes(folder):
         total.update(json.dumps([name, info.dtype, info.shape]).encode())
-        total.update(memoryview(data))
+        total.update(data.data)
     return total.hexdigest()
