@@ -46,6 +46,7 @@ check: install docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/mypy
 	$(BIN)/codespell
 
 # The variable silences a notice about a next major version of mkdocs.

@@ -4,6 +4,7 @@ processes) add.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 from torch import Tensor
 
@@ -28,20 +29,16 @@ class LinearStats:
     gram: Tensor | None = None  # (in, in) float64: sum of x xᵀ
     sum: Tensor | None = None  # (in,) float64: sum of x
     abs_sum: Tensor | None = None  # (in,) float64: sum of |x|
-    cross_gram: Tensor | None = (
-        None  # (in, in) float64: sum of x₀ xᵀ, rows by the dense input; sequential runs only
-    )
-    fisher: Tensor | None = (
-        # (in,) float64: sum of ‖g‖² x², the squared weight gradient of each token summed over
-        # outputs
-        None
-    )
+    # (in, in) float64: sum of x₀ xᵀ, rows by the dense input; sequential runs only
+    cross_gram: Tensor | None = None
+    # (in,) float64: sum of ‖g‖² x², the squared weight gradient of each token summed over outputs
+    fisher: Tensor | None = None
     grad_tokens: int = 0  # tokens behind `fisher` and `grad_gram`
     grad_gram: Tensor | None = None  # (out, out) float64: sum of g gᵀ
 
     def __add__(self, other: "LinearStats") -> "LinearStats":
         """Add the sums of two shards that collected the same fields."""
-        merged = {}
+        merged: dict[str, Any] = {}
         for field in fields(self):
             mine, theirs = getattr(self, field.name), getattr(other, field.name)
             if (mine is None) != (theirs is None):
@@ -113,41 +110,49 @@ class LinearStats:
         )
 
 
-def blind_spots(stats: Mapping[str, LinearStats]) -> list[str]:
-    """Lines about linears of whose inputs the text shows too little: what their weights do there
-    counts for nothing. Silent ones apart.
+def describe_blind_spots(statistics: Mapping[str, LinearStats]) -> list[str]:
+    """Name the linears of whose inputs the text shows too little: what their weights do there
+    counts for nothing. Silent linears are named elsewhere.
 
     Directions without energy are left out of every metric by themselves; these are the ones that
     can be told without a decomposition.
+
+    Args:
+        statistics: by name of the linear.
+
+    Returns:
+        At most two lines, without a full stop.
     """
-    grams = {
-        name: one for name, one in stats.items() if one.gram is not None and one.silence is None
+    energies = {  # (in,), sums over tokens of each squared input
+        name: stats.gram.diagonal()
+        for name, stats in statistics.items()
+        if stats.gram is not None and stats.silence is None
     }
-    dead = {name: (one.gram.diagonal() <= 0).sum().item() for name, one in grams.items()}
-    few = {
-        name: len(one.gram) - one.tokens
-        for name, one in grams.items()
-        if one.tokens < len(one.gram)
-    }
+    dead = {name: int((energy <= 0).sum()) for name, energy in energies.items()}
+    missing = {name: len(energy) - statistics[name].tokens for name, energy in energies.items()}
     lines = []
     if names := [name for name, count in dead.items() if count]:
         worst = max(names, key=dead.__getitem__)
         lines.append(
             f"{len(names)} linears have inputs that the text never sets ({worst}: {dead[worst]} "
-            f"of {len(grams[worst].gram)})"
+            f"of {len(energies[worst])})"
         )
-    if few:
-        worst = max(few, key=few.__getitem__)
-        count = f"{grams[worst].tokens} for {len(grams[worst].gram)}"
+    if names := [name for name, count in missing.items() if count > 0]:
+        worst = max(names, key=missing.__getitem__)
+        tokens = f"{statistics[worst].tokens} for {len(energies[worst])}"
         lines.append(
-            f"{len(few)} linears have more inputs than the text has tokens ({worst}: {count}); "
+            f"{len(names)} linears have more inputs than the text has tokens ({worst}: {tokens}); "
             "give more text"
         )
     return lines
 
 
-def dense_lines(reasons: Mapping[str, str]) -> list[str]:
-    """A line for each reason why linears stay dense. reasons: name of a linear → a clause."""
+def describe_dense(reasons: Mapping[str, str]) -> list[str]:
+    """Give each reason why linears stay dense a line.
+
+    Args:
+        reasons: name of a linear → a clause.
+    """
     named: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         named.setdefault(reason, []).append(name)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from compressor.errors import DataError
-from compressor.statistics import LinearStats, blind_spots
+from compressor.statistics import LinearStats, describe_blind_spots
 
 
 def shard(seed: int, tokens: int = 5) -> LinearStats:
@@ -53,7 +53,7 @@ def test_inputs_that_the_text_never_sets_and_texts_shorter_than_an_input_are_tol
         "c": LinearStats(tokens=2, gram=whole.gram),
         "d": LinearStats(tokens=9),
     }
-    dead, few = blind_spots(stats)
+    dead, few = describe_blind_spots(stats)
     assert dead == "1 linears have inputs that the text never sets (b: 1 of 4)"
     assert few == "1 linears have more inputs than the text has tokens (c: 2 for 4); give more text"
-    assert blind_spots({"a": whole}) == []
+    assert describe_blind_spots({"a": whole}) == []

@@ -26,7 +26,7 @@ from compressor.plan import Plan
 from compressor.recipe.quantities import size_in_bytes
 from compressor.recipe.sections import Recipe
 from compressor.resume.store import Store
-from compressor.statistics import LinearStats, blind_spots, dense_lines
+from compressor.statistics import LinearStats, describe_blind_spots, describe_dense
 
 HEADER_BYTES = 160  # of a stored tensor in a safetensors header, its name apart; for target sizes
 
@@ -75,7 +75,7 @@ def decompose_all(job: Job, stats: dict[str, LinearStats]) -> Decompositions:
     A decomposition serves every size.
     """
     dense = explain_dense(job, stats)
-    for line in dense_lines(dense) + blind_spots(stats):
+    for line in describe_dense(dense) + describe_blind_spots(stats):
         log.warning(line)
 
     def decompose(unit: str) -> list[Decomposition]:

@@ -98,7 +98,8 @@ class Report(TypedDict):
     linears: list[Linear]
     warnings: list[str]
     fingerprints: dict[str, Any]  # digests of model, windows, recipe and evaluation windows
-    pushed: NotRequired[dict[str, Any]]  # repository and url, printed after --push-to
+    # repository and url, printed after --push-to; null where it was not pushed
+    pushed: NotRequired[dict[str, Any] | None]
     failure: NotRequired[str]  # why the evaluation failed, printed only
 
 

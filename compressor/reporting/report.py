@@ -19,7 +19,7 @@ from compressor.plan import DENSE, FINER_BASES, WITH_RESIDUALS, Plan
 from compressor.reporting import tables
 from compressor.reporting.records import Linear, Metrics, Report, Scores
 from compressor.reporting.tables import ABSENT, kept_removed, number, percent, size
-from compressor.statistics import dense_lines
+from compressor.statistics import describe_dense
 
 MIX = ("method", "linears", "before", "after", "kept", "least kept", "largest error")
 HEADINGS = ("", "original", "compressed", "kept / change")
@@ -106,7 +106,7 @@ def build_report(
         "linears": [
             cast(Linear, {"name": name} | choice.to_json()) for name, choice in plan.linears.items()
         ],
-        "warnings": [*dense_lines(silent), *warnings],
+        "warnings": [*describe_dense(silent), *warnings],
         "fingerprints": dict(fingerprints or {}),
     }
 
@@ -284,8 +284,8 @@ def describe_residuals(report: Report) -> str | None:
 def render(report: Report) -> RenderableType:
     """Render the before/after table, the mix of methods, and what deserves a warning."""
     notes = [describe_least_kept(report), *describe_scores(report)]
-    if "pushed" in report:
-        notes.append(f"pushed to {report['pushed']['url']}")
+    if pushed := report.get("pushed"):
+        notes.append(f"pushed to {pushed['url']}")
     return Group(
         tables.columns("Before and after", HEADINGS, before_after_rows(report)),
         tables.columns("Linears", MIX, method_rows(report)),

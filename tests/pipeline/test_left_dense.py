@@ -23,7 +23,7 @@ from compressor.pipeline import job as jobs
 from compressor.plan import DENSE
 from compressor.recipe.presets import presets
 from compressor.runtime.deadline import Deadline
-from compressor.statistics import LinearStats, dense_lines
+from compressor.statistics import LinearStats, describe_dense
 
 PRESETS = sorted(presets())
 # a preset of each kind of metric and storage; the others are slow tests
@@ -298,7 +298,7 @@ def test_sums_say_why_nothing_is_known():
         is LinearStats(tokens=4, gram=one, grad_gram=one).silence
         is None
     )
-    assert dense_lines({"b": NO_TOKEN, "a": NO_TOKEN, "c": NO_INPUT}) == [
+    assert describe_dense({"b": NO_TOKEN, "a": NO_TOKEN, "c": NO_INPUT}) == [
         f"2 linears stay dense, each because {NO_TOKEN}: a, b",
         f"1 linears stay dense, each because {NO_INPUT}: c",
     ]
