@@ -187,5 +187,5 @@ def test_f27_ranks_that_do_not_pay(tiny_llama, text_file, tmp_path):
     assert all(linear["bits"] == linear["dense_bits"] and linear["error"] == 0 for linear in dense)
     assert all(linear["bits"] < linear["dense_bits"] for linear in linears if linear not in dense)
     assert "dense" in {
-        row[0] for row in report.method_mix(read_json(tmp_path / "out" / "report.json"))
+        row[0] for row in report.method_rows(read_json(tmp_path / "out" / "report.json"))
     }
