@@ -45,6 +45,11 @@ def test_the_number_of_presets_is_that_of_the_files():
     assert f"- {count} [presets]" in read("docs/index.md")
 
 
+def test_the_number_of_faults_is_that_of_the_page():
+    count = sum(line.startswith("| F") for line in read("docs/reliability.md").splitlines())
+    assert f" lists {count} faults" in read("README.md")
+
+
 def test_the_guide_lists_every_preset_once():
     rows = read("docs/guides/choose-a-preset.md").partition("## All of them")[2].splitlines()
     cells = [row.split("|")[1] for row in rows if row.startswith("| `")]
