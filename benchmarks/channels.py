@@ -22,14 +22,14 @@ def block_parts(windows: int = 16):
     import torch
 
     from compressor.calibrate.collect import collect
-    from compressor.methods.base import Part
+    from compressor.methods.base import Member
     from compressor.models.linears import dense_of, linears
 
     model, tokens = reference_windows(windows)
     infos = {name: info for name, info in linears(model, ["role:ffn"]).items() if info.block == 0}
     stats = collect(model, infos, tokens, dict.fromkeys(infos, frozenset({"gram"})), batch_size=8)
     return {
-        info.role: Part(name, dense_of(info, torch.float32), stats[name])
+        name: Member(name, dense_of(info, torch.float32), stats[name], info.role)
         for name, info in infos.items()
     }
 
@@ -39,7 +39,7 @@ def random_parts(width: int = 1024, hidden: int = 2816):
     import torch
 
     from compressor.linears import Dense
-    from compressor.methods.base import Part
+    from compressor.methods.base import Member
     from compressor.statistics import LinearStats
 
     generator = torch.Generator().manual_seed(0)
@@ -58,7 +58,7 @@ def random_parts(width: int = 1024, hidden: int = 2816):
         role: Dense(torch.randn(shape, generator=generator), None, torch.float32)
         for role, (shape, _) in shapes.items()
     }
-    return {role: Part(role, weights[role], sums) for role, (_, sums) in shapes.items()}
+    return {role: Member(role, weights[role], sums, role) for role, (_, sums) in shapes.items()}
 
 
 def seconds_of(call: Callable[[], None]) -> float:
@@ -72,21 +72,22 @@ def compare(parts: dict, repeats: int) -> None:
     import torch
 
     from compressor.methods import build
-    from compressor.methods.structured.elimination import refit, removals
+    from compressor.methods.structured.elimination import refit, remove_greedily
 
     method = build("channels", {})
-    state = method.prepare("block", parts)
-    dense, stats, hidden = parts[state.consumer].dense, parts[state.consumer].stats, state.hidden
+    state = method.prepare_unit("block", parts)
+    consumer = state.parts[state.consumer]
+    dense, stats, hidden = consumer.dense, consumer.stats, state.hidden
 
     def one(width: int) -> None:
         gram, weight = stats.gram.double() / stats.tokens, dense.weight.double()
         moment = gram + torch.diag(
             torch.full((hidden,), method.ridge * gram.diagonal().mean().item(), dtype=gram.dtype)
         )
-        refit(weight, moment, without(removals(weight, moment, count=hidden - width)[0]))
+        refit(weight, moment, without(remove_greedily(weight, moment, count=hidden - width)[0]))
 
     def every(width: int) -> None:
-        found = method.prepare("block", parts)
+        found = method.prepare_unit("block", parts)
         method.candidates(found)
         refit(dense.weight.double(), found.moment, without(found.order[: hidden - width]))
 

@@ -157,7 +157,7 @@ def compress(job) -> dict:
     """Seconds of each stage and the peak memory of one compression, from loaded model to modules in
     memory.
     """
-    from compressor.pipeline import contest, sequential_solve, stages
+    from compressor.pipeline import contest, sequential_solve, solution, stages
     from compressor.runtime.stopwatch import peak_memory
 
     seconds, before = {}, peak_memory()
@@ -172,11 +172,11 @@ def compress(job) -> dict:
     moments = {id(s.gram): s.gram.nbytes for s in stats.values()} | {
         id(s.grad_gram): s.grad_gram.nbytes for s in stats.values() if s.grad_gram is not None
     }
-    found = timed("decompose", stages.decompositions, job, stats)
-    probed = timed("probe", stages.probes, job, found)
-    plan, modules = timed("allocate", contest.choose, job, found, probed)
-    if sequential_solve.wanted(job.recipe, None):
-        timed("in order", sequential_solve.finish, job, plan, modules, found, stats, None)
+    decompositions = timed("decompose", stages.decompose_all, job, stats)
+    damages = timed("probe", stages.probe_all, job, decompositions)
+    timed("allocate", contest.choose, job, decompositions, damages)
+    if job.recipe.calibration.sequential:
+        timed("in order", sequential_solve.solve_in_order, solution.allocate(job, stats))
     weights = sum(parameter.nbytes for parameter in job.model.parameters())
     return {
         "seconds": seconds,
